@@ -1,0 +1,165 @@
+"""How much faster are minift's CPU ops than the same formulas in PyTorch's eager mode?
+
+    python benchmarks/ops_cpu.py                       # the shapes of SmolLM2-135M, 500 tokens, one thread
+    python benchmarks/ops_cpu.py --instruction-set avx2 --dtype float32
+
+"eager" is the formula as Hugging Face's modeling code writes it, its backward what autograd derives from that. Each
+case first checks that both sides agree, then times them in turns (eager, minift, eager, ...), so that other load on
+the machine meets both; the speedup is the median of the pairwise ratios. Prints a table, and one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from minift.ops import extension
+from minift.ops.norm import rms_norm, rms_norm_backward
+from minift.ops.rope import apply_rope
+from minift.ops.swiglu import swiglu
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    eager: Callable[[], tuple[Tensor, ...]]
+    minift: Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    dtype: str
+    eager_us: float
+    minift_us: float
+    speedup: float
+
+
+def eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * wide.to(x.dtype)
+
+
+def eager_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def eager_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def make_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[Case]:
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, dy, weight = random(args.tokens, args.hidden), random(args.tokens, args.hidden), random(args.hidden)
+    _, rstd = rms_norm(x, weight, EPS)
+    gate, up, dy_mlp = (random(args.tokens, args.intermediate) for _ in range(3))
+    heads, dy_heads = (random(args.tokens, args.heads, args.head_dim) for _ in range(2))
+    angle_TR = torch.rand(args.tokens, args.head_dim // 2) * 6
+    cos, sin = angle_TR.cos(), angle_TR.sin()
+    full_cos, full_sin = (torch.cat((t, t), dim=-1).unsqueeze(1).to(dtype) for t in (cos, sin))
+
+    def backward(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """The backward pass alone: the graph is recorded once and kept."""
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = function(*inputs)
+        return lambda: torch.autograd.grad(output, inputs, dy, retain_graph=True)
+
+    return [
+        Case("rms_norm", lambda: (eager_rms_norm(x, weight),), lambda: (rms_norm(x, weight, EPS)[0],)),
+        Case(
+            "rms_norm backward, frozen weight",
+            backward(lambda x: eager_rms_norm(x, weight), [x], dy),
+            lambda: rms_norm_backward(dy, x, weight, rstd, False)[:1],
+        ),
+        Case(
+            "rms_norm backward",
+            backward(eager_rms_norm, [x, weight], dy),
+            lambda: rms_norm_backward(dy, x, weight, rstd, True),
+        ),
+        Case("swiglu", lambda: (eager_swiglu(gate, up),), lambda: (swiglu(gate, up),)),
+        Case("swiglu backward", backward(eager_swiglu, [gate, up], dy_mlp), backward(swiglu, [gate, up], dy_mlp)),
+        Case("rope", lambda: (eager_rope(heads, full_cos, full_sin),), lambda: (apply_rope(heads, cos, sin),)),
+        Case(
+            "rope backward",
+            backward(lambda x: eager_rope(x, full_cos, full_sin), [heads], dy_heads),
+            backward(lambda x: apply_rope(x, cos, sin), [heads], dy_heads),
+        ),
+    ]
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    """Both sides compute the same thing: within 4 roundings of the dtype, relative to the largest element."""
+    for expected, actual in zip(case.eager(), case.minift(), strict=True):
+        error = (expected.double() - actual.double()).abs().max() / expected.double().abs().max()
+        # Sums over tokens (dweight) add roundings of terms that cancel, hence the factor of 8.
+        limit = 8 * max(torch.finfo(dtype).eps, 1e-6)
+        assert error < limit, f"{case.name} {dtype}: relative error {error:.1e} above {limit:.1e}"
+
+
+def seconds(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int) -> Result:
+    check(case, dtype)
+    calls = max(1, int(2e-3 / seconds(case.eager, 3)))  # about 2 ms a turn
+    pairs = [(seconds(case.eager, calls), seconds(case.minift, calls)) for _ in range(rounds)]
+    return Result(
+        case.name,
+        str(dtype).removeprefix("torch."),
+        statistics.median(eager for eager, _ in pairs) * 1e6,
+        statistics.median(ours for _, ours in pairs) * 1e6,
+        statistics.median(eager / ours for eager, ours in pairs),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--intermediate", type=int, default=1536)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--instruction-set", default="best", choices=["best", "portable", "avx2", "avx512", "avx512_bf16"])
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    if extension.MISSING_REASON is not None:
+        raise SystemExit(f"nothing to measure: the extension is missing ({extension.MISSING_REASON})")
+    torch.ops.minift.use_instruction_set(args.instruction_set)
+
+    print(f"torch {torch.__version__}, {extension.instruction_set()}, {args.threads} thread(s), {args.tokens} tokens")
+    print(f"{'op':34}{'dtype':10}{'eager us':>10}{'minift us':>11}{'speedup':>9}")
+    results = []
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        for case in make_cases(args, dtype):
+            result = measure(case, dtype, args.rounds)
+            results.append(result)
+            print(f"{result.name:34}{result.dtype:10}{result.eager_us:10.0f}{result.minift_us:11.0f}{result.speedup:8.1f}x")
+    settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "ops_cpu", **settings, "results": [asdict(result) for result in results]}))
+
+
+if __name__ == "__main__":
+    main()

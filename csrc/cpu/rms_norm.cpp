@@ -1,0 +1,98 @@
+// RMS normalisation on the CPU: x (..., D) with strided rows allowed, weight (D).
+
+#include "instruction_set.h"
+#include "rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#define MINIFT_KERNELS "rms_norm_kernels.h"
+#include "for_each_instruction_set.h"
+
+namespace minift {
+namespace {
+
+// The sum over rows for dweight is cut into at most this many blocks, a function of the number of rows alone: the
+// result is then bitwise the same with any number of threads.
+constexpr int64_t MAX_DWEIGHT_BLOCKS = 64, MIN_DWEIGHT_BLOCK_ROWS = 32;
+
+void check_arguments(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() >= 1, "rms_norm: x must have at least one dimension");
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1),
+                  "rms_norm: weight must be one-dimensional and as long as the last dimension of x");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "rms_norm: weight must have the dtype of x");
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  check_arguments(x, weight);
+  Tensor x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight), y = new_like(x);
+  torch::headeronly::IntHeaderOnlyArrayRef leading(x.sizes().data(), x.dim() - 1);
+  Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
+  dispatch_dtype(x, "rms_norm", [&](auto element) {
+    using T = decltype(element);
+    Rows<const T> in = rows<const T>(x_rows);
+    Rows<T> out = rows<T>(y);
+    const T* w = static_cast<const T*>(weight_row.data_ptr());
+    float* scale = static_cast<float*>(rstd.data_ptr());
+    auto* kernel = MINIFT_KERNEL(rms_norm<T>);
+    parallel_rows(in.count, in.width, [&](int64_t begin, int64_t end) {
+      kernel(in, w, static_cast<float>(eps), out, scale, begin, end);
+    });
+  });
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                             const Tensor& rstd, bool need_dweight) {
+  check_arguments(x, weight);
+  check_same(dy, x, "rms_norm_backward: dy must have the shape and dtype of x");
+  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(),
+                  "rms_norm_backward: rstd must be contiguous float32, as rms_norm returns it");
+  Tensor dy_rows = with_rows(dy), x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight);
+  int64_t width = x.size(x.dim() - 1), count = row_layout(x).count;
+  STD_TORCH_CHECK(rstd.numel() == count, "rms_norm_backward: rstd must have one element for every row of x");
+  int64_t block_rows = std::max(MIN_DWEIGHT_BLOCK_ROWS, (count + MAX_DWEIGHT_BLOCKS - 1) / MAX_DWEIGHT_BLOCKS);
+  int64_t num_blocks = need_dweight ? (count + block_rows - 1) / block_rows : 0;
+  Tensor dx = new_like(x);
+  Tensor dweight = torch::stable::new_zeros(x, {need_dweight ? width : 0}, ScalarType::Float);
+  Tensor partial_sums = torch::stable::new_empty(x, {num_blocks, width}, ScalarType::Float);
+  float* total = static_cast<float*>(dweight.data_ptr());
+  float* partial = static_cast<float*>(partial_sums.data_ptr());
+
+  dispatch_dtype(x, "rms_norm_backward", [&](auto element) {
+    using T = decltype(element);
+    Rows<const T> d = rows<const T>(dy_rows), in = rows<const T>(x_rows);
+    Rows<T> out = rows<T>(dx);
+    const T* w = static_cast<const T*>(weight_row.data_ptr());
+    const float* scale = static_cast<const float*>(rstd.data_ptr());
+    if (!need_dweight) {
+      auto* kernel = MINIFT_KERNEL(rms_norm_backward<T, false>);
+      parallel_rows(count, width, [&](int64_t begin, int64_t end) {
+        kernel(d, in, w, scale, out, nullptr, begin, end);
+      });
+      return;
+    }
+    auto* kernel = MINIFT_KERNEL(rms_norm_backward<T, true>);
+    parallel_rows(num_blocks, block_rows * width, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        int64_t first = block * block_rows, last = std::min(first + block_rows, count);
+        kernel(d, in, w, scale, out, partial + block * width, first, last);
+      }
+    });
+  });
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    for (int64_t i = 0; i < width; ++i) total[i] += partial[block * width + i];
+  }
+  return {dx, dweight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+
+}  // namespace minift

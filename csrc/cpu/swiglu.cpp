@@ -1,0 +1,70 @@
+// SwiGLU on the CPU: gate and up of any shape, rows may be strided (the two halves of a fused projection).
+
+#include "instruction_set.h"
+#include "rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#define MINIFT_KERNELS "swiglu_kernels.h"
+#include "for_each_instruction_set.h"
+
+namespace minift {
+namespace {
+
+// Work is cut by elements when everything is contiguous, so that few long rows use every thread; else by rows.
+template <class Function>
+void parallel_spans(bool contiguous, int64_t count, int64_t width, const Function& function) {
+  if (contiguous) {
+    parallel_rows(count * width, 1, [&](int64_t begin, int64_t end) { function(0, begin, end - begin); });
+  } else {
+    parallel_rows(count, width, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) function(row, 0, width);
+    });
+  }
+}
+
+Tensor swiglu(const Tensor& gate, const Tensor& up) {
+  check_same(gate, up, "swiglu: gate and up must have one shape and dtype");
+  STD_TORCH_CHECK(gate.dim() >= 1, "swiglu: gate must have at least one dimension");
+  Tensor gate_rows = with_rows(gate), up_rows = with_rows(up), y = new_like(gate);
+  dispatch_dtype(gate, "swiglu", [&](auto element) {
+    using T = decltype(element);
+    Rows<const T> g = rows<const T>(gate_rows), u = rows<const T>(up_rows);
+    Rows<T> out = rows<T>(y);
+    auto* kernel = MINIFT_KERNEL(swiglu<T>);
+    parallel_spans(g.contiguous() && u.contiguous(), g.count, g.width, [&](int64_t row, int64_t at, int64_t count) {
+      kernel(g[row] + at, u[row] + at, out[row] + at, count);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  check_same(gate, up, "swiglu_backward: gate and up must have one shape and dtype");
+  check_same(dy, gate, "swiglu_backward: dy must have the shape and dtype of gate");
+  Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up);
+  Tensor dgate = new_like(gate), dup = new_like(gate);
+  dispatch_dtype(gate, "swiglu_backward", [&](auto element) {
+    using T = decltype(element);
+    Rows<const T> d = rows<const T>(dy_rows), g = rows<const T>(gate_rows), u = rows<const T>(up_rows);
+    Rows<T> dg = rows<T>(dgate), du = rows<T>(dup);
+    auto* kernel = MINIFT_KERNEL(swiglu_backward<T>);
+    bool contiguous = d.contiguous() && g.contiguous() && u.contiguous();
+    parallel_spans(contiguous, g.count, g.width, [&](int64_t row, int64_t at, int64_t count) {
+      kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, count);
+    });
+  });
+  return {dgate, dup};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+}
+
+}  // namespace minift

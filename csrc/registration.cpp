@@ -1,0 +1,33 @@
+// Schemas of every minift op, and the empty Python module whose import loads them.
+//
+// Only torch's stable ABI is used (torch/csrc/stable, feature level 2.11), and Python's limited API, so one binary
+// serves every torch >= 2.11 and every Python >= 3.11. Kernels register themselves beside their code
+// (cpu/<op>.cpp, cuda/<op>.cu); the plain-PyTorch default of each op is registered in minift/ops/<family>.py.
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(minift, m) {
+  // minift/ops/norm.py. rstd is fp32 with x's leading shape; dweight is fp32 and has no elements unless needed.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_dweight)"
+      " -> (Tensor dx, Tensor dweight)");
+
+  // minift/ops/swiglu.py
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+
+  // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
+
+  // cpu/instruction_set.cpp
+  m.def("instruction_set() -> str");
+  m.def("use_instruction_set(str name) -> ()");
+}
+
+static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+
+PyMODINIT_FUNC PyInit__C(void) {
+  return PyModule_Create(&module_definition);
+}

@@ -1,0 +1,1 @@
+"""What minift reads and writes on disk."""

@@ -1,0 +1,141 @@
+"""Adapters on disk, exactly as PEFT 0.21 writes and reads them: `adapter_config.json` and `adapter_model.safetensors`.
+
+Tensors come and go as {in-memory name: tensor}, so that a sharded model can hand in what it gathered. They are stored
+in fp32, which is what is trained. Writing is atomic and ends with reading back what was written; reading is strict: a
+missing, an unexpected, a misshapen or a non-finite tensor is an error that names it, as is a PEFT feature that minift
+does not have. (An adapter that loads "with a warning" is usually one whose B is still zero.)
+
+    save_adapter(folder, config, {name: p.detach() for name, p in adapter_parameters(model).items()}, base_model=...)
+    config = load_adapter(model, folder)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minift.checkpoint.atomic import atomic_folder
+from minift.peft.adapter import AdapterConfig
+from minift.peft.inject import adapter_parameters, inject
+from minift.peft.lora import LoraConfig
+from minift.peft.names import fqn_of_peft_key, peft_key
+from minift.peft.patterns import ALL_LINEAR
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+METHODS: dict[str, type[AdapterConfig]] = {"LORA": LoraConfig}
+"""PEFT's name of a method -> its settings. A new method is one more line."""
+
+
+def save_adapter(
+    folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], *, base_model: str | None = None
+) -> None:
+    """Write a new PEFT folder. `tensors`: every adapter parameter, whole, by its in-memory name, any dtype and device.
+
+    `base_model` is recorded as the name or path by which PEFT finds the base. ValueError if `tensors` is empty or
+    incomplete, or has a non-finite value; OSError if what was read back is not what was written.
+    """
+    modules = _adapted_modules(config, tensors)
+    stored = {peft_key(name): tensors[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(tensors)}
+    for key, tensor in stored.items():
+        _check_finite(key, tensor)
+    fields = config.to_peft() | {"base_model_name_or_path": base_model}
+    if fields["target_modules"] == ALL_LINEAR:
+        # Spelled out, as PEFT does: readers other than PEFT want a list.
+        fields["target_modules"] = sorted({module.rpartition(".")[2] for module in modules})
+    elif isinstance(fields["target_modules"], str):
+        # A regular expression may also match modules that are no projections: PEFT refuses them, minift passes over.
+        fields["target_modules"] = sorted(modules)
+    with atomic_folder(Path(folder)) as temporary:
+        (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(stored, temporary / TENSOR_FILE, metadata={"format": "pt"})
+        written = load_file(temporary / TENSOR_FILE)
+        if written.keys() != stored.keys() or not all(torch.equal(written[key], stored[key]) for key in stored):
+            raise OSError(f"{TENSOR_FILE} reads back differently from what was written; is the disk full or failing?")
+
+
+def read_config(folder: str | Path) -> AdapterConfig:
+    """Settings of the adapter in `folder`. ValueError for a file, method or feature that minift cannot read."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter folder")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    method = METHODS.get(fields.get("peft_type"))
+    if method is None:
+        raise ValueError(f"{path}: peft_type is {fields.get('peft_type')!r}; valid: {', '.join(METHODS)}")
+    try:
+        return method.from_peft(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, in the dtype of the file.
+
+    `shapes`: name -> shape of every adapter parameter of the model. ValueError names what is missing, unexpected,
+    misshapen or non-finite. One exception, `lm_head.base_layer.weight`: PEFT stores a copy of the base weight beside an
+    adapter on the LM head; the base folder has the same and it is not read here.
+    """
+    path = Path(folder) / TENSOR_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {TENSOR_FILE} (adapter_model.bin is a pickle, which can run code: not read)")
+    try:
+        tensors = {fqn_of_peft_key(key): tensor for key, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    if "lm_head.lora_A.weight" in shapes:
+        tensors.pop("lm_head.base_layer.weight", None)
+    if not tensors:
+        raise ValueError(f"{path} is empty")
+    differences = (("lacks", shapes.keys() - tensors.keys()), ("has unexpected", tensors.keys() - shapes.keys()))
+    for problem, names in differences:
+        if names:
+            shown = ", ".join(sorted(names)[:4])
+            raise ValueError(f"{path} {problem} {len(names)} of {len(shapes)} adapter tensors, among them {shown}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != torch.Size(shape):
+            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, the model needs {tuple(shape)}")
+        _check_finite(name, tensors[name])
+    return {name: tensors[name] for name in shapes}
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> AdapterConfig:
+    """Inject the adapter in `folder` into a model that one process holds whole, and load its tensors, as `dtype`."""
+    config = read_config(folder)
+    inject(model, config, dtype=dtype)
+    parameters = adapter_parameters(model)
+    tensors = read_tensors(folder, {name: tuple(p.shape) for name, p in parameters.items()})
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+    return config
+
+
+def _adapted_modules(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of the adapted modules; ValueError unless `tensors` holds all parameters of each, and nothing else."""
+    if not tensors:
+        raise ValueError("there is no adapter tensor to save")
+    modules: dict[str, set[str]] = {}
+    for name in tensors:
+        local_name = next((local for local in config.parameter_names if name.endswith(f".{local}")), None)
+        if local_name is None:
+            raise ValueError(f"{name} is not an adapter parameter; valid endings: {', '.join(config.parameter_names)}")
+        modules.setdefault(name.removesuffix(f".{local_name}"), set()).add(local_name)
+    for module, local_names in modules.items():
+        missing = set(config.parameter_names) - local_names
+        if missing:
+            raise ValueError(f"the adapter of {module} lacks {', '.join(sorted(missing))}")
+    return set(modules)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} has a value that is infinite or not a number; the adapter is not usable")

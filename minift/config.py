@@ -1,0 +1,175 @@
+"""The recipe of a run: one frozen dataclass of the dataclasses owned below, read, checked, shown and written here.
+
+    config = RunConfig.from_recipe("recipe.yaml", ["--optim.lr", "2e-4", "--adapter", "null"])  # names, types, values
+    config.check_files()                                                                        # what the disk says
+
+Precedence: defaults < recipe file < command line, later over earlier. Mistakes are refused before a process group
+starts, with the full key, the place it was written, the value, what is valid and the nearest name that is. Rules about
+one section are in the `__post_init__` of its owner, rules about several are here. Text is read by minift/recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+
+from minift.build import ModelSource
+from minift.data.config import DataConfig
+from minift.fsdp.policy import ShardPolicy
+from minift.optim.config import OptimConfig
+from minift.peft.lora import LoraConfig
+from minift.precision import Precision
+from minift.recipe.build import build, differences
+from minift.recipe.describe import describe, show, to_plain, walk
+from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
+from minift.report import read_metrics
+from minift.train import TrainConfig
+
+USAGE = """\
+usage: minift train RECIPE [--section.field VALUE ...]
+       torchrun --nproc-per-node N -m minift train RECIPE [--section.field VALUE ...]
+
+RECIPE is a YAML file with the fields below. The command line wins over the recipe, the recipe over the default.
+Values are YAML: --optim.lr 2e-4, --data.train '[a.jsonl, b.jsonl]', --adapter null, --adapter '{}' (all its defaults).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run does. Two runs with equal configs on equally many processes are equal."""
+
+    run_dir: str
+    """Folder of the run: config.yaml, metrics.jsonl, loss.png, report.md, checkpoints/, export/."""
+
+    model: ModelSource
+    """Where the weights come from."""
+
+    data: DataConfig
+    """What to train on."""
+
+    objective: Literal["sft", "lm"] = "sft"
+    """sft: the loss counts what the assistant says (or the completion). lm: every token of every document."""
+
+    adapter: LoraConfig | None = None
+    """Train these small matrices beside the frozen weights; null: train the weights themselves."""
+
+    train: tuple[str, ...] = ()
+    """Without an adapter: regular expressions searched in parameter names; what matches trains. Empty: everything."""
+
+    freeze: tuple[str, ...] = ()
+    """Without an adapter: likewise, parameters that stay as they are, also if `train` finds them."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and the learning rate."""
+
+    precision: Precision = field(default_factory=Precision)
+    """Number formats."""
+
+    fsdp: ShardPolicy = field(default_factory=ShardPolicy)
+    """How weights, gradients and optimizer state are spread over the processes."""
+
+    loop: TrainConfig
+    """How long, how much per step, and what happens when."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: CUDA where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.run_dir.strip():
+            problems.append("run_dir is empty; valid: the name of a folder")
+        for name, patterns in (("train", self.train), ("freeze", self.freeze)):
+            if patterns and self.adapter is not None:
+                problems.append(
+                    f"{name} is {show(patterns)} but adapter is set too, and an adapter freezes every other weight; "
+                    f"valid: {name} without adapter (--adapter null), or adapter without {name} (--{name} [])"
+                )
+        if self.loop.microbatch_tokens < self.data.max_length_tokens:
+            problems.append(
+                f"loop.microbatch_tokens is {self.loop.microbatch_tokens} but data.max_length_tokens is "
+                f"{self.data.max_length_tokens}, and a document never spans two microbatches; valid: "
+                f"{self.data.max_length_tokens} or more"
+            )
+        if self.loop.validate_every_steps and not (self.data.validation or self.data.validation_share):
+            problems.append(
+                f"loop.validate_every_steps is {self.loop.validate_every_steps} but there is nothing to validate on; "
+                "give data.validation (files) or data.validation_share, or set loop.validate_every_steps to 0"
+            )
+        if problems:
+            raise RecipeError(*problems)
+
+    @classmethod
+    def from_recipe(cls, path: str | Path, overrides: list[str] = ()) -> Self:
+        """Read a YAML recipe and command-line overrides. Raises FileNotFoundError, ValueError (all problems)."""
+        return build(cls, merge(read_yaml(path), parse_overrides(list(overrides))))
+
+    def to_yaml(self) -> str:
+        """All fields, defaults included; `from_recipe` of this text gives an equal config."""
+        return yaml.safe_dump(to_plain(self), sort_keys=False, allow_unicode=True)
+
+    def check_files(self) -> None:
+        """Refuse missing input, and a run folder that holds another run. Raises ValueError with every problem."""
+        problems = []
+        if not (Path(self.model.path) / "config.json").is_file():
+            state = "has no config.json" if Path(self.model.path).is_dir() else "does not exist"
+            problems.append(f"model.path is {self.model.path}, which {state}; valid: a Hugging Face model folder")
+        for name, files in (("data.train", self.data.train), ("data.validation", self.data.validation)):
+            for file in files:
+                if not Path(file).is_file():
+                    state = "is a folder" if Path(file).is_dir() else "does not exist"
+                    problems.append(f"{name} names {file}, which {state}; valid: a JSON, JSON lines or Parquet file")
+        problems += self._other_run()
+        if problems:
+            raise RecipeError(*problems)
+
+    def save(self) -> None:
+        """Write run_dir/config.yaml, whole or not at all."""
+        path = Path(self.run_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(f"# minift train {path}\n{self.to_yaml()}", encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def _other_run(self) -> list[str]:
+        """A sentence if run_dir holds a run that this config would not continue."""
+        run_dir, recipe = Path(self.run_dir), Path(self.run_dir) / "config.yaml"
+        if run_dir.exists() and not run_dir.is_dir():
+            return [f"run_dir is {run_dir}, which is a file; valid: a folder, new or of the same run"]
+        if not _was_trained(run_dir):
+            return []  # the first try failed before its first step: nothing can be lost, and the recipe may change
+        if not recipe.is_file():
+            return [f"run_dir is {run_dir}, which holds results but no config.yaml; give another --run_dir"]
+        try:
+            there = replace(RunConfig.from_recipe(recipe), run_dir=self.run_dir)
+        except ValueError as error:
+            return [f"run_dir is {run_dir}, whose run this version cannot continue ({error}); give another --run_dir"]
+        changes = [f"{key} is {show(here)} now and {show(old)} there" for key, old, here in differences(there, self)]
+        if not changes:
+            return []
+        return [f"run_dir is {run_dir}, which holds another run: {'; '.join(changes)}. Give another --run_dir"]
+
+
+def _was_trained(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    has_files = any((run_dir / name).is_dir() and any((run_dir / name).iterdir()) for name in ("checkpoints", "export"))
+    return has_files or (metrics.is_file() and bool(read_metrics(metrics)[0]))
+
+
+def help_text() -> str:
+    """Every field with type, default and documentation, section by section."""
+    top, sections = [], []
+    for entry in walk(RunConfig):
+        if entry.section:
+            rest = "" if entry.default != "null" else "  (default: null)"
+            sections.append(f"\n{entry.key}: {entry.doc}{rest}")
+            continue
+        default = f"default: {entry.default}" if entry.default else "required"
+        lines = [f"  --{entry.key}  {describe(entry.hint)}  ({default})"]
+        lines += textwrap.wrap(entry.doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        (sections if "." in entry.key else top).append("\n".join(lines))
+    return "\n".join([USAGE, *top, *sections])

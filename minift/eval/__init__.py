@@ -1,0 +1,1 @@
+"""Evaluation: tasks with exact checkers, and loss over a validation set."""

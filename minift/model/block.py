@@ -1,0 +1,27 @@
+"""One pre-norm transformer block: attention and MLP, each behind a norm and added to the residual stream.
+
+A block is the unit of sharding and of recomputation, so its forward takes one tensor that needs a gradient, first, and
+everything else in one `Packing`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minift.model.attention import Attention, Packing
+from minift.model.config import ModelConfig
+from minift.model.mlp import MLP
+from minift.model.norm import RMSNorm
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
+        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), packing)
+        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))

@@ -1,0 +1,20 @@
+"""The gated feed-forward of a block: down(silu(gate(x)) · up(x)). Shazeer 2020, arXiv 2002.05202, eq. 6."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minift.model.config import ModelConfig
+from minift.model.linear import Linear
+from minift.ops.swiglu import swiglu
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(hidden_TD), self.up_proj(hidden_TD)))

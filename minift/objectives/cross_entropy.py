@@ -1,0 +1,199 @@
+"""Cross entropy of a linear head without ever holding the logits of all tokens.
+
+A full logits tensor is the largest tensor of a step (8192 tokens x 128k words in bf16 and fp32, with gradients: 15 GB).
+Here the rows that have a target are taken first (a prompt costs nothing) and go through the head in chunks: logits by
+one GEMM in the weight's dtype, fp32 log-sum-exp, softmax - one_hot written over the logits, and from that the gradients
+by one GEMM each, all in the *forward*; backward only multiplies them by the incoming scalar. So a frozen head costs two
+GEMMs, and backward reads no weight, whose memory FSDP may have given to another unit by then. Liger's fused linear
+cross entropy (arXiv 2410.10989) is the same idea; its chunks shrink as the vocabulary grows, until the GEMM is slow.
+
+A head that is not one dense weight (LoRA around it, ...) runs as a module, chunk by chunk, with `torch.autograd.grad`
+in the forward too, so dropout is drawn once. Either way each trainable parameter gets one gradient per call, through
+the graph, and hooks on parameters fire once, as for any layer.
+
+Memory, beside the gradients returned: one chunk of logits (two for a module head), and for a trainable head of more
+than one chunk its gradient in fp32, (V, D), until backward, because bf16 would round after each chunk.
+
+Not here: label smoothing, z-loss, second derivatives. The sum is never divided: see `types.LossSum`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100  # target of a row that is not supervised
+
+_LOGITS_BYTES = 256 << 20  # a chunk of logits is this large ...
+_MIN_CHUNK_TOKENS = 1024  # ... or larger: with fewer rows the GEMM would wait for the weight to be read
+_SOFTMAX_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of fp32 logits at a time: stays in cache; outlasts its launches
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    lm_head: nn.Module,
+    targets_N: Tensor,
+    chunk_tokens: int | None = None,
+    rows_M: Tensor | None = None,
+) -> Tensor:
+    """Sum over the supervised rows n of -log softmax(lm_head(hidden_ND[n]))[targets_N[n]].
+
+    Args:
+        hidden_ND: (N, D), in the dtype of the head's weight.
+        lm_head: a dense linear layer (`weight` (V, D), `bias` (V,) or None), frozen or trainable, or any module that
+            maps (n, D) to (n, V) row by row.
+        targets_N: (N,) int64, in [0, V) or IGNORE.
+        chunk_tokens: at most so many rows have their logits in memory; None: `default_chunk_tokens`, which reads
+            `lm_head.out_features`.
+        rows_M: (M,) int64, the rows n with targets_N[n] != IGNORE, each once, if the caller knows them. Otherwise they
+            are looked up here, and on CUDA the host then waits for the device, because M is a shape. A batch is
+            assembled on the host and could carry them.
+
+    Returns:
+        0-dim fp32 tensor (fp64 for fp64 input). With M = 0 it is 0, and backward still reaches hidden and head.
+    """
+    if rows_M is None:
+        rows_M = (targets_N != IGNORE).nonzero().squeeze(1)
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(lm_head.out_features, hidden_ND.element_size())
+    trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
+    with_graph = torch.is_grad_enabled()  # inside a Function this is always off
+    return _LinearCrossEntropy.apply(with_graph, hidden_ND, lm_head, targets_N, rows_M, chunk_tokens, *trainable)
+
+
+def default_chunk_tokens(vocab_size: int, element_bytes: int) -> int:
+    """Rows of logits in 256 MiB, but at least 1024."""
+    return max(_MIN_CHUNK_TOKENS, _LOGITS_BYTES // (vocab_size * element_bytes))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, with_graph, hidden_ND, lm_head, targets_N, rows_M, chunk_tokens, *trainable) -> Tensor:
+        trainable = trainable if with_graph else ()
+        needs_hidden = with_graph and ctx.needs_input_grad[1]
+        run_head = _dense_head if _is_dense(lm_head) else _module_head
+        hidden_MD, targets_M1 = hidden_ND[rows_M], targets_N[rows_M].unsqueeze(1)
+        loss_sum, *gradients = run_head(
+            hidden_MD, targets_M1, lm_head, _even_chunk(len(rows_M), chunk_tokens), needs_hidden, trainable
+        )
+        ctx.save_for_backward(rows_M, *gradients)
+        ctx.hidden_shape = hidden_ND.shape
+        ctx.dtypes = [parameter.dtype for parameter in trainable]
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss_sum: Tensor) -> tuple[Tensor | None, ...]:
+        rows_M, d_hidden_MD, *d_trainable = ctx.saved_tensors
+        d_hidden_ND = None
+        if d_hidden_MD is not None:
+            d_hidden_ND = d_hidden_MD.new_zeros(ctx.hidden_shape)
+            d_hidden_ND[rows_M] = _scaled(d_hidden_MD, d_loss_sum, d_hidden_MD.dtype)
+        scaled = [_scaled(d, d_loss_sum, dtype) for d, dtype in zip(d_trainable, ctx.dtypes, strict=True)]
+        return None, d_hidden_ND, None, None, None, None, *scaled
+
+
+def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
+    """[loss_sum, its gradient for hidden (or None), and for each of `trainable`], by explicit GEMMs."""
+    weight_VD, bias_V = lm_head.weight, lm_head.bias
+    d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
+    totals: dict[Tensor, Tensor] = {}
+    loss_sum = hidden_MD.new_zeros((), dtype=_statistics_dtype(hidden_MD))
+    # One buffer for all chunks: on a CPU, fresh pages for each would take as long as the softmax.
+    buffer_CV = hidden_MD.new_empty(min(chunk_tokens, len(hidden_MD)), len(weight_VD))
+    for start in range(0, len(hidden_MD), chunk_tokens):
+        here = slice(start, start + chunk_tokens)
+        hidden_CD = hidden_MD[here]
+        logits_CV = buffer_CV[: len(hidden_CD)]
+        if bias_V is None:
+            torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+        else:
+            torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=logits_CV)
+        loss_sum += _to_gradient_(logits_CV, targets_M1[here], needs_hidden or bool(trainable))
+        if needs_hidden:
+            torch.mm(logits_CV, weight_VD, out=d_hidden_MD[here])
+        for parameter in trainable:
+            if parameter is bias_V:
+                _add_to(totals, parameter, logits_CV.sum(0, dtype=loss_sum.dtype))
+            elif parameter in totals and logits_CV.dtype == loss_sum.dtype:
+                totals[parameter].addmm_(logits_CV.t(), hidden_CD)
+            else:
+                _add_to(totals, parameter, torch.mm(logits_CV.t(), hidden_CD))
+    return [loss_sum, d_hidden_MD, *(totals.get(parameter, torch.zeros_like(parameter)) for parameter in trainable)]
+
+
+def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
+    """What `_dense_head` returns, for a head known by its forward only."""
+    d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
+    totals: dict[Tensor, Tensor] = {}
+    loss_sum = hidden_MD.new_zeros((), dtype=_statistics_dtype(hidden_MD))
+    needs_any = needs_hidden or bool(trainable)
+    for start in range(0, len(hidden_MD), chunk_tokens):
+        here = slice(start, start + chunk_tokens)
+        hidden_CD = hidden_MD[here].requires_grad_(needs_hidden)
+        with torch.set_grad_enabled(needs_any):
+            logits_CV = lm_head(hidden_CD)
+        d_logits_CV = logits_CV.detach().clone()  # the head may need its own output in backward
+        loss_sum += _to_gradient_(d_logits_CV, targets_M1[here], needs_any)
+        if needs_any:
+            inputs = [hidden_CD, *trainable] if needs_hidden else trainable
+            gradients = torch.autograd.grad(logits_CV, inputs, d_logits_CV, materialize_grads=True)
+            if needs_hidden:
+                d_hidden_MD[here], *gradients = gradients
+            for parameter, gradient in zip(trainable, gradients, strict=True):
+                _add_to(totals, parameter, gradient)
+    return [loss_sum, d_hidden_MD, *(totals.get(parameter, torch.zeros_like(parameter)) for parameter in trainable)]
+
+
+def _to_gradient_(logits_CV: Tensor, targets_C1: Tensor, needs_gradient: bool) -> Tensor:
+    """Sum of the losses of a chunk; logits_CV is overwritten by its gradient, softmax - one_hot (if needed)."""
+    dtype = _statistics_dtype(logits_CV)
+    loss_sum = logits_CV.new_zeros((), dtype=dtype)
+    num_rows = max(1, _SOFTMAX_BYTES[logits_CV.device.type] // (logits_CV.shape[1] * dtype.itemsize))
+    for logits_RV, targets_R1 in zip(logits_CV.split(num_rows), targets_C1.split(num_rows), strict=True):
+        softmax_RV = logits_RV.to(dtype)  # fp32 logits: the same memory
+        of_target_R1 = softmax_RV.gather(1, targets_R1)
+        largest_R1 = softmax_RV.amax(1, keepdim=True)
+        softmax_RV.sub_(largest_R1).exp_()
+        total_R1 = softmax_RV.sum(1, keepdim=True)
+        loss_sum += (total_R1.log() + (largest_R1 - of_target_R1)).sum()
+        if needs_gradient:
+            minus_one_R1 = softmax_RV.new_full((1, 1), -1.0).expand_as(targets_R1)
+            softmax_RV.div_(total_R1).scatter_add_(1, targets_R1, minus_one_R1)
+            logits_RV.copy_(softmax_RV)
+    return loss_sum
+
+
+def _is_dense(lm_head: nn.Module) -> bool:
+    """Is it y = x W^T + b? Told by what it owns: one 2-D floating `weight`, perhaps a `bias`, and no part beside."""
+    owned = dict(lm_head.named_parameters())
+    return (
+        owned.keys() in ({"weight"}, {"weight", "bias"})
+        and owned["weight"].dim() == 2
+        and owned["weight"].is_floating_point()
+        and not list(lm_head.children())
+        and not list(lm_head.buffers())
+    )
+
+
+def _even_chunk(num_rows: int, chunk_tokens: int) -> int:
+    """The chunk that cuts the rows into as few pieces, but of equal size: a last chunk of a few rows would be slow."""
+    num_chunks = -(-num_rows // chunk_tokens)
+    return -(-num_rows // max(1, num_chunks)) or 1
+
+
+def _statistics_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor) -> None:
+    """One term is kept as it is; sums are formed in fp32."""
+    if parameter in totals:
+        term = totals[parameter].to(_statistics_dtype(term)) + term
+    totals[parameter] = term
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product is formed in fp32: a bf16 factor, 1 / (tokens of the step), would be off by up to 2^-9 for all."""
+    return (gradient.to(factor.dtype) * factor).to(dtype)

@@ -1,0 +1,1 @@
+"""Optimizers on flat fp32 shards, and learning-rate schedules."""

@@ -1,0 +1,98 @@
+"""What a user may say about the optimizer and the learning rate.
+
+Hyper-parameters per parameter are given by *patterns*: regular expressions that are searched (`re.search`) in the full
+parameter name, e.g. `model.layers.3.self_attn.q_proj.lora_B.weight`. LoRA+ is `lr_ratios={"lora_B": 16.0}`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    lr: peak learning rate.
+    betas: decay rates of the first and second moment.
+    eps: added to the square root of the second moment.
+    weight_decay: decoupled: a weight is multiplied by 1 - lr * weight_decay in each step.
+    no_decay: patterns of parameters without weight decay (default: norm weights and biases).
+    lr_ratios: pattern -> factor on lr; the first pattern that matches a name counts; 0 freezes.
+    schedule: what follows the warm-up: constant, linear or cosine, down to min_lr_ratio at the last step.
+    warmup_steps: optimizer steps in which lr grows linearly from 0.
+    min_lr_ratio: lr at the end of linear and cosine, as a part of lr.
+    max_grad_norm: the global gradient norm is clipped to this; None: no clipping.
+    """
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = (r"norm\.weight$", r"bias$")
+    lr_ratios: dict[str, float] = field(default_factory=dict)
+    schedule: ScheduleName = "linear"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        def need(name: str, value: Any, is_valid: Callable[[Any], bool], valid: str) -> None:
+            if not is_valid(value):
+                raise ValueError(f"optim.{name} is {value!r}; valid: {valid}")
+
+        need("lr", self.lr, lambda v: _is_finite(v) and v > 0, "a finite number > 0")
+        need("betas", self.betas, lambda v: len(v) == 2 and all(_is_finite(b) and 0 <= b < 1 for b in v),
+             "two numbers in [0, 1)")
+        need("eps", self.eps, lambda v: _is_finite(v) and v > 0, "a finite number > 0")
+        need("weight_decay", self.weight_decay, lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
+        need("no_decay", self.no_decay, lambda v: not isinstance(v, str) and all(map(_is_pattern, v)),
+             "a list of regular expressions")
+        need("lr_ratios", self.lr_ratios,
+             lambda v: all(_is_pattern(p) and _is_finite(r) and r >= 0 for p, r in v.items()),
+             "regular expression -> finite number >= 0")
+        need("schedule", self.schedule, lambda v: v in get_args(ScheduleName), ", ".join(get_args(ScheduleName)))
+        need("warmup_steps", self.warmup_steps, lambda v: isinstance(v, int) and v >= 0, "an integer >= 0")
+        need("min_lr_ratio", self.min_lr_ratio, lambda v: _is_finite(v) and 0 <= v <= 1, "a number in [0, 1]")
+        need("max_grad_norm", self.max_grad_norm, lambda v: v is None or (_is_finite(v) and v > 0),
+             "a finite number > 0, or null for no clipping")
+
+    def lr_ratio(self, name: str) -> float:
+        """Factor on lr for the parameter `name`."""
+        return next((ratio for pattern, ratio in self.lr_ratios.items() if re.search(pattern, name)), 1.0)
+
+    def decay(self, name: str) -> float:
+        """Weight decay of the parameter `name`."""
+        return 0.0 if any(re.search(pattern, name) for pattern in self.no_decay) else self.weight_decay
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse an `lr_ratios` pattern that is the first match of none of the trainable parameters.
+
+        names: those of the whole model. A rank that passed the names in its own shards would fail alone.
+        """
+        names = list(names)
+        first_matches = {next((p for p in self.lr_ratios if re.search(p, name)), None) for name in names}
+        for pattern in self.lr_ratios:
+            if pattern not in first_matches:
+                raise ValueError(
+                    f"optim.lr_ratios has the pattern {pattern!r}, which decides the learning rate of no trainable "
+                    f"parameter; valid: a pattern found in one of {len(names)} names such as {', '.join(names[:3])}"
+                )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pattern(pattern: object) -> bool:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError):
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""The flat shard: all that an optimizer sees of a model.
+
+FSDP cuts every trainable bucket (all trainable tensors of a unit) into one contiguous piece per rank. A `FlatShard` is
+this rank's piece: one 1-D fp32 tensor, its gradient, and the list of which elements belong to which parameter. The
+optimizer never sees a module, a unit or a rank, and the shard may cut a parameter anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParamRange:
+    """Elements [start, stop) of a shard are those of parameter `name`, flattened, from `param_start` on.
+
+    full_shape: of the whole, unsharded parameter.
+    """
+
+    name: str
+    start: int
+    stop: int
+    param_start: int
+    full_shape: tuple[int, ...]
+
+
+@dataclass
+class FlatShard:
+    """This rank's piece of one trainable bucket.
+
+    name: unique among the shards of a model and the same on every rank (it is the key of the optimizer state).
+    master: (n,) fp32, the weights that the optimizer updates in place; small updates are not lost as in bf16.
+    grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into; None before there is one.
+    ranges: ordered, not overlapping. Elements in no range are padding: zero in `master` and in `grad`.
+    """
+
+    name: str
+    master: Tensor
+    grad: Tensor | None
+    ranges: list[ParamRange]
+
+    def __post_init__(self) -> None:
+        assert self.master.dim() == 1 and self.master.dtype == torch.float32, f"{self.name}: master must be 1-D fp32"
+        end = 0
+        for piece in self.ranges:
+            assert end <= piece.start < piece.stop <= self.master.numel(), f"{self.name}: bad range {piece}"
+            end = piece.stop

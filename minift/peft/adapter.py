@@ -1,0 +1,124 @@
+"""What an adapter is: a `LinearBase` that wraps another `LinearBase` and owns a few trainable parameters.
+
+Adding a method is adding one file with two classes, and one line in `checkpoint/adapters.py` (its PEFT name):
+
+  * a frozen dataclass derived from `AdapterConfig`: the user's settings, which projections to wrap (inherited), how to
+    wrap one, and how the settings are spelled in PEFT's `adapter_config.json`;
+  * a module derived from `Adapter`: its forward, its parameters' initial values, and the dense weight it amounts to.
+
+`inject` wraps and freezes, `manage` merges, `checkpoint.adapters` stores and `checkpoint.merge` merges on disk: none
+of them knows a method. Two rules hold for every method: all parameters outside `base` are trainable and stored; and a
+parameter that backward needs is read again in backward from the Parameter object (see `model.linear`), never saved.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from minift.model.linear import Linear, LinearBase
+from minift.peft.patterns import ALL_LINEAR
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(ABC):
+    """Settings that all methods share.
+
+    targets: which projections get an adapter: "all-linear" (all but lm_head), a list of names or suffixes after a dot
+        (["q_proj", "v_proj"]), or one regular expression for the full name.
+    exclude: projections left alone although `targets` matches them; a list or one regular expression, as above.
+    """
+
+    targets: str | list[str] = ALL_LINEAR
+    exclude: str | list[str] | None = None
+
+    parameter_names: ClassVar[tuple[str, ...]]
+    """Names of an adapter's own parameters below its module, e.g. ("lora_A.weight", "lora_B.weight")."""
+
+    @abstractmethod
+    def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> Adapter:
+        """The adapter around `base`, whose full name in the model is `name`; own parameters uninitialised."""
+
+    @abstractmethod
+    def check(self, names: Sequence[str]) -> None:
+        """ValueError if a setting speaks of a module that is not among the wrapped ones, `names`."""
+
+    @abstractmethod
+    def to_peft(self) -> dict[str, Any]:
+        """Every key of PEFT's `adapter_config.json`; "target_modules" as in `targets`, storage spells out a string."""
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> Self:
+        """Inverse of `to_peft` for any file that PEFT wrote. ValueError names a setting that minift does not have."""
+
+
+class Adapter(LinearBase):
+    """A projection with an adapter: `base` is frozen, every other parameter is the method's own.
+
+    Merged in memory, the adapter costs no time and its base weight is W + ΔW, added in fp32 (fp64 for fp64 weights) and
+    rounded once. The tensor that held W is kept and put back by `unmerge`, bit for bit: while merged, the weight exists
+    twice. (Keeping only the rounding residue would need fewer bytes, but also unchanged adapter weights at unmerge.)
+    """
+
+    def __init__(self, base: LinearBase) -> None:
+        super().__init__()
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.base = base
+        self._unmerged_weight: Tensor | None = None
+
+    # What a method writes #
+
+    def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
+        """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
+        raise NotImplementedError
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        """The dense weight (out, in) that the adapter makes of the base weight `weight`, in its dtype: fp32 or fp64."""
+        raise NotImplementedError
+
+    # What they all share #
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(local name, Parameter) of everything outside `base`."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+
+    @torch.no_grad()
+    def exact_weight(self, weight: Tensor) -> Tensor:
+        """The effective weight over the base weight `weight`, not yet rounded to its dtype: fp32, or fp64 for fp64."""
+        return self.effective_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+    def dense_weight(self) -> Tensor:
+        """The effective weight (out, in), rounded once to the base weight's dtype. A copy unless merged."""
+        weight = self.base.dense_weight()
+        return weight if self.merged else self.exact_weight(weight).to(weight.dtype)
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def merge(self) -> None:
+        """Fold the adapter into the base weight. Not for sharded models: their weights exist only inside forward.
+
+        ValueError if the base is not a dense `Linear`: rounding W + ΔW back to 4 bits would be another model.
+        """
+        if self.merged:
+            raise ValueError("the adapter is merged already; unmerge it first")
+        if not isinstance(self.base, Linear):
+            raise ValueError(f"only a dense Linear can be merged into, this adapter wraps {type(self.base).__name__}")
+        merged = self.dense_weight()
+        self._unmerged_weight = self.base.weight.data
+        self.base.weight.data = merged
+
+    def unmerge(self) -> None:
+        """Put back the weight of before `merge`: the same tensor, so the same bits."""
+        if self._unmerged_weight is None:
+            raise ValueError("the adapter is not merged")
+        self.base.weight.data = self._unmerged_weight
+        self._unmerged_weight = None

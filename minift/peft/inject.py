@@ -1,0 +1,71 @@
+"""Put adapters into a model, freeze the rest, and give the adapters their initial values.
+
+The initial value of a parameter is a function of (seed, name) alone. So it can be asked for one parameter at a time,
+by a rank that holds the model on the meta device, and it is the same at any world size and in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from minift.model.linear import LinearBase
+from minift.peft.adapter import Adapter, AdapterConfig
+from minift.peft.patterns import select_modules
+
+
+def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Wrap the projections that `config` names, train the adapters and nothing else; return the trainable names.
+
+    Adapter parameters get `dtype` and their base's device, and `init_tensor`'s values unless that is the meta device.
+    ValueError if the model has adapters already, or a pattern matches nothing (the model is unchanged then).
+    """
+    if any(isinstance(module, Adapter) for module in model.modules()):
+        raise ValueError("the model has adapters already; inject works once per model")
+    projections = {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
+    names = select_modules(list(projections), config.targets, config.exclude)
+    config.check(names)
+    model.requires_grad_(False)
+    for name in names:
+        base = projections[name]
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
+        adapter = config.wrap(name, base, dtype, device)
+        adapter.train(base.training)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, adapter)
+    trainable = adapter_parameters(model)
+    for name, parameter in trainable.items():
+        if not parameter.is_meta:
+            parameter.data.copy_(init_tensor(model, name, seed))
+    return list(trainable)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Full name -> adapter, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Full name -> parameter of every adapter, in the model's order: what is trained and stored."""
+    return {
+        f"{name}.{local_name}": parameter
+        for name, adapter in adapters(model).items()
+        for local_name, parameter in adapter.own_parameters()
+    }
+
+
+def init_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
+    """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device."""
+    for module_name, adapter in adapters(model).items():
+        if name.startswith(f"{module_name}."):
+            return adapter.init_parameter(name.removeprefix(f"{module_name}."), named_generator(seed, name))
+    raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator whose stream depends on (seed, name) alone. SHA-256, as Python's `hash` differs per process."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))

@@ -1,0 +1,75 @@
+"""How a user names modules and parameters, and what happens when a name is wrong.
+
+Modules (adapter targets) follow PEFT, so that `target_modules` means the same in both: a *list* holds full names or
+suffixes that start after a dot; a single *string* is a regular expression that must match the full name;
+`"all-linear"` is every projection except the LM head. Keys of `rank_pattern` and `alpha_pattern` are regular
+expressions for the end of the name, and the first that matches counts. Parameters (freezing) follow `OptimConfig`:
+regular expressions searched in the name.
+
+A pattern that matches nothing is an error that shows the nearest names: the silent alternative trains something else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+ALL_LINEAR = "all-linear"
+LM_HEAD = "lm_head"
+
+
+def select_modules(
+    names: Sequence[str], targets: str | Sequence[str], exclude: str | Sequence[str] | None
+) -> list[str]:
+    """The `names` that `targets` matches and `exclude` does not, in order. ValueError if a pattern matches nothing."""
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        chosen = {name for name in names if name.rpartition(".")[2] != LM_HEAD}
+    else:
+        chosen = _match_modules(names, targets, "targets")
+    if exclude is not None:
+        chosen -= _match_modules(names, exclude, "exclude")
+    if not chosen:
+        raise ValueError(f"targets={targets!r} with exclude={exclude!r} leaves no module of {len(names)}")
+    return [name for name in names if name in chosen]
+
+
+def select_parameters(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
+    """The `names` in which one of the regular expressions is found; ValueError if one of them is found in none."""
+    found = (_nonempty({n for n in names if _compile(p, what).search(n)}, p, names, what) for p in patterns)
+    return set().union(*found)
+
+
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """The first of PEFT's rank/alpha patterns that matches the end of `name`, from a dot on; None if none does."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+
+
+def check_endings(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
+    """ValueError for a rank/alpha pattern that matches the end of none of `names`."""
+    for pattern in patterns:
+        _compile(pattern, what)
+        _nonempty({name for name in names if first_match([pattern], name)}, pattern, names, what)
+
+
+def _match_modules(names: Sequence[str], patterns: str | Sequence[str], what: str) -> set[str]:
+    if isinstance(patterns, str):
+        regex = _compile(patterns, what)
+        return _nonempty({name for name in names if regex.fullmatch(name)}, patterns, names, what)
+    found = (_nonempty({n for n in names if n == p or n.endswith(f".{p}")}, p, names, what) for p in patterns)
+    return set().union(*found)
+
+
+def _compile(pattern: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _nonempty(matched: set[str], pattern: str, names: Sequence[str], what: str) -> set[str]:
+    if matched:
+        return matched
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    nearest = difflib.get_close_matches(pattern, [*endings, *names], n=3, cutoff=0.5) or endings[:8]
+    raise ValueError(f"{what}: {pattern!r} matches none of {len(names)} names; nearest: {', '.join(nearest)}")

@@ -1,0 +1,412 @@
+"""The training step, and the loop around it.
+
+One loop for every objective: an objective is a function (model, batch) -> sum of losses, PPO's rollouts are a source of
+batches. Periodic work (validation, checkpoints) stands outside of the step, between rulers. Everything that is logged is
+reduced over all ranks.
+
+Not here: how the model is put together (`build`), what a batch is (`data`), where parameters live (`fsdp`).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from minift.build import BuiltModel, ModelSource, base_fingerprint, build_model
+from minift.checkpoint.export import export_run
+from minift.checkpoint.sharded import Progress as Standing
+from minift.checkpoint.sharded import list_checkpoints, load_checkpoint, save_checkpoint
+from minift.data.batch import Batch
+from minift.data.config import DataConfig
+from minift.data.loader import LoaderState, StepLoader, eval_batches
+from minift.data.prepare import Prepared, prepare
+from minift.data.tokenizer import Tokenizer
+from minift.dist.collectives import barrier, max_over_ranks, sum_over_ranks
+from minift.dist.process import World, init_world, shutdown
+from minift.dist.seeds import seed_everything
+from minift.dist.signals import StopRequest, stop_requests
+from minift.eval.loss import mean_loss
+from minift.fsdp import ShardPolicy
+from minift.fsdp.clip import clip_grads_, grad_norm
+from minift.metrics import JsonlWriter, peak_bytes
+from minift.objectives.sft import SupervisedTokens
+from minift.objectives.types import LossSum
+from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.optim.schedule import Schedule
+from minift.peft.adapter import AdapterConfig
+from minift.precision import Precision
+from minift.progress import Progress
+from minift.report import RunFacts, plot_run, write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much per step, and what happens when."""
+
+    examples_per_step: int
+    """Documents per optimizer step, summed over all ranks and microbatches (the global batch)."""
+
+    microbatch_tokens: int
+    """Most tokens in one forward pass of one rank. Bounds activation memory; changes nothing in the result."""
+
+    epochs: float = 1.0
+    """Passes over the training data; may be a fraction."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says; null: no such limit."""
+
+    validate_every_steps: int = 0
+    """Compute the validation loss every so many steps, and at the end; 0: at the start and the end only."""
+
+    checkpoint_every_steps: int = 0
+    """Save a checkpoint every so many steps, and at the end; 0: at the end only."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+
+    seed: int = 0
+    """Seed of new parameters and of dropout. (The order of the data has its own, data.seed.)"""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("examples_per_step", 1),
+            ("microbatch_tokens", 2),
+            ("validate_every_steps", 0),
+            ("checkpoint_every_steps", 0),
+            ("keep_checkpoints", 1),
+            ("seed", 0),
+        ):
+            if self.__dict__[name] < least:
+                raise ValueError(f"loop.{name} is {self.__dict__[name]}; valid: {least} or more")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"loop.max_steps is {self.max_steps}; valid: 1 or more, or null for no limit")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"loop.epochs is {self.epochs}; valid: a number above 0")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        steps = max(1, math.ceil(self.epochs * steps_per_epoch))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+class Settings(Protocol):
+    """What `train` reads of a run's configuration (`config.RunConfig` has it all)."""
+
+    run_dir: str
+    model: ModelSource
+    data: DataConfig
+    objective: str
+    adapter: AdapterConfig | None
+    train: tuple[str, ...]
+    freeze: tuple[str, ...]
+    optim: OptimConfig
+    precision: Precision
+    fsdp: ShardPolicy
+    loop: TrainConfig
+    device: str
+
+    def save(self) -> None: ...
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient became infinite or NaN; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global values: the same on every rank."""
+
+    loss: float  # mean over the step's weight
+    grad_norm: float  # before clipping
+    weight: float
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: AdamW,
+    objective: Callable[[nn.Module, Batch], LossSum],
+    microbatches: list[Batch],
+    *,
+    lr_scale: float,
+    max_grad_norm: float | None,
+    world: World,
+) -> StepResult:
+    """One optimizer step. Losses are summed, and divided once by the weight of the whole step over all ranks.
+
+    That divisor is known before the first backward, so a step is the same however its examples are spread over ranks and
+    microbatches. Raises `NonFiniteError` on all ranks alike, before anything is updated.
+    """
+    weight = float(sum_over_ranks(sum(microbatch.num_targets for microbatch in microbatches), world))
+    local_loss_sum = torch.zeros((), device=world.device)
+    for microbatch in microbatches:
+        loss_sum = objective(model, microbatch.to(world.device)).loss_sum
+        (loss_sum / weight).backward()
+        local_loss_sum += loss_sum.detach()
+
+    norm = grad_norm(optimizer.shards, world)
+    result = StepResult(float(sum_over_ranks(local_loss_sum, world)) / weight, float(norm), weight)
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
+    if max_grad_norm is not None:
+        clip_grads_(optimizer.shards, norm, max_grad_norm)
+    optimizer.step(lr_scale)
+    optimizer.zero_grad()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: Settings) -> int:
+    """Run (or continue) what `config` describes and leave the run folder complete. Returns the exit status: 0 when done
+    or stopped by SIGTERM with everything saved, 130 when stopped by Ctrl-C."""
+    world = init_world(config.device)
+    try:
+        with stop_requests() as stop:
+            Run(config, world, stop).go()
+        return 130 if stop.signal == signal.SIGINT else 0
+    finally:
+        shutdown()
+
+
+class Run:
+    """One process's part of a run: assemble, resume, loop, export."""
+
+    def __init__(self, config: Settings, world: World, stop: StopRequest) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        self.run_dir = Path(config.run_dir)
+        self.seconds: dict[str, float] = {}
+        if world.is_main:
+            config.save()
+
+        with self.phase("data"):
+            self.tokenizer = Tokenizer.from_folder(config.model.path)
+            self.data: Prepared = prepare(config.data, self.tokenizer, config.objective, self.run_dir / "data")
+        with self.phase("load model"):
+            seed_everything(config.loop.seed, world.rank)
+            self.built: BuiltModel = build_model(
+                config.model,
+                config.adapter,
+                train=config.train,
+                freeze=config.freeze,
+                precision=config.precision,
+                policy=config.fsdp,
+                world=world,
+                seed=config.loop.seed,
+            )
+        config.optim.check_names(self.built.trainable)
+        self.objective = SupervisedTokens()
+        self.optimizer = AdamW(self.built.engine.trainable_shards(), config.optim)
+        self.loader = StepLoader(
+            self.data.train,
+            examples_per_step=config.loop.examples_per_step,
+            microbatch_tokens=config.loop.microbatch_tokens,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.data.seed,
+            shuffle=config.data.shuffle,
+        )
+        self.total_steps = config.loop.total_steps(self.loader.steps_per_epoch)
+        self.schedule = Schedule.from_config(config.optim, self.total_steps)
+        self.step = 0
+        self.base = base_fingerprint(config.model.path)
+        self.resume()
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of this run folder, if there is one."""
+        checkpoints = list_checkpoints(self.run_dir / "checkpoints")
+        if not checkpoints:
+            return
+        with self.phase("resume"):
+            standing = load_checkpoint(checkpoints[-1], self.optimizer.shards, self.optimizer, self.world)
+        if standing.base != self.base:
+            raise ValueError(
+                f"{checkpoints[-1]} was trained on another base model than {self.config.model.path} is now "
+                f"(its files differ); give another --run_dir"
+            )
+        self.step = standing.step
+        self.loader.load_state(LoaderState(**standing.loader))
+
+    def go(self) -> None:
+        """The loop. Steps are counted from 0; `self.step` is the number of finished ones."""
+        config, world = self.config, self.world
+        metrics = JsonlWriter(self.run_dir / "metrics.jsonl") if world.is_main else None
+        with Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
+            if self.step:
+                self.progress.say(f"continuing after step {self.step}")
+            if self.step == 0:
+                self.validate(metrics)
+            for microbatches, loader_state in self.loader:
+                if self.step >= self.total_steps or self.stop_requested():
+                    break
+
+                # -------------------------------------------------------------------- one optimizer step
+                started = time.perf_counter()
+                lr_scale = self.schedule(self.step)
+                result = self.guarded_step(microbatches, lr_scale)
+                seconds = time.perf_counter() - started
+                self.seconds["train"] = self.seconds.get("train", 0.0) + seconds
+                self.step += 1
+                # ------------------------------------------------------------------------------------ log
+
+                if self.step == 1:
+                    self.check_gradients_arrived()
+                tokens = int(sum_over_ranks(sum(batch.num_tokens for batch in microbatches), world))
+                memory = int(max_over_ranks(peak_bytes(world.device), world))
+                record = {
+                    "step": self.step,
+                    "epoch": self.step / self.loader.steps_per_epoch,
+                    "loss": result.loss,
+                    "lr": config.optim.lr * lr_scale,
+                    "grad_norm": result.grad_norm,
+                    "tokens": tokens,
+                    "targets": int(result.weight),
+                    "tokens_per_second": tokens / seconds,
+                    "step_seconds": seconds,
+                    "memory_bytes": memory,
+                }
+                if metrics is not None:
+                    metrics.write(record)
+                self.progress.step(record)
+
+                # -------------------------------------------------------------------------- once in a while
+                last = self.step == self.total_steps
+                if last or _is_due(self.step, config.loop.validate_every_steps):
+                    self.validate(metrics)
+                self.loader_state = loader_state
+                if last or _is_due(self.step, config.loop.checkpoint_every_steps):
+                    self.checkpoint()
+            else:
+                raise AssertionError("the loader is endless")
+            self.finish()
+
+    def guarded_step(self, microbatches: list[Batch], lr_scale: float) -> StepResult:
+        """`train_step`; a non-finite loss or gradient leaves the batch on disk and stops the run."""
+        try:
+            return train_step(
+                self.built.module,
+                self.optimizer,
+                self.objective,
+                microbatches,
+                lr_scale=lr_scale,
+                max_grad_norm=self.config.optim.max_grad_norm,
+                world=self.world,
+            )
+        except NonFiniteError as error:
+            dump = self.run_dir / "nonfinite" / f"step-{self.step + 1:08d}-rank-{self.world.rank:05d}.safetensors"
+            dump.parent.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {
+                    f"{index}/{name}": tensor.contiguous()
+                    for index, batch in enumerate(microbatches)
+                    for name, tensor in asdict(batch).items()
+                    if isinstance(tensor, torch.Tensor)
+                },
+                dump,
+            )
+            kept = list_checkpoints(self.run_dir / "checkpoints")
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
+            raise NonFiniteError(
+                f"step {self.step + 1}: {error}. Nothing was updated; this rank's batch is in {dump}; {where}"
+            ) from None
+
+    def check_gradients_arrived(self) -> None:
+        """A trainable parameter that backward does not reach would silently stay as it was."""
+        missing = self.built.engine.parameters_without_grad()
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} trainable parameters got no gradient in the first step, among them {', '.join(missing[:4])}"
+            )
+
+    def validate(self, metrics: JsonlWriter | None) -> None:
+        """Mean loss over the validation documents, if there are any."""
+        if self.data.validation is None:
+            return
+        with self.phase("validate"):
+            batches = eval_batches(
+                self.data.validation, self.config.loop.microbatch_tokens, self.world.rank, self.world.size
+            )
+            loss, targets = mean_loss(self.built.module, self.objective, batches, self.world.device, self.sum)
+        if metrics is not None:
+            metrics.write({"step": self.step, "validation_loss": loss, "validation_targets": targets})
+        self.progress.say(f"validation loss {loss:.4f} after step {self.step}")
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(value, self.world)
+
+    def checkpoint(self) -> None:
+        with self.phase("checkpoint"):
+            standing = Standing(self.step, asdict(self.loader_state), self.base)
+            folder = save_checkpoint(
+                self.run_dir / "checkpoints",
+                standing,
+                self.optimizer.shards,
+                self.optimizer,
+                self.world,
+                self.config.loop.keep_checkpoints,
+            )
+        self.progress.say(f"checkpoint {folder}")
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks must leave the loop at the same step."""
+        return bool(max_over_ranks(float(self.stop.signal is not None), self.world))
+
+    def finish(self) -> None:
+        """Save what is not saved yet, export, report."""
+        stopped = self.step < self.total_steps
+        newest = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
+        if stopped and self.step and not newest.is_dir():
+            self.checkpoint()
+        adapter_folder = model_folder = None
+        if not stopped:
+            with self.phase("export"):
+                adapter_folder, model_folder = export_run(
+                    self.built.engine, self.built.config, self.config.adapter, self.config.model.path,
+                    self.run_dir / "export",
+                )  # fmt: skip
+        if self.world.is_main and self.step:
+            facts = RunFacts(
+                status=f"stopped by a signal after step {self.step} of {self.total_steps}" if stopped else "finished",
+                objective=self.config.objective,
+                method=type(self.config.adapter).__name__.removesuffix("Config") if self.config.adapter else "full",
+                model_path=self.config.model.path,
+                model_family=self.built.config.family,
+                num_parameters=self.built.num_parameters,
+                num_trainable_parameters=self.built.num_trainable_parameters,
+                data=self.data.summary,
+                world_size=self.world.size,
+                device=str(self.world.device),
+                seconds_by_phase=self.seconds,
+                adapter_folder=adapter_folder,
+                model_folder=model_folder,
+            )
+            plot_run(self.run_dir)
+            write_report(self.run_dir, facts)
+            self.progress.say(f"report: {self.run_dir / 'report.md'}")
+        barrier(self.world)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the wall seconds of a part of the run under `name`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+

@@ -1,0 +1,134 @@
+"""Who is wrapped, who is trained, and that initial values depend on seed and name alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from minift.model.decoder import CausalLM
+from minift.peft.adapter import Adapter
+from minift.peft.inject import adapter_parameters, adapters, init_tensor, inject, named_generator
+from minift.peft.lora import LoraConfig
+
+PROJECTIONS = [
+    f"model.layers.{i}.{m}"
+    for i in range(2)
+    for m in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+]  # fmt: skip
+TOKENS = torch.arange(9)
+
+
+def with_factors(modules):
+    return [f"{module}.{factor}.weight" for module in modules for factor in ("lora_A", "lora_B")]
+
+
+@pytest.mark.parametrize(
+    ("config", "modules"),
+    [
+        (LoraConfig(), PROJECTIONS),
+        (LoraConfig(targets=["q_proj", "v_proj"]), [m for m in PROJECTIONS if m.endswith(("q_proj", "v_proj"))]),
+        (LoraConfig(targets=r"model\.layers\.1\.mlp\..*"), PROJECTIONS[11:]),
+        (LoraConfig(targets=["lm_head"]), ["lm_head"]),
+        (LoraConfig(exclude=["down_proj"]), [m for m in PROJECTIONS if not m.endswith("down_proj")]),
+    ],
+)
+def test_trainable_names_are_exactly_the_adapters(tiny_model, config, modules):
+    model = tiny_model()
+    trainable = inject(model, config)
+    assert sorted(trainable) == sorted(with_factors(modules))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    assert list(adapter_parameters(model)) == trainable
+    assert sorted(adapters(model)) == sorted(modules)
+
+
+def test_first_forward_is_the_base_model_and_only_adapters_get_gradients(tiny_model, logits_of):
+    model = tiny_model()
+    before = logits_of(model, TOKENS)
+    names = inject(model, LoraConfig(targets=["q_proj", "up_proj", "lm_head"]))
+    after = logits_of(model, TOKENS)
+    assert torch.equal(before, after)
+    after.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == names
+    grads = {name: p.grad.abs().max() for name, p in model.named_parameters() if p.grad is not None}
+    assert all((grad > 0) == ("lora_B" in name) for name, grad in grads.items()), "B moves first, A after it"
+
+
+def test_refuses_a_second_injection_and_leaves_the_model_alone_on_error(tiny_model):
+    model = tiny_model()
+    for config in (LoraConfig(targets=["q_projj"]), LoraConfig(rank_pattern={"o_porj": 2})):
+        with pytest.raises(ValueError, match="matches none"):
+            inject(model, config)
+        assert not adapters(model)
+        assert all(p.requires_grad for p in model.parameters())
+    inject(model, LoraConfig())
+    with pytest.raises(ValueError, match="adapters already"):
+        inject(model, LoraConfig(targets=["lm_head"]))
+
+
+def test_ranks_and_scales_follow_patterns(tiny_model):
+    model = tiny_model()
+    inject(model, LoraConfig(r=4, alpha=8, rslora=True, rank_pattern={r"layers\.1.*q_proj": 9, "q_proj": 2},
+                             alpha_pattern={"q_proj": 3}))  # fmt: skip
+    found = {name: (a.lora_A.weight.shape[0], a.lora_B.weight.shape[1], a.scale) for name, a in adapters(model).items()}
+    assert found["model.layers.0.self_attn.q_proj"] == (2, 2, 3 / math.sqrt(2))
+    assert found["model.layers.1.self_attn.q_proj"] == (9, 9, 1.0)
+    assert found["model.layers.0.mlp.up_proj"] == (4, 4, 4.0)
+
+
+def test_initial_values_depend_on_seed_and_name_only(tiny_model):
+    model = tiny_model()
+    names = inject(model, LoraConfig(r=4), seed=3)
+    with torch.device("meta"):
+        meta = CausalLM(model.config)
+    assert inject(meta, LoraConfig(r=4), seed=99) == names
+    torch.manual_seed(12345)
+    for name in reversed(names):  # on meta, in another order, with another global state
+        assert torch.equal(init_tensor(meta, name, seed=3), model.get_parameter(name))
+        assert meta.get_parameter(name).is_meta
+    a_names = [name for name in names if "lora_A" in name]
+    assert len({init_tensor(meta, name, seed=3).sum().item() for name in a_names}) == len(a_names)
+    assert not torch.equal(init_tensor(meta, a_names[0], seed=4), init_tensor(meta, a_names[0], seed=3))
+    with pytest.raises(ValueError, match="not a parameter of an adapter"):
+        init_tensor(meta, "model.norm.weight", seed=0)
+
+
+def test_the_generator_is_stable_across_processes_and_versions():
+    """People quote seeds, so this stream must not change. `printf '0\\0a' | sha256sum` begins with these bytes."""
+    assert named_generator(0, "a").initial_seed() == int.from_bytes(bytes.fromhex("5f1aa0c8dad9dc73"), "little")
+    assert named_generator(0, "a").initial_seed() != named_generator(1, "a").initial_seed()
+
+
+def test_initial_distribution_is_peft_s():
+    """A uniform in ±1/sqrt(in), B zero. Kaiming with a = sqrt(5) has exactly this bound; the largest of 64k uniforms is
+    within 1e-3 of it except with probability (1 - 1e-3)^64k < 1e-27."""
+    with torch.device("meta"):
+        from minift.model.linear import Linear
+
+        base = Linear(1024, 8)
+    adapter: Adapter = LoraConfig(r=64).wrap("x", base, torch.float32, torch.device("meta"))
+    A = adapter.init_parameter("lora_A.weight", named_generator(0, "x"))
+    bound = 1 / math.sqrt(1024)
+    reference = torch.empty_like(A)
+    torch.nn.init.kaiming_uniform_(reference, a=math.sqrt(5))
+    assert A.shape == (64, 1024) and A.dtype == torch.float32
+    for values in (A, reference):
+        assert bound * (1 - 1e-3) < values.abs().max() <= bound
+    assert adapter.init_parameter("lora_B.weight", named_generator(0, "x")).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"r": 0}, "rank r is 0"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank q_proj is 1.5"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"targets": []}, "targets is"),
+    ],
+)
+def test_refuses_settings(bad, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**bad)
