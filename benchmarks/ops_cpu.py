@@ -138,10 +138,14 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=1536)
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"]
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--instruction-set", default="best", choices=["best", "portable", "avx2", "avx512", "avx512_bf16"])
+    parser.add_argument(
+        "--instruction-set", default="best", choices=["best", "portable", "avx2", "avx512", "avx512_bf16"]
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -156,7 +160,9 @@ def main() -> None:
         for case in make_cases(args, dtype):
             result = measure(case, dtype, args.rounds)
             results.append(result)
-            print(f"{result.name:34}{result.dtype:10}{result.eager_us:10.0f}{result.minift_us:11.0f}{result.speedup:8.1f}x")
+            print(
+                f"{result.name:34}{result.dtype:10}{result.eager_us:10.0f}{result.minift_us:11.0f}{result.speedup:8.1f}x"
+            )
     settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "ops_cpu", **settings, "results": [asdict(result) for result in results]}))
 

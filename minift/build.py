@@ -24,7 +24,7 @@ from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.model.hf import load_config
+from minift.model.hf import check_weights, load_config
 from minift.model.weights import WeightReader
 from minift.peft.adapter import AdapterConfig
 from minift.peft.freeze import set_trainable
@@ -72,6 +72,8 @@ def build_model(
     config = load_config(source.path)
     with torch.device("meta"):
         model = CausalLM(config)
+    reader = WeightReader(source.path)
+    check_weights(reader, model)
     if adapter is not None:
         trainable = inject(model, adapter, seed=seed)
     else:
@@ -81,7 +83,6 @@ def build_model(
 
     engine = shard(model, model.shard_units(), world, policy, precision)
 
-    reader = WeightReader(source.path)
     initial: dict[str, Tensor] = {}  # the adapter parameter drawn last: a shard border may ask for its two halves
 
     def read(name: str, start: int, stop: int) -> Tensor:

@@ -32,7 +32,7 @@ from minift.train import TrainConfig
 
 USAGE = """\
 usage: minift train RECIPE [--section.field VALUE ...]
-       torchrun --nproc-per-node N -m minift train RECIPE [--section.field VALUE ...]
+       torchrun --standalone --nproc-per-node N -m minift train RECIPE [--section.field VALUE ...]
 
 RECIPE is a YAML file with the fields below. The command line wins over the recipe, the recipe over the default.
 Values are YAML: --optim.lr 2e-4, --data.train '[a.jsonl, b.jsonl]', --adapter null, --adapter '{}' (all its defaults).
@@ -170,6 +170,7 @@ def help_text() -> str:
             continue
         default = f"default: {entry.default}" if entry.default else "required"
         lines = [f"  --{entry.key}  {describe(entry.hint)}  ({default})"]
-        lines += textwrap.wrap(entry.doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        doc = entry.doc[:1].upper() + entry.doc[1:]
+        lines += textwrap.wrap(doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
         (sections if "." in entry.key else top).append("\n".join(lines))
     return "\n".join([USAGE, *top, *sections])

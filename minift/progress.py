@@ -87,7 +87,7 @@ def summarise(record: dict[str, Any]) -> str:
 
 def show_seconds(seconds: float) -> str:
     """7.3 s, 4:07, 1:02:09"""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -5,7 +5,8 @@ metrics.jsonl has one JSON object a line; every number in it is reduced over all
   training    {"step": optimizer steps done so far (1 = after the first), "epoch": passes over the data so far (float),
                "loss": mean over the step's supervised tokens, nats/token, "lr", "grad_norm": before clipping,
                "tokens": packed tokens of the step, "targets": supervised ones, "tokens_per_second", "step_seconds",
-               "memory_bytes": largest peak of any rank}
+               "memory_bytes": largest peak of any rank; what JSON has no number for is null, and its name and value
+               ("nan", "inf", "-inf") are in "nonfinite": {}}
   validation  {"step", "validation_loss": mean over its supervised tokens, nats/token, "validation_targets"}
 
 A resumed run writes the steps after its checkpoint a second time; what was written the first time is then forgotten. A
@@ -64,6 +65,7 @@ def read_metrics(path: str | Path) -> tuple[Records, Records]:
         try:
             record = json.loads(line)
             step, is_validation = record["step"], "validation_loss" in record
+            record |= {key: float(text) for key, text in record.pop("nonfinite", {}).items()}
         except (json.JSONDecodeError, KeyError, TypeError):
             if number == len(lines):
                 break

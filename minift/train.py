@@ -29,7 +29,8 @@ from minift.checkpoint.sharded import list_checkpoints, load_checkpoint, save_ch
 from minift.data.batch import Batch
 from minift.data.config import DataConfig
 from minift.data.loader import LoaderState, StepLoader, eval_batches
-from minift.data.prepare import Prepared, prepare
+from minift.data.documents import Documents
+from minift.data.prepare import choose_template, prepare
 from minift.data.tokenizer import Tokenizer
 from minift.dist.collectives import barrier, max_over_ranks, sum_over_ranks
 from minift.dist.process import World, init_world, shutdown
@@ -38,7 +39,7 @@ from minift.dist.signals import StopRequest, stop_requests
 from minift.eval.loss import mean_loss
 from minift.fsdp import ShardPolicy
 from minift.fsdp.clip import clip_grads_, grad_norm
-from minift.metrics import JsonlWriter, peak_bytes
+from minift.metrics import JsonlWriter, peak_device_bytes
 from minift.objectives.sft import SupervisedTokens
 from minift.objectives.types import LossSum
 from minift.optim.adamw import AdamW
@@ -194,8 +195,7 @@ class Run:
             config.save()
 
         with self.phase("data"):
-            self.tokenizer = Tokenizer.from_folder(config.model.path)
-            self.data: Prepared = prepare(config.data, self.tokenizer, config.objective, self.run_dir / "data")
+            self.training, self.validation = self.documents()
         with self.phase("load model"):
             seed_everything(config.loop.seed, world.rank)
             self.built: BuiltModel = build_model(
@@ -212,7 +212,7 @@ class Run:
         self.objective = SupervisedTokens()
         self.optimizer = AdamW(self.built.engine.trainable_shards(), config.optim)
         self.loader = StepLoader(
-            self.data.train,
+            self.training,
             examples_per_step=config.loop.examples_per_step,
             microbatch_tokens=config.loop.microbatch_tokens,
             rank=world.rank,
@@ -225,6 +225,20 @@ class Run:
         self.step = 0
         self.base = base_fingerprint(config.model.path)
         self.resume()
+
+    def documents(self) -> tuple[Documents, Documents | None]:
+        """Encoded training and validation documents, from the run folder's cache if they are there."""
+        data = self.config.data
+        tokenizer = Tokenizer.from_folder(self.config.model.path)
+        template = choose_template(data, tokenizer)
+        training = prepare(data, tokenizer, template, self.run_dir / "data")
+        validation = None
+        if data.validation or data.validation_share:
+            validation = prepare(data, tokenizer, template, self.run_dir / "data", split="validation")
+        if self.config.objective == "lm":
+            training = training.supervise_everything()
+            validation = validation and validation.supervise_everything()
+        return training, validation
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of this run folder, if there is one."""
@@ -244,7 +258,7 @@ class Run:
     def go(self) -> None:
         """The loop. Steps are counted from 0; `self.step` is the number of finished ones."""
         config, world = self.config, self.world
-        metrics = JsonlWriter(self.run_dir / "metrics.jsonl") if world.is_main else None
+        metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step) if world.is_main else None
         with Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
             if self.step:
                 self.progress.say(f"continuing after step {self.step}")
@@ -266,7 +280,7 @@ class Run:
                 if self.step == 1:
                     self.check_gradients_arrived()
                 tokens = int(sum_over_ranks(sum(batch.num_tokens for batch in microbatches), world))
-                memory = int(max_over_ranks(peak_bytes(world.device), world))
+                memory = int(max_over_ranks(peak_device_bytes(world.device), world))
                 record = {
                     "step": self.step,
                     "epoch": self.step / self.loader.steps_per_epoch,
@@ -334,11 +348,11 @@ class Run:
 
     def validate(self, metrics: JsonlWriter | None) -> None:
         """Mean loss over the validation documents, if there are any."""
-        if self.data.validation is None:
+        if self.validation is None:
             return
         with self.phase("validate"):
             batches = eval_batches(
-                self.data.validation, self.config.loop.microbatch_tokens, self.world.rank, self.world.size
+                self.validation, self.config.loop.microbatch_tokens, self.world.rank, self.world.size
             )
             loss, targets = mean_loss(self.built.module, self.objective, batches, self.world.device, self.sum)
         if metrics is not None:
@@ -387,7 +401,11 @@ class Run:
                 model_family=self.built.config.family,
                 num_parameters=self.built.num_parameters,
                 num_trainable_parameters=self.built.num_trainable_parameters,
-                data=self.data.summary,
+                data={
+                    label: "; ".join(documents.report.lines())
+                    for label, documents in (("training", self.training), ("validation", self.validation))
+                    if documents is not None and documents.report is not None
+                },
                 world_size=self.world.size,
                 device=str(self.world.device),
                 seconds_by_phase=self.seconds,

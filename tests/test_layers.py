@@ -16,8 +16,9 @@ LAYERS = [  # lowest first; what shares a line does not import each other
     ["quant", "recompute", "generate", "peft", "fsdp"],
     ["checkpoint", "planner"],
     ["build", "eval", "report"],
-    ["train"],
+    ["train", "inference"],
     ["config"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

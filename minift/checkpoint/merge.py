@@ -8,7 +8,8 @@ that is lost. The report gives the rounding error of each written weight W' in u
 
     lost_ratio = ‖W' - (W + ΔW)‖ / ‖ΔW‖
 
-0.01 means that 1 % of the update was replaced by noise. It says nothing about logits; for those, run both models.
+0.01 means that 1 % of the update was replaced by noise; 0 that nothing was rounded after the fp32 sum. It says nothing
+about logits; for those, run both models.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def merge_adapter(
 
 
 def _load_adapters(config: ModelConfig, adapter_folder: str | Path) -> dict[str, Adapter]:
-    """Name of a base weight in its folder -> its adapter, with its parameters loaded and the base on the meta device."""
+    """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta."""
     with torch.device("meta"):
         model = CausalLM(config)
     inject(model, read_config(adapter_folder))

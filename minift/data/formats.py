@@ -195,7 +195,8 @@ def _call(row: Row, call: Any, where: str) -> dict:
         arguments = _json(row, arguments, f"{where}.arguments")
     if not isinstance(arguments, dict):
         raise _error(row, f"{where}.arguments", f"must be an object, this is {kind(arguments)}")
-    return {**outer, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    rest = {key: value for key, value in outer.items() if key not in ("name", "arguments")}  # an id, say
+    return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _tools(row: Row) -> list[dict] | None:

@@ -14,7 +14,7 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,19 @@ class ExpectedCall:
         return "" in self.allowed[argument] and argument not in self.required
 
 
+VerdictKind = Literal["correct", "not a call", "wrong function", "wrong arguments"]
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right; if not, `reason` says what was wrong first."""
+    """What an answer is; if not correct, `reason` says what was wrong first."""
 
-    correct: bool
+    kind: VerdictKind
     reason: str = ""
+
+    @property
+    def correct(self) -> bool:
+        return self.kind == "correct"
 
 
 def render_call(call: Call) -> str:
@@ -111,19 +118,19 @@ def check_call(text: str, expected: ExpectedCall) -> Verdict:
     try:
         call = parse_call(text)
     except ValueError as error:
-        return Verdict(False, str(error))
+        return Verdict("not a call", str(error))
     if call.name != expected.name:
-        return Verdict(False, f"calls {call.name!r} instead of {expected.name!r}")
+        return Verdict("wrong function", f"calls {call.name!r} instead of {expected.name!r}")
     for argument, value in call.arguments.items():
         if argument not in expected.allowed:
-            return Verdict(False, f"unknown argument {argument!r}")
+            return Verdict("wrong arguments", f"unknown argument {argument!r}")
         if not _is_allowed(value, expected.allowed[argument]):
             alternatives = [option for option in expected.allowed[argument] if option != ""]
-            return Verdict(False, f"{argument}={value!r} is not one of {alternatives!r}")
+            return Verdict("wrong arguments", f"{argument}={value!r} is not one of {alternatives!r}")
     for argument in expected.allowed:
         if argument not in call.arguments and not expected.may_omit(argument):
-            return Verdict(False, f"argument {argument!r} is missing")
-    return Verdict(True)
+            return Verdict("wrong arguments", f"argument {argument!r} is missing")
+    return Verdict("correct")
 
 
 def _is_allowed(value: Any, alternatives: Sequence[Any]) -> bool:

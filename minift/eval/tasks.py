@@ -18,7 +18,7 @@ from pathlib import Path
 from minift.data.rendered import encode_rendered
 from minift.data.template import ChatTemplate
 from minift.data.tokenizer import Tokenizer
-from minift.eval.calls import ExpectedCall, check_call
+from minift.eval.calls import ExpectedCall, VerdictKind, check_call
 from minift.generate import generate
 from minift.model.decoder import CausalLM
 
@@ -35,13 +35,14 @@ class CallExample:
 
 @dataclass(frozen=True)
 class CallResult:
-    """One answer, judged. `question` is the last message of the prompt; `reason` is empty when correct."""
+    """One answer, judged. `question` is the last message of the prompt; kind and reason are the `Verdict`'s."""
 
     index: int
     id: str
     question: str
     answer: str
     correct: bool
+    kind: VerdictKind
     reason: str
 
 
@@ -72,7 +73,7 @@ def read_call_examples(file: Path) -> list[CallExample]:
             for index, entry in enumerate(json.loads(file.read_text(encoding="utf-8")))
         ]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a list of questions with answers as `minift data bfcl` writes: {error!r}") from None
+        raise ValueError(f"{file} is not what `minift data bfcl` writes: {error!r}") from None
 
 
 def evaluate_function_calls(
@@ -83,8 +84,8 @@ def evaluate_function_calls(
     *,
     rank: int = 0,
     world_size: int = 1,
-    batch_size: int = 40,
-    max_new_tokens: int = 128,
+    batch_size: int = 20,
+    max_new_tokens: int = 96,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[CallResult]:
     """Answer and judge this rank's share: examples rank, rank + world_size, ...
@@ -107,8 +108,17 @@ def evaluate_function_calls(
         for example, tokens in zip(batch, outputs, strict=True):
             answer = tokenizer.decode(tokens, skip_special=True).strip()
             verdict = check_call(answer, example.expected)
-            question = example.prompt[-1]["content"]
-            results.append(CallResult(example.index, example.id, question, answer, verdict.correct, verdict.reason))
+            results.append(
+                CallResult(
+                    index=example.index,
+                    id=example.id,
+                    question=example.prompt[-1]["content"],
+                    answer=answer,
+                    correct=verdict.correct,
+                    kind=verdict.kind,
+                    reason=verdict.reason,
+                )
+            )
         on_progress(len(results), len(local_examples))
     return results
 

@@ -142,7 +142,7 @@ def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, tra
             if needs_hidden:
                 d_hidden_MD[here], *gradients = gradients
             for parameter, gradient in zip(trainable, gradients, strict=True):
-                _add_to(totals, parameter, gradient)
+                _add_to(totals, parameter, gradient.clone())  # for A + B, autograd returns one tensor twice
     return [loss_sum, d_hidden_MD, *(totals.get(parameter, torch.zeros_like(parameter)) for parameter in trainable)]
 
 
@@ -188,9 +188,9 @@ def _statistics_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor) -> None:
-    """One term is kept as it is; sums are formed in fp32."""
+    """One term is kept as it is (it must be nobody else's memory); sums are formed in place, in fp32."""
     if parameter in totals:
-        term = totals[parameter].to(_statistics_dtype(term)) + term
+        term = totals[parameter].to(_statistics_dtype(term)).add_(term)
     totals[parameter] = term
 
 

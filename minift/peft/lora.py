@@ -141,7 +141,7 @@ class LoraConfig(AdapterConfig):
                 raise ValueError(f"adapter_config.json has no {key!r}, which LoRA needs")
         if fields.get("init_lora_weights", True) not in _BASE_PRESERVING_INITS:
             raise ValueError(
-                f"init_lora_weights is {fields['init_lora_weights']!r}: that initialisation changes the base weights, so "
+                f"init_lora_weights is {fields['init_lora_weights']!r}: that initialisation changes the base, so "
                 "the adapter alone does not describe the model; convert it to a plain LoRA with PEFT first"
             )
         for key, value in fields.items():

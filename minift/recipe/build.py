@@ -123,12 +123,14 @@ def _unknown(key: str, node: Node, cls: type, root: type) -> str:
     these words (learning_rate -> optim.lr), a similar full key.
     """
     section, _, name = key.rpartition(".")
-    fields = list(walk(root))
+    fields = sorted(walk(root), key=lambda field: not field.key.startswith(f"{section}."))  # this section's first
     names = [field.name for field in dataclasses.fields(cls)]
     near = [field.key for field in fields if field.key.rpartition(".")[2] == name]
     near += [f"{section}.{n}" if section else n for n in difflib.get_close_matches(name, names, n=1, cutoff=0.7)]
     words = [word for word in name.split("_") if len(word) > 1]
-    near += [field.key for field in fields if words and all(word in field.doc.lower() for word in words)]
+    starts = [re.compile(rf"\b{re.escape(word)}", re.I) for word in words]
+    leaves = [field for field in fields if not field.section and words]
+    near += [field.key for field in leaves if all(start.search(field.doc) for start in starts)]
     near += difflib.get_close_matches(key, [field.key for field in fields], n=1)
     question = f"did you mean {near[0]}? " if near else ""
     return f"{_at(key, node)} is not a field; {question}valid in {section or 'a recipe'}: {', '.join(names)}"

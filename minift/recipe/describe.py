@@ -67,7 +67,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def describe(hint: Any) -> str:
-    """A type in words."""
+    """A type in words and YAML: `a number | null`, `[text, ...]`, `{name: a number, ...}`."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in words:
@@ -75,12 +75,12 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(show(choice) for choice in arguments)
     if is_union(hint):
-        return " or ".join(describe(member) for member in arguments)
+        return " | ".join(describe(member) for member in arguments)
     if origin is dict:
-        return f"a mapping from names to {describe(arguments[1])}"
+        return f"{{name: {describe(arguments[1])}, ...}}"
     if origin in (list, tuple):
         fixed = origin is tuple and Ellipsis not in arguments
-        return f"a list [{', '.join(map(describe, arguments))}]" if fixed else f"a list, each {describe(arguments[0])}"
+        return f"[{', '.join(map(describe, arguments))}]" if fixed else f"[{describe(arguments[0])}, ...]"
     return f"a section with {', '.join(field.name for field in dataclasses.fields(hint))}"
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minift.checkpoint import sharded
 from minift.checkpoint.sharded import MANIFEST, Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
@@ -129,27 +130,22 @@ def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003"]
 
 
-def save_onto_a_file(world: World, folder: Path) -> str:
+def save_on_a_full_disk(world: World, folder: Path) -> str:
     _, _, optimizer = make(world, seed=0)
-    if world.rank == 1:  # this rank cannot write: a folder stands where its file should be
-        original = torch.Tensor.cpu
-        torch.Tensor.cpu = _disk_full
-    try:
-        with pytest.raises(OSError) as caught:
-            save_checkpoint(folder, Progress(7, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
-    finally:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
         if world.rank == 1:
-            torch.Tensor.cpu = original
+            patch.setattr(sharded, "save_file", _disk_full)
+        save_checkpoint(folder, Progress(7, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
     return str(caught.value)
 
 
-def _disk_full(tensor: Tensor) -> Tensor:
+def _disk_full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     raise OSError(28, "No space left on device")
 
 
 def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path) -> None:
     run_ranks(2, save_many, tmp_path)
-    for message in run_ranks(2, save_onto_a_file, tmp_path):
+    for message in run_ranks(2, save_on_a_full_disk, tmp_path):
         assert "rank-00001-of-00002" in message and "No space left" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
     assert json.loads((tmp_path / "step-00000010" / MANIFEST).read_text())["step"] == 10

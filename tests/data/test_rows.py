@@ -55,7 +55,7 @@ BAD_LINES = b'{"a": 1}\n{"a": \n\n[1]\n"x"\n{"a": 2}'
 
 
 def test_bad_rows_are_refused_or_counted():
-    with pytest.raises(RowError, match=r"rows.json:2: not valid JSON \(Expecting value at column 7\); valid: one object"):
+    with pytest.raises(RowError, match=r"json:2: not valid JSON \(Expecting value at column 6\); valid: one object"):
         read(BAD_LINES)
     rows, bad_rows = read(BAD_LINES, "skip")
     assert rows == [({"a": 1}, 1), ({"a": 2}, 6)]

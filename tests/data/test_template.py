@@ -1,5 +1,5 @@
-"""Chat templates: text and masks against transformers, hand-written masks, and the reference code of LLaMA-2 and ChatGLM3
-restated here; tokenizers are trained on the spot."""
+"""Chat templates: text and masks against transformers, hand-written masks, and the reference code of LLaMA-2 and
+ChatGLM3 restated here; tokenizers are trained on the spot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from minift.data.tokenizer import Tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
            "<|eot_id|>"]  # fmt: skip
-CORPUS = ["Below is an instruction that describes a task.", "What is the capital of France? Paris."] * 5
+CORPUS = ["Below is an instruction that describes a task.", "What is the capital of France? Paris."] * 5 + [
+    "a: Seven Seven"
+] * 50
 
 content = st.text(st.sampled_from("abcdeHiParis \n.?é漢🙂<>'\""), min_size=1, max_size=12).filter(str.strip)
 system = st.lists(content.map(lambda text: {"role": "system", "content": text}), max_size=1)
@@ -363,7 +365,10 @@ class TestCheck:
 
     HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     PROMPT = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ANSWER = "{% if m.role == 'assistant' %}{% generation %}%s{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    ANSWER = (
+        "{% if m.role == 'assistant' %}{% generation %}%s{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    )
 
     def refused(self, with_template, source, match, turns=2):
         tokenizer, template = with_template(source)
@@ -399,17 +404,14 @@ class TestCheck:
         answer = self.ANSWER.replace("%s", "{{ m.content }}<|im_end|>")
         self.refused(with_template, self.HEAD + answer + "\n{% endfor %}", "prompt for generation ends in")
 
-    def test_token_reaches_into_the_answer(self, llama, tmp_path):
-        """SentencePiece joins the space before the answer with its first word."""
-        (tmp_path / "tokenizer.model").write_bytes(llama._backend.serialized().rpartition(b"[[")[0])
+    def test_token_reaches_into_the_answer(self, with_template):
+        """Byte-level BPE joins the space before the answer with its first word."""
         source = (
             "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}: {% else %}"
             "{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
         )
-        (tmp_path / "chat_template.jinja").write_text(source)
-        tokenizer = Tokenizer.from_folder(tmp_path)
-        with pytest.raises(ValueError, match="reaches from the prompt into the answer"):
-            ChatTemplate.from_tokenizer(tokenizer).check(tokenizer)
+        assert with_template(source)[0].token_id("ĠSeven") is not None
+        self.refused(with_template, source, "reaches from the prompt into the answer")
 
     def test_earlier_turns_rewritten(self, with_template):
         """As templates do that drop the reasoning of all turns but the last."""
@@ -450,6 +452,7 @@ def jinja_extras(with_template):
     {% endfor %}
     {{ tools | tojson(ensure_ascii=True, indent=1) if tools else documents }}
     {{ strftime_now('%Y') }}{% if add_generation_prompt %}>{% endif %}
+    {% generation %}{% endgeneration %}
 """
     )
 

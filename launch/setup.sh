@@ -1,0 +1,101 @@
+# Makes the environment; sourced by quickstart.sh and test.sh, which run from the repository's root.
+#
+#   check_machine NEEDED_GIB     says at once everything that is missing, and how to get it
+#   make_environment [EXTRAS]    .venv with torch, minift and EXTRAS ("test,bench"); does nothing when nothing changed
+#   stage NAME COMMAND...        runs a command under a headline, and says how long it took
+#
+# PYTHON=/path/to/python3.12 ./launch/quickstart.sh chooses the interpreter that .venv is made with.
+
+VENV=.venv
+BIN=$PWD/$VENV/bin
+
+fail() {
+    printf '\nerror: %s\n' "$1" >&2
+    exit 1
+}
+
+stage() {
+    local name=$1 started=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@" || fail "stage \"$name\" failed; the lines above say why. Run the same command again to go on from here."
+    printf -- '--- %s took %d s\n' "$name" $((SECONDS - started))
+}
+
+is_new_enough() {
+    "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() { # prints a Python >= 3.11, or nothing
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14 python; do
+        if is_new_enough "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+}
+
+free_gib() { # of the file system that holds $1
+    df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'
+}
+
+check_machine() {
+    local needed_gib=$1 python missing=()
+    local apt="Debian/Ubuntu: sudo apt-get install" dnf="Fedora: sudo dnf install"
+
+    python=$(find_python)
+    if [ -z "$python" ]; then
+        missing+=("Python 3.11 or newer; found: $(python3 --version 2>&1 | head -1).
+      $apt python3 python3-venv python3-dev   |   $dnf python3-devel   |   any system: pyenv or conda
+      If it is there under another name: PYTHON=/path/to/python3 $0")
+    else
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            missing+=("the venv module of $python.   $apt python3-venv")
+        [ -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+            missing+=("the C headers of $python (Python.h).   $apt python3-dev   |   $dnf python3-devel")
+    fi
+    command -v "${CXX:-c++}" >/dev/null ||
+        missing+=("a C++ compiler (${CXX:-c++}).   $apt g++   |   $dnf gcc-c++   |   macOS: xcode-select --install
+      If it is there under another name: CXX=/path/to/compiler $0")
+    if [ ! -e "$VENV" ] && [ "$(free_gib .)" -lt "$needed_gib" ]; then
+        missing+=("disk space: $needed_gib GiB are needed in $PWD, $(free_gib .) GiB are free.
+      Free some, or move this folder to a larger disk.")
+    fi
+    if [ ! -e "$VENV" ] && [ "$(free_gib "${TMPDIR:-/tmp}")" -lt 2 ]; then
+        missing+=("temporary space: 2 GiB are needed in ${TMPDIR:-/tmp}, where packages are unpacked.
+      Free some, or point TMPDIR to a folder on a larger disk.")
+    fi
+    if [ ${#missing[@]} -gt 0 ]; then
+        printf '\nThis machine lacks:\n' >&2
+        printf '\n  - %s\n' "${missing[@]}" >&2
+        exit 1
+    fi
+}
+
+fingerprint() { # of everything that decides what is installed and built
+    {
+        cat constraints.txt pyproject.toml setup.py
+        find csrc -type f -not -name '*.md' | LC_ALL=C sort | xargs cat
+    } | "$BIN/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+make_environment() {
+    local extras=${1:-} stamp_base=$VENV/.minift-installed stamp
+    stamp=$stamp_base${extras:+-${extras//,/-}}
+    if ! is_new_enough "$BIN/python" || ! "$BIN/python" -m pip --version >/dev/null 2>&1; then
+        [ ! -e "$VENV" ] || fail "$PWD/$VENV is there but is no working environment; remove it and try again."
+        stage "make $VENV" "$(find_python)" -m venv "$VENV"
+    fi
+    # A stamp is newer than what it stands for, and says what that was.
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && ls minift/_C*.so >/dev/null 2>&1; then
+        printf '=== environment: nothing changed since it was installed\n'
+        return
+    fi
+    # torch first and pinned: the extension is compiled against it (hence no build isolation, which would fetch a torch
+    # of its own to build with), and an unpinned one may be another version with gigabytes of CUDA libraries.
+    stage "install torch and build tools" "$BIN/python" -m pip install -c constraints.txt torch setuptools wheel ninja numpy
+    stage "build minift, install what it needs${extras:+ and the extras $extras}" \
+        "$BIN/python" -m pip install -c constraints.txt --no-build-isolation -e ".${extras:+[$extras]}"
+    fingerprint | tee "$stamp_base" >"$stamp"
+}

@@ -1,0 +1,168 @@
+"""What each command of the command line does with its parsed options: read, call, show. Nothing is computed here.
+
+Modules that import torch are imported inside the commands, so that help and mistakes in a recipe's YAML do not wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minift.recipe.nodes import read_yaml
+
+if TYPE_CHECKING:
+    from minift.config import RunConfig
+    from minift.dist.process import World
+    from minift.inference import Assistant
+
+
+def train(options: Namespace) -> int:
+    """`minift train RECIPE ...`: everything that can be refused is refused before a process group starts."""
+    if "--help" in options.overrides or "-h" in options.overrides:
+        list_fields()
+        return 0
+    try:
+        config = _read_recipe(options)
+        config.check_files()
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return 2  # every rank finds the same mistake, and one of them says so
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from minift.train import train
+
+    return record(train)(config)  # with `record`, torchrun shows the traceback of the rank that failed first
+
+
+def list_fields() -> None:
+    """`minift train --help`"""
+    from minift.config import help_text
+
+    print(help_text(), flush=True)  # now, so that a closed pipe is noticed while somebody can handle it
+
+
+def prepare_data(options: Namespace) -> None:
+    """`minift data prepare RECIPE ...`: fills the cache that `train` uses, and shows what is in it."""
+    config = _read_recipe(options)
+
+    from rich.console import Console
+
+    from minift.data.prepare import choose_template, prepare
+    from minift.data.preview import preview
+    from minift.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(config.model.path)
+    documents = prepare(config.data, tokenizer, choose_template(config.data, tokenizer), Path(config.run_dir) / "data")
+    console = Console()
+    console.print(preview(documents, tokenizer))
+    console.print("\n".join(documents.report.lines()), markup=False, highlight=False)
+
+
+def write_bfcl(options: Namespace) -> None:
+    from minift.eval.bfcl import prepare
+
+    prepared = prepare(Path(options.out))
+    print(f"{prepared.train_file}: {prepared.num_train_rows} rows to train on")
+    print(f"{prepared.heldout_file}: {prepared.num_heldout_rows} rows held out")
+    print(f"{prepared.answers_file}: their questions, for `minift eval bfcl --data`")
+
+
+def convert(options: Namespace) -> None:
+    from minift.model.gguf import convert_gguf
+
+    convert_gguf(options.gguf, options.out)
+    print(f"wrote {options.out}")
+
+
+def merge(options: Namespace) -> None:
+    from minift.checkpoint.merge import merge_adapter
+
+    print(merge_adapter(options.model, options.adapter, options.out))
+    print(f"wrote {options.out}")
+
+
+def plot(options: Namespace) -> None:
+    from minift.report import plot_run
+
+    print(plot_run(options.run))
+
+
+def generate(options: Namespace) -> None:
+    from minift.inference import answer
+
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+
+    def go(assistant: Assistant, world: World) -> None:
+        text = answer(
+            assistant,
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        if world.is_main:
+            print(text)
+
+    _with_assistant(options, go)
+
+
+def grade_calls(options: Namespace) -> None:
+    from minift.inference import grade_calls
+
+    def go(assistant: Assistant, world: World) -> None:
+        def show(done: int, total: int) -> None:
+            if world.is_main:
+                print(f"rank 0 answered {done} of its {total}", file=sys.stderr)
+
+        _show_result(options, grade_calls(assistant, Path(options.data), world, show), world)
+
+    _with_assistant(options, go)
+
+
+def measure_loss(options: Namespace) -> None:
+    from minift.data.config import DataConfig
+    from minift.inference import measure_loss
+
+    longest = options.max_length_tokens
+    config = DataConfig(train=(options.data,), max_length_tokens=longest, template=options.template)
+    _with_assistant(options, lambda assistant, world: _show_result(
+        options, measure_loss(assistant, config, longest, world), world
+    ))  # fmt: skip
+
+
+def _read_recipe(options: Namespace) -> RunConfig:
+    read_yaml(options.recipe)  # a missing or broken file is told before torch is imported
+
+    from minift.config import RunConfig
+
+    return RunConfig.from_recipe(options.recipe, options.overrides)
+
+
+def _with_assistant(options: Namespace, go: Callable[[Assistant, World], None]) -> None:
+    """Call `go` with what --model, --adapter, --template and --device name, in torchrun's process group or alone."""
+    from minift.dist.process import init_world, shutdown
+    from minift.inference import load_assistant
+
+    world = init_world(options.device)
+    try:
+        go(load_assistant(options.model, options.adapter, template=options.template, device=world.device), world)
+    finally:
+        shutdown()
+
+
+def _show_result(options: Namespace, result: dict[str, Any], world: World) -> None:
+    """The scores as one line of JSON; with --out, everything that was measured into a file."""
+    if not world.is_main:
+        return
+    if options.out:
+        full = {"model": options.model, "adapter": options.adapter, "data": options.data, **result}
+        Path(options.out).write_text(json.dumps(full, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps({name: value for name, value in result.items() if name != "results"}))

@@ -1,0 +1,131 @@
+"""A model that one process holds whole, with its tokenizer and chat template: it answers, is graded, has a loss.
+
+    assistant = load_assistant("model/", "runs/first/export/adapter")
+    print(answer(assistant, "What is 2 + 2?"))
+    scores = grade_calls(assistant, Path("answers.json"), world)
+
+Grading under `torchrun` splits the questions, not the model. Adapters stay beside the weights, as they were trained;
+merging first (`minift merge`) makes generation faster and rounds the weights once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minift.checkpoint.adapters import load_adapter
+from minift.data.config import DataConfig
+from minift.data.loader import eval_batches
+from minift.data.prepare import choose_template, encode_split
+from minift.data.rendered import encode_rendered
+from minift.data.template import ChatTemplate
+from minift.data.tokenizer import Tokenizer
+from minift.dist.collectives import gather_objects, sum_over_ranks
+from minift.dist.process import World
+from minift.eval.loss import mean_loss, perplexity
+from minift.eval.tasks import CallScore, evaluate_function_calls, in_order, read_call_examples
+from minift.generate import generate
+from minift.model.decoder import CausalLM
+from minift.model.hf import load_model
+from minift.objectives.sft import SupervisedTokens
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """Ready to answer. `template` is None where the tokenizer has none: prompts are then continued as plain text."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    device: torch.device
+
+
+def load_assistant(
+    model_folder: str,
+    adapter_folder: str | None = None,
+    *,
+    template: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+) -> Assistant:
+    """Read a Hugging Face folder and, if given, a PEFT adapter folder. `template`: auto (the tokenizer's) or a built-in
+    name. `device`: the first GPU, or the CPU where there is none. Raises ValueError for folders that do not fit."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = Tokenizer.from_folder(model_folder)
+    if template != "auto":
+        chosen = ChatTemplate.builtin(template, tokenizer)
+    else:
+        chosen = ChatTemplate.from_tokenizer(tokenizer) if tokenizer.chat_template else None
+    model = load_model(model_folder, dtype, device)
+    if adapter_folder is not None:
+        load_adapter(model, adapter_folder, dtype=dtype)
+    return Assistant(model.eval(), tokenizer, chosen, device)
+
+
+def answer(
+    assistant: Assistant,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """What the model says to `prompt`, without special tokens. Equal seeds give equal answers on one device."""
+    tokenizer, template = assistant.tokenizer, assistant.template
+    if template is None:
+        ids = [index for index in [tokenizer.bos_id] if index is not None] + tokenizer.encode(prompt)
+        stops = [index for index in [tokenizer.eos_id] if index is not None]
+    else:
+        message = {"role": "user", "content": prompt}
+        ids, _ = encode_rendered(tokenizer, template.render([message], add_generation_prompt=True))
+        stops = template.stop_token_ids(tokenizer)
+    if not ids:
+        raise ValueError("the prompt is empty; give it at least one token")
+    generator = torch.Generator(assistant.device).manual_seed(seed)
+    (new_ids,) = generate(
+        assistant.model,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stops,
+        temperature=temperature,
+        top_p=top_p,
+        generator=generator,
+    )
+    return tokenizer.decode(new_ids, skip_special=True)
+
+
+def grade_calls(
+    assistant: Assistant, answers_file: Path, world: World, on_progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Exact function calls over all ranks: {"correct", "total", "results": one object per question}. Collective."""
+    if assistant.template is None:
+        raise ValueError("this tokenizer has no chat template, and questions are asked in one; give --template NAME")
+    results = evaluate_function_calls(
+        assistant.model,
+        assistant.tokenizer,
+        assistant.template,
+        read_call_examples(answers_file),
+        rank=world.rank,
+        world_size=world.size,
+        on_progress=on_progress,
+    )
+    ordered = in_order(gather_objects(results, world))
+    return {**asdict(CallScore.of(ordered)), "results": [asdict(result) for result in ordered]}
+
+
+def measure_loss(assistant: Assistant, config: DataConfig, microbatch_tokens: int, world: World) -> dict[str, Any]:
+    """Mean loss in nats per supervised token of `config.train` over all ranks, and its perplexity. Collective."""
+    template = assistant.template or choose_template(config, assistant.tokenizer)
+    documents = encode_split(config, assistant.tokenizer, template)
+    batches = eval_batches(documents, microbatch_tokens, world.rank, world.size)
+    loss, targets = mean_loss(
+        assistant.model, SupervisedTokens(), batches, assistant.device, partial(sum_over_ranks, world=world)
+    )
+    return {"loss": loss, "perplexity": perplexity(loss), "targets": targets, "documents": len(documents)}

@@ -1,0 +1,121 @@
+"""The merged folder against transformers with the adapter on top, and against PEFT's own merge."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from minift.checkpoint.merge import WeightDrift, merge_adapter
+from minift.model.config import ModelConfig
+
+TOKENS = torch.arange(13)[None] * 3
+TARGETS = ["q_proj", "o_proj", "down_proj"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(dtype, tied, targets) -> (base folder, adapter folder, the PEFT model), with random A and B."""
+
+    def make(dtype=torch.float32, tied=False, targets=TARGETS):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=tied,
+        )  # fmt: skip
+        base = LlamaForCausalLM(config).to(dtype).eval()
+        base.save_pretrained(tmp_path / "base", max_shard_size="5KB")
+        settings = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False,
+            rank_pattern={r"layers\.1\.self_attn\.q_proj": 5},
+        )  # fmt: skip
+        model = peft.get_peft_model(base, settings).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "base", tmp_path / "adapter", model
+
+    return make
+
+
+def stored_tensors(folder):
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_the_merged_folder(folders, tmp_path, tied):
+    base, adapter, model = folders(tied=tied)
+    report = merge_adapter(base, adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.dtype == torch.float32
+    expected = model(TOKENS).logits
+    # fp32 roundings through two blocks, relative to the largest logit
+    assert (merged(TOKENS).logits - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert len(report.drifts) == 2 * len(TARGETS)
+    assert all(drift.lost_ratio == 0.0 for drift in report.drifts), "the sum is fp32, and so is the file"
+
+
+@torch.no_grad()
+def test_only_targets_change_and_peft_merges_to_the_same(folders, tmp_path):
+    base, adapter, model = folders()
+    merge_adapter(base, adapter, tmp_path / "merged")
+    ours, before = stored_tensors(tmp_path / "merged"), stored_tensors(base)
+    theirs = model.merge_and_unload().state_dict()
+    assert ours.keys() == before.keys()
+    for name, tensor in ours.items():
+        if any(target in name for target in TARGETS):
+            assert not torch.equal(tensor, before[name])
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(tensor, before[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("base_dtype", "out_dtype"), [("bfloat16", None), ("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_rounds_once_from_fp32_and_reports_it(folders, tmp_path, base_dtype, out_dtype):
+    base, adapter, _ = folders(getattr(torch, base_dtype))
+    report = merge_adapter(base, adapter, tmp_path / "merged", out_dtype and getattr(torch, out_dtype))
+    ours, before, factors = (stored_tensors(folder) for folder in (tmp_path / "merged", base, adapter))
+    expected_dtype = getattr(torch, out_dtype or base_dtype)
+    assert all(tensor.dtype == expected_dtype for tensor in ours.values())
+    for drift in report.drifts:
+        prefix = f"base_model.model.{drift.name.removesuffix('.weight')}"
+        A, B = (factors[f"{prefix}.lora_{factor}.weight"].double() for factor in "AB")
+        update = 6 / A.shape[0] * B @ A
+        exact = before[drift.name].double() + update
+        error = ours[drift.name].double() - exact
+        # half an eps of the output dtype, after a handful of fp32 roundings
+        assert (error.abs() <= torch.finfo(expected_dtype).eps / 2 * exact.abs() + 1e-6 * update.abs().max()).all()
+        assert drift.update_norm == pytest.approx(update.norm().item(), rel=1e-5)
+        if expected_dtype == torch.bfloat16:
+            assert drift.rounding_norm == pytest.approx(error.norm().item(), rel=1e-2)
+            assert drift.lost_ratio == pytest.approx((error.norm() / update.norm()).item(), rel=1e-2)
+    assert max(report.drifts, key=lambda drift: drift.lost_ratio).name in str(report)
+
+
+def test_lost_ratio_of_an_update_of_zero():
+    assert WeightDrift("w", 0.0, 0.0).lost_ratio == 0.0
+    assert WeightDrift("w", 0.0, 0.1).lost_ratio == float("inf")
+
+
+def test_refuses_and_leaves_nothing_behind(folders, tmp_path):
+    base, adapter, _ = folders(tied=True, targets=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="adapts lm_head, whose weight is the embedding's"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_refuses_an_adapter_of_another_model(folders, tmp_path):
+    base, adapter, _ = folders()
+    config = ModelConfig.from_hf(LlamaConfig.from_pretrained(base).to_dict()).to_hf() | {"num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="unexpected|matches none"):
+        merge_adapter(tmp_path / "other", adapter, tmp_path / "merged")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "precious").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged", "other"]

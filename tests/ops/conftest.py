@@ -1,0 +1,68 @@
+"""Fixtures for the op tests: every compiled instruction set in turn, and tensors in awkward layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minift.ops import extension
+
+
+def _offered_instruction_sets() -> list[str]:
+    """Those that this processor can run, the portable one first; none without the extension."""
+    if extension.MISSING_REASON is not None:
+        return []
+    names = ["portable", "avx2", "avx512", "avx512_bf16"]
+    return names[: names.index(extension.instruction_set()) + 1]
+
+
+@pytest.fixture(params=_offered_instruction_sets())
+def instruction_set(request):
+    """The compiled kernels, once per instruction set."""
+    torch.ops.minift.use_instruction_set(request.param)
+    yield request.param
+    torch.ops.minift.use_instruction_set("best")
+
+
+@pytest.fixture(params=["reference", *_offered_instruction_sets()])
+def implementation(request):
+    """ "reference", or the name of the instruction set that the compiled kernels use during the test."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    torch.ops.minift.use_instruction_set(request.param)
+    yield request.param
+    torch.ops.minift.use_instruction_set("best")
+
+
+@pytest.fixture(scope="session")
+def rounding():
+    """rounding(exact, dtype): how far the rounding of exact fp64 values to the dtype may move them."""
+
+    def limit(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # Near zero: half of fp16's smallest subnormal; subnormals of bf16 are taken for zero by AVX-512.
+        smallest = 2.0**-25 if dtype == torch.float16 else torch.finfo(torch.float32).tiny
+        return torch.finfo(dtype).eps / 2 * exact.abs() + smallest
+
+    return limit
+
+
+@pytest.fixture(scope="session")
+def draw_tensor():
+    """draw_tensor(generator, shape, dtype, layout): normal values in memory laid out as `layout` says."""
+
+    def draw(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous"):
+        if layout == "contiguous":
+            wide = torch.randn(shape, generator=generator)
+        elif layout == "slice of wider rows":
+            wide = torch.randn((*shape[:-1], 2 * shape[-1] + 3), generator=generator)[..., 2 : 2 + shape[-1]]
+        elif layout == "every second row":
+            wide = torch.randn((*shape[:-2], 2 * shape[-2], shape[-1]), generator=generator)[..., ::2, :]
+        elif layout == "transposed":
+            return torch.randn((shape[-1], *shape[:-1]), generator=generator).to(dtype).movedim(0, -1)
+        elif layout == "expanded":
+            return torch.randn(shape[-1], generator=generator).to(dtype).expand(shape)
+        # Tensor.to() would give some of these contiguous strides.
+        return torch.empty_strided(wide.shape, wide.stride(), dtype=dtype).copy_(wide)
+
+    return draw

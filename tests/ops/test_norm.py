@@ -1,0 +1,158 @@
+"""rms_norm and its backward against the formula in fp64.
+
+Tolerances, with u32 = 2^-24: a sum of D terms in at least 16 interleaved partial
+sums is off by at most (D / 16 + 8) u32 of the sum of absolute terms; every further fp32 operation adds u32, every
+rounding to the dtype what conftest.py's `rounding` says.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minift.ops import norm
+
+U32 = 2.0**-24
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "slice of wider rows", "every second row", "transposed", "expanded"]
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 5), st.integers(1, 150)),
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
+)
+property_test = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+def formula(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@property_test
+@given(shape=SHAPES, layout=st.sampled_from(LAYOUTS), eps=st.sampled_from([1e-5, 1e-6, 1.0]), seed=st.integers(0, 999))
+def test_forward_is_the_formula(implementation, draw_tensor, rounding, dtype, shape, layout, eps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = draw_tensor(generator, shape, dtype, layout), draw_tensor(generator, shape[-1:], dtype)
+    rms_norm = norm.rms_norm_reference if implementation == "reference" else norm.rms_norm
+    y, rstd = rms_norm(x, weight, eps)
+
+    assert y.dtype == dtype and y.shape == x.shape and rstd.dtype == torch.float32 and rstd.shape == x.shape[:-1]
+    exact_rstd = (x.double().square().mean(-1) + eps).rsqrt()
+    rstd_error = (shape[-1] / 16 + 12) * U32
+    assert ((rstd - exact_rstd).abs() <= rstd_error * exact_rstd).all()
+    exact = formula(x.double(), weight.double(), eps)
+    # Two roundings, the first of them of x rstd and then multiplied by the weight; 1 % for their product.
+    limit = (rstd_error + 2 * U32) * exact.abs() + rounding(exact, dtype)
+    limit += rounding(exact / weight.double(), dtype) * weight.double().abs()
+    assert ((y.double() - exact).abs() <= 1.01 * limit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@property_test
+@given(shape=SHAPES, layout=st.sampled_from(LAYOUTS), need_dweight=st.booleans(), seed=st.integers(0, 999))
+def test_backward_is_autograd_of_the_formula(
+    implementation, draw_tensor, rounding, dtype, shape, layout, need_dweight, seed
+):
+    eps = 1e-5
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = draw_tensor(generator, shape, dtype, layout), draw_tensor(generator, shape, dtype, layout)
+    weight = draw_tensor(generator, shape[-1:], dtype)
+    _, rstd = norm.rms_norm_reference(x, weight, eps)
+    if implementation == "reference":
+        dx, dweight = norm.rms_norm_backward_reference(dy, x, weight, rstd, need_dweight)
+    else:
+        dx, dweight = norm.rms_norm_backward(dy, x, weight, rstd, need_dweight)
+        assert (dweight is not None) == need_dweight
+
+    x64, weight64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact_dx, exact_dweight = torch.autograd.grad(formula(x64, weight64, eps), (x64, weight64), dy.double())
+    # dx = rstd (g - n mean(g n)): the error of each term is relative to that term, not to their difference.
+    normed = (x64 * (x64.square().mean(-1, keepdim=True) + eps).rsqrt()).detach()
+    scaled = dy.double() * weight.double()
+    mean_of_absolutes = (scaled * normed).abs().mean(-1, keepdim=True)
+    terms = rstd.double().unsqueeze(-1) * (scaled.abs() + normed.abs() * mean_of_absolutes)
+    limit = (shape[-1] / 8 + 32) * U32 * terms + rounding(exact_dx, dtype)
+    assert dx.dtype == dtype
+    assert ((dx.double() - exact_dx).abs() <= limit).all()
+    if need_dweight:
+        num_rows = x[..., 0].numel()
+        sum_of_absolutes = (dy.double() * normed).abs().reshape(num_rows, -1).sum(0)
+        assert dweight.dtype == torch.float32
+        limit = (num_rows + shape[-1] / 16 + 16) * U32 * sum_of_absolutes + 1e-37
+        assert ((dweight.double() - exact_dweight).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_where_hugging_face_rounds(implementation, dtype):
+    """rstd may differ in its last bit, which moves a row element over a rounding border once in hundreds."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    torch.manual_seed(0)
+    module = llama.LlamaRMSNorm(576, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        module.weight.normal_()
+        x = torch.randn(40, 576).to(dtype)
+        rms_norm = norm.rms_norm_reference if implementation == "reference" else norm.rms_norm
+        y, _ = rms_norm(x, module.weight, 1e-5)
+        assert (y == module(x)).float().mean() > 0.995
+
+
+def test_dweight_does_not_depend_on_the_number_of_threads(instruction_set):
+    torch.manual_seed(0)
+    x, dy, weight = torch.randn(3001, 48), torch.randn(3001, 48), torch.randn(48)
+    _, rstd = norm.rms_norm(x, weight, 1e-5)
+    num_threads = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(norm.rms_norm_backward(dy, x, weight, rstd, True)[1])
+    torch.set_num_threads(num_threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_nan_stays_in_its_row(implementation):
+    x = torch.ones(3, 20, dtype=torch.bfloat16)
+    x[1, 19] = float("nan")
+    rms_norm = norm.rms_norm_reference if implementation == "reference" else norm.rms_norm
+    y, _ = rms_norm(x, torch.ones(20, dtype=torch.bfloat16), 1e-5)
+    assert y[1].isnan().all() and y[0].isfinite().all() and y[2].isfinite().all()
+
+
+def test_no_rows(implementation):
+    rms_norm = norm.rms_norm_reference if implementation == "reference" else norm.rms_norm
+    y, rstd = rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5)
+    assert y.shape == (0, 8) and rstd.shape == (0,)
+    _, dweight = norm.rms_norm_backward(y, y, torch.ones(8), rstd, True)
+    assert torch.equal(dweight, torch.zeros(8))
+
+
+def test_float64_is_computed_in_float64():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    y, rstd = norm.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(y, formula(x, weight, 1e-5), rtol=1e-14, atol=1e-14)
+    assert norm.rms_norm_backward(y, x, weight, rstd, True)[1].dtype == torch.float64
+
+
+def test_a_weight_of_another_dtype_is_refused():
+    with pytest.raises(ValueError, match="weight is torch.float32 but x is torch.bfloat16"):
+        norm.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(4), 1e-5)
+
+
+def test_wrong_shapes_are_refused(instruction_set):
+    with pytest.raises(RuntimeError, match="as long as the last dimension"):
+        norm.rms_norm(torch.ones(2, 4), torch.ones(5), 1e-5)
+    with pytest.raises(RuntimeError, match="one element for every row"):
+        norm.rms_norm_backward(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), torch.ones(3), False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(instruction_set, draw_tensor, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = draw_tensor(generator, (3, 5, 20), dtype, "slice of wider rows")
+    weight, rstd = draw_tensor(generator, (20,), dtype), torch.ones(3, 5)
+    torch.library.opcheck(torch.ops.minift.rms_norm.default, (x, weight, 1e-5))
+    for need_dweight in (False, True):
+        torch.library.opcheck(torch.ops.minift.rms_norm_backward.default, (x, x, weight, rstd, need_dweight))

@@ -1,0 +1,165 @@
+"""Oracle: torch.optim.AdamW (single-tensor) on whole parameters. Cutting the flat weights anywhere may change no bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minift.optim import adamw
+from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.optim.shard import FlatShard, ParamRange
+
+SIZES = {"a.weight": 37, "a.norm.weight": 5, "b.lora_A.weight": 21, "b.lora_B.weight": 18, "b.bias": 3}
+TOTAL = sum(SIZES.values())
+CONFIG = OptimConfig(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, lr_ratios={"lora_B": 16.0})
+SCALES = [0.0, 0.5, 1.0, 0.75, 0.25]  # of the learning rate, step by step
+
+cuts = st.lists(st.integers(0, TOTAL), max_size=2).map(lambda inner: [0, *sorted(inner), TOTAL])
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setitem(adamw._BLOCK_ELEMENTS, "cpu", 16)
+
+
+def make_shards(flat, borders):
+    """Cut flat weights into shards at `borders`; a parameter may end up in several of them."""
+    starts, at = {}, 0
+    for name, size in SIZES.items():
+        starts[name], at = at, at + size
+    shards = []
+    for index, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        ranges = []
+        for name, size in SIZES.items():
+            low, high = max(begin, starts[name]), min(end, starts[name] + size)
+            if low < high:
+                ranges.append(ParamRange(name, low - begin, high - begin, low - starts[name], (size,)))
+        shards.append(FlatShard(f"shard{index}", flat[begin:end].clone(), torch.zeros(end - begin), ranges))
+    return shards
+
+
+def make_problem(seed):
+    """Initial weights and one gradient per step, of very different magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(TOTAL, generator=generator)
+    gradients = torch.randn(len(SCALES), TOTAL, generator=generator)
+    return weights, gradients * 10.0 ** torch.randint(-6, 2, (len(SCALES), TOTAL), generator=generator)
+
+
+def run(optimizer, gradients, scales, borders):
+    for gradient, scale in zip(gradients, scales, strict=True):
+        for shard, begin, end in zip(optimizer.shards, borders, borders[1:], strict=False):
+            shard.grad.add_(gradient[begin:end])
+        optimizer.step(scale)
+        optimizer.zero_grad()
+
+
+def flatten(optimizer):
+    """(3, TOTAL): weights and both moments."""
+    state = optimizer.state_dict()
+    pick = [[shard.master, *state[shard.name].values()] for shard in optimizer.shards]
+    return torch.stack([torch.cat(column) for column in zip(*pick, strict=True)])
+
+
+@given(seeds)
+def test_equals_torch_adamw_on_whole_parameters(seed):
+    weights, gradients = make_problem(seed)
+    ours = AdamW(make_shards(weights, [0, 50, TOTAL]), CONFIG)
+    run(ours, gradients, SCALES, [0, 50, TOTAL])
+
+    whole = [torch.nn.Parameter(piece.clone()) for piece in weights.split(list(SIZES.values()))]
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if "norm" in n or "bias" in n else 0.1, "ratio": 16.0 if "_B" in n else 1.0}
+        for n, p in zip(SIZES, whole, strict=True)
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, foreach=False)
+    for gradient, scale in zip(gradients, SCALES, strict=True):
+        for group, piece in zip(theirs.param_groups, gradient.split(list(SIZES.values())), strict=True):
+            group["params"][0].grad, group["lr"] = piece.clone(), 1e-2 * scale * group["ratio"]
+        theirs.step()
+
+    master, exp_avg, exp_avg_sq = flatten(ours)
+    for ours_flat, key in ((exp_avg, "exp_avg"), (exp_avg_sq, "exp_avg_sq")):
+        assert torch.equal(ours_flat, torch.cat([theirs.state[p][key] for p in whole])), key
+    # The moments are the same operations. The step is associated differently: each of at most 8 roundings, on either side,
+    # moves an update by 2^-24 of itself (|update| < 16 * lr * 5 here), and each step rounds the weight twice by half an ulp.
+    expected = torch.cat([p.detach() for p in whole])
+    bound = len(SCALES) * (16 * 2**-24 * 16 * 1e-2 * 5 + 4 * 2**-24 * (expected.abs() + 1))
+    assert ((master - expected).abs() <= bound).all()
+
+
+@given(seeds, cuts)
+def test_where_the_shards_are_cut_changes_no_bit(seed, borders):
+    weights, gradients = make_problem(seed)
+    together, apart = AdamW(make_shards(weights, [0, TOTAL]), CONFIG), AdamW(make_shards(weights, borders), CONFIG)
+    run(together, gradients, SCALES, [0, TOTAL])
+    run(apart, gradients, SCALES, borders)
+    assert torch.equal(flatten(together), flatten(apart))
+
+
+def test_equal_parameters_are_one_segment_and_padding_stays_zero():
+    """Ranges as FSDP makes them: aligned, so with gaps."""
+    ranges = [ParamRange(f"layer.{i}.weight", 16 * i, 16 * i + 9, 0, (9,)) for i in range(4)]
+    shard = FlatShard("s", torch.zeros(64), torch.zeros(64), ranges)
+    for piece in ranges:
+        shard.master[piece.start : piece.stop] = shard.grad[piece.start : piece.stop] = 1.0
+    optimizer = AdamW([shard], CONFIG)
+    assert len(optimizer._segments["s"]) == 1
+    optimizer.step(1.0)
+    assert torch.equal(shard.master.view(4, 16)[:, 9:], torch.zeros(4, 7))
+    assert (shard.master.view(4, 16)[:, :9] < 1.0).all()
+
+
+def test_ratio_zero_freezes():
+    weights, gradients = make_problem(0)
+    optimizer = AdamW(make_shards(weights, [0, TOTAL]), OptimConfig(weight_decay=0.1, lr_ratios={"lora_A": 0.0}))
+    run(optimizer, gradients, SCALES, [0, TOTAL])
+    moved = flatten(optimizer)[0] != weights
+    piece = optimizer.shards[0].ranges[2]
+    assert piece.name == "b.lora_A.weight"
+    assert not moved[piece.start : piece.stop].any() and moved[: piece.start].all() and moved[piece.stop :].all()
+
+
+@given(seeds, st.integers(0, len(SCALES)))
+def test_resume_continues_bit_for_bit(seed, stop):
+    weights, gradients = make_problem(seed)
+    borders = [0, 30, TOTAL]
+    straight = AdamW(make_shards(weights, borders), CONFIG)
+    run(straight, gradients, SCALES, borders)
+
+    first = AdamW(make_shards(weights, borders), CONFIG)
+    run(first, gradients[:stop], SCALES[:stop], borders)
+    second = AdamW(make_shards(flatten(first)[0], borders), CONFIG)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, gradients[stop:], SCALES[stop:], borders)
+    assert torch.equal(flatten(straight), flatten(second))
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda s: s.pop("shard1"), r"missing \['shard1'\]"),
+        (lambda s: s.update(other={}), r"unexpected \['other'\]"),
+        (lambda s: s.pop("step"), r"missing \['step'\]"),
+        (lambda s: s.update(step=-1), "step -1"),
+        (lambda s: s["shard1"].pop("exp_avg_sq"), r"shard1 has \['exp_avg'\]"),
+        (lambda s: s["shard1"].update(exp_avg=torch.zeros(1)), r"exp_avg of shard1 is .* of shape \(1,\)"),
+        (lambda s: s["shard1"].update(exp_avg=s["shard1"]["exp_avg"].double()), "exp_avg of shard1 is torch.float64"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, complaint):
+    weights, gradients = make_problem(0)
+    borders = [0, 30, TOTAL]
+    source, target = AdamW(make_shards(weights, borders), CONFIG), AdamW(make_shards(weights, borders), CONFIG)
+    run(source, gradients, SCALES, borders)
+    state = copy.deepcopy(source.state_dict())
+    spoil(state)
+    with pytest.raises(ValueError, match=complaint):
+        target.load_state_dict(state)
+    assert target.num_steps == 0 and not flatten(target)[1:].any()

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from minift.optim.config import OptimConfig
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", "2e-4"),
+        ("betas", (0.9, 1.0)),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("eps", 0.0),
+        ("weight_decay", -0.1),
+        ("no_decay", "bias"),
+        ("no_decay", ("(",)),
+        ("lr_ratios", {"lora_B": -1.0}),
+        ("lr_ratios", {"[": 1.0}),
+        ("schedule", "step"),
+        ("warmup_steps", 1.5),
+        ("warmup_steps", -1),
+        ("min_lr_ratio", 1.1),
+        ("max_grad_norm", 0.0),
+    ],
+)
+def test_an_invalid_field_is_named_with_its_value_and_what_is_valid(field, value):
+    with pytest.raises(ValueError, match=rf"optim\.{field} is {re.escape(repr(value))}; valid: \w+"):
+        OptimConfig(**{field: value})
+
+
+def test_default_exempts_norms_and_biases_from_decay():
+    config = OptimConfig(weight_decay=0.1)
+    for name in ("model.layers.0.input_layernorm.weight", "model.norm.weight", "layers.0.q_norm.weight", "q_proj.bias"):
+        assert config.decay(name) == 0.0
+    for name in ("model.embed_tokens.weight", "q_proj.lora_A.weight", "normalizer.weight"):
+        assert config.decay(name) == 0.1
+
+
+def test_the_first_matching_ratio_counts():
+    config = OptimConfig(lr_ratios={r"layers\.0\..*lora_B": 4.0, "lora_B": 16.0})
+    assert config.lr_ratio("layers.0.q_proj.lora_B.weight") == 4.0
+    assert config.lr_ratio("layers.1.q_proj.lora_B.weight") == 16.0
+    assert config.lr_ratio("layers.1.q_proj.lora_A.weight") == 1.0
+
+
+@pytest.mark.parametrize("patterns", [("lora_b",), ("lora_B", "q_proj.lora_B")], ids=["misspelt", "shadowed"])
+def test_a_ratio_that_decides_nothing_is_refused(patterns):
+    config = OptimConfig(lr_ratios=dict.fromkeys(patterns, 2.0))
+    with pytest.raises(ValueError, match=f"{patterns[-1]}.*q_proj.lora_A"):
+        config.check_names(["q_proj.lora_A.weight", "q_proj.lora_B.weight"])
+
+
+def test_ratios_that_decide_something_are_accepted():
+    OptimConfig(lr_ratios={"lora_B": 2.0}).check_names(["q_proj.lora_A.weight", "q_proj.lora_B.weight"])

@@ -1,0 +1,123 @@
+"""The command line as a hurried user meets it. Oracles: exit status, and who prints which sentence on which stream."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minift import commands
+from minift.cli import main
+
+ROOT = Path(__file__).parents[1]
+RECIPE = "run_dir: run\nmodel: {path: model}\ndata: {train: [rows.jsonl], max_length_tokens: 16}\n"
+LOOP = "loop: {examples_per_step: 1, microbatch_tokens: 16}\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text(RECIPE + LOOP)
+    return tmp_path
+
+
+MISTAKES = [
+    (["train", "recipe.yml"], "recipe recipe.yml does not exist; nearest: recipe.yaml"),
+    (["train", "recipe.yaml", "--optim.rl", "1"], "--optim.rl is not a field; did you mean optim.lr?"),
+    (["train", "recipe.yaml", "--data.train", "[gone.jsonl]"], "data.train names gone.jsonl, which does not exist"),
+    (["train", "--optim.lr", "1", "recipe.yaml"], "--optim.lr is not an option of this command; the recipe comes"),
+    (["data", "prepare", "recipe.yaml", "--objective", "x"], "--objective is x; valid: sft | lm"),
+    (["plot", "nowhere"], "nowhere/metrics.jsonl: No such file or directory"),
+    (["plot", "model", "--colour"], "--colour is not an option of this command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
+def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, sentence):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"minift: error: {sentence}") and err.count("\n") == 1 and not out
+    assert not (folder / "run").exists()
+
+
+def test_only_rank_0_tells_what_all_ranks_find(folder, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "recipe.yaml", "--lr", "1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "launcher_shows_errors", "says"), [("0", True, True), ("1", True, False), ("1", False, True)]
+)
+def test_errors_of_a_running_job(monkeypatch, capsys, rank, launcher_shows_errors, says):
+    def fail(options):
+        raise_inside_minift()
+
+    monkeypatch.setenv("RANK", rank)
+    if launcher_shows_errors:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    monkeypatch.setattr(commands, "plot", fail)
+    assert main(["plot", "run"]) == 2
+    assert ("not a metrics record" in capsys.readouterr().err) == says
+
+
+def raise_inside_minift():
+    """A ValueError whose innermost frame is minift's own."""
+    from minift.recipe.nodes import RecipeError, parse_overrides
+
+    try:
+        parse_overrides(["x"])
+    except RecipeError as error:
+        error.args = ("not a metrics record",)
+        raise
+
+
+def test_what_is_nobodys_fault_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(commands, "plot", lambda options: int("not from minift"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["plot", "run"])
+
+
+def test_ctrl_c_is_quiet(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "plot", interrupt)
+    assert main(["plot", "run"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_train_gets_the_config_and_gives_the_status(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("minift.train.train", lambda config: seen.append(config) or 130)
+    assert main(["train", "recipe.yaml", "--optim.lr", "3e-5"]) == 130
+    assert seen[0].optim.lr == 3e-5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "recipe.yaml", "--help"]])
+def test_help(folder, capsys, arguments):
+    try:
+        assert main(arguments) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    assert ("--optim.lr" in capsys.readouterr().out) == ("train" in arguments)
+
+
+def test_as_a_process(folder):
+    """Status and streams of the real thing, and a reader that stops reading."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    bad = subprocess.run(
+        [sys.executable, "-m", "minift", "train", "recipe.yaml", "--loop.epochs", "x"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "minift: error: --loop.epochs is x; valid: a number\n"
+    pipe = f"{sys.executable} -m minift train --help | head -n 1"
+    headed = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], env=environment, capture_output=True, text=True)
+    assert (headed.returncode, headed.stderr) == (0, "")

@@ -1,0 +1,196 @@
+"""The training loop, whole, on 1, 2 and 4 processes.
+
+Oracles: one process for the split over ranks (fp32, so that only the order of sums differs); an uninterrupted run for
+resume (bitwise); PEFT's file format for what is exported.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minift.build import ModelSource
+from minift.checkpoint.sharded import list_checkpoints
+from minift.config import RunConfig
+from minift.data.config import DataConfig
+from minift.dist.process import World
+from minift.dist.signals import StopRequest
+from minift.optim.config import OptimConfig
+from minift.peft.lora import LoraConfig
+from minift.precision import Precision
+from minift.report import read_metrics
+from minift.train import NonFiniteError, Run, TrainConfig
+from tests.ranks import run_ranks
+from tests.tiny import write_conversations, write_model
+
+FP32 = Precision(wire="float32")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_conversations(folder / "train.jsonl", 24)
+    write_conversations(folder / "heldout.jsonl", 5)
+    return folder
+
+
+def config_for(inputs: Path, run_dir: Path, **loop: object) -> RunConfig:
+    settings = {"examples_per_step": 8, "microbatch_tokens": 256, "epochs": 2.0, **loop}
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelSource(str(inputs / "model")),
+        data=DataConfig(
+            train=(str(inputs / "train.jsonl"),),
+            validation=(str(inputs / "heldout.jsonl"),),
+            max_length_tokens=256,
+            template="chatml",
+        ),
+        adapter=LoraConfig(r=4, alpha=8.0, dropout=0.0),
+        optim=OptimConfig(lr=1e-2, warmup_steps=1),
+        precision=FP32,
+        loop=TrainConfig(**settings),
+    )
+
+
+def run(world: World, config: RunConfig, stop_at_step: int | None = None) -> None:
+    """One rank of a run; `stop_at_step` plays a SIGTERM that arrives during that step."""
+    stop = StopRequest()
+    this = Run(config, world, stop)
+    if stop_at_step is not None:
+        original = this.guarded_step
+
+        def step_and_signal(*args, **kwargs):
+            if this.step + 1 == stop_at_step and world.rank == world.size - 1:
+                stop.signal = signal.SIGTERM
+            return original(*args, **kwargs)
+
+        this.guarded_step = step_and_signal
+    this.go()
+
+
+def losses(run_dir: Path) -> list[tuple[float, float]]:
+    training, _ = read_metrics(run_dir / "metrics.jsonl")
+    return [(record["loss"], record["grad_norm"]) for record in training]
+
+
+def exported(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "export" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("world_size", "microbatch_tokens"), [(1, 256), (2, 1024), (2, 256), (4, 256)])
+def test_a_step_does_not_depend_on_how_its_examples_are_spread(
+    inputs: Path, tmp_path: Path, world_size: int, microbatch_tokens: int
+) -> None:
+    """8 examples a step as one microbatch on one process, or over 2 and 4 ranks and several rounds."""
+    run_ranks(1, run, config_for(inputs, tmp_path / "one", microbatch_tokens=4096))
+    run_ranks(world_size, run, config_for(inputs, tmp_path / "split", microbatch_tokens=microbatch_tokens))
+    expected, actual = losses(tmp_path / "one"), losses(tmp_path / "split")
+    assert len(actual) == 6
+    # The first steps have identical weights up to summation order: 1e-6. Adam then divides by second moments, which
+    # amplifies rounding where gradients are near zero; the later steps are held to 1e-4.
+    assert actual[0] == pytest.approx(expected[0], rel=1e-6)
+    assert actual[1] == pytest.approx(expected[1], rel=1e-6)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, split = exported(tmp_path / "one"), exported(tmp_path / "split")
+    assert one.keys() == split.keys()
+
+
+def test_loss_falls_and_metrics_are_whole(inputs: Path, tmp_path: Path) -> None:
+    run_ranks(2, run, config_for(inputs, tmp_path, epochs=6.0, validate_every_steps=5))
+    training, validation = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in training] == list(range(1, 19))
+    assert [record["step"] for record in validation] == [0, 5, 10, 15, 18]
+    assert training[-1]["loss"] < 0.9 * training[0]["loss"]
+    assert validation[-1]["validation_loss"] < validation[0]["validation_loss"]
+    per_epoch = sum(record["targets"] for record in training[:3])
+    assert all(sum(r["targets"] for r in training[i : i + 3]) == per_epoch for i in range(0, 18, 3))
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "report.md", "export/adapter/adapter_config.json"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stop_and_resume_is_bitwise(inputs: Path, tmp_path: Path, world_size: int) -> None:
+    """A signal in step 3 of 6 (on the last rank only), then the same command again; with dropout, so that generators count."""
+
+    def with_dropout(folder: str) -> RunConfig:
+        config = config_for(inputs, tmp_path / folder)
+        return replace(config, adapter=LoraConfig(r=4, alpha=8.0, dropout=0.3))
+
+    run_ranks(world_size, run, with_dropout("straight"))
+    run_ranks(world_size, run, with_dropout("stopped"), 3)
+    assert [p.name for p in list_checkpoints(tmp_path / "stopped" / "checkpoints")] == ["step-00000003"]
+    assert not (tmp_path / "stopped" / "export").exists()
+    run_ranks(world_size, run, with_dropout("stopped"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    resumed, straight = exported(tmp_path / "stopped"), exported(tmp_path / "straight")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight.keys() | resumed.keys())
+
+
+def test_resume_on_another_world_size(inputs: Path, tmp_path: Path) -> None:
+    run_ranks(1, run, config_for(inputs, tmp_path / "straight"))
+    run_ranks(2, run, config_for(inputs, tmp_path / "stopped"), 3)
+    run_ranks(3, run, config_for(inputs, tmp_path / "stopped"))
+    for ours, theirs in zip(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def full_run(world: World, config: RunConfig) -> None:
+    Run(replace(config, adapter=None, freeze=("embed_tokens",)), world, StopRequest()).go()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_full_fine_tuning_exports_a_model_folder(inputs: Path, tmp_path: Path, world_size: int) -> None:
+    run_ranks(world_size, full_run, config_for(inputs, tmp_path, max_steps=2))
+    base = load_file(inputs / "model" / "model.safetensors")
+    tuned = load_file(tmp_path / "export" / "model" / "model.safetensors")
+    assert tuned.keys() == base.keys()
+    for name in base:
+        assert torch.equal(tuned[name], base[name]) == ("embed_tokens" in name), name
+    assert (tmp_path / "export" / "model" / "tokenizer.json").is_file()
+
+
+def run_with_infinite_loss(world: World, config: RunConfig) -> str:
+    this = Run(config, world, StopRequest())
+    objective, calls = this.objective, []
+
+    def broken(model, batch):
+        loss = objective(model, batch)
+        calls.append(batch)
+        if len(calls) > 4 and world.rank == 0:
+            loss = replace(loss, loss_sum=loss.loss_sum * float("inf"))
+        return loss
+
+    this.objective = broken
+    with pytest.raises(NonFiniteError) as caught:
+        this.go()
+    return str(caught.value)
+
+
+def test_a_non_finite_loss_stops_all_ranks_and_leaves_the_batch(inputs: Path, tmp_path: Path) -> None:
+    config = config_for(inputs, tmp_path, microbatch_tokens=1024, checkpoint_every_steps=1)
+    messages = run_ranks(2, run_with_infinite_loss, config)
+    kept = list_checkpoints(tmp_path / "checkpoints")
+    for rank, message in enumerate(messages):
+        (dump,) = (tmp_path / "nonfinite").glob(f"*-rank-{rank:05d}.safetensors")
+        assert str(dump) in message and str(kept[-1]) in message
+        assert "0/tokens_T" in load_file(dump)
+    failed_step = int(dump.name.split("-")[1])
+    assert kept[-1].name == f"step-{failed_step - 1:08d}"
+    assert json.loads((kept[-1] / "manifest.json").read_text())["step"] == failed_step - 1
+
+
+def test_a_finished_run_is_left_alone(inputs: Path, tmp_path: Path) -> None:
+    run_ranks(2, run, config_for(inputs, tmp_path))
+    before = exported(tmp_path), losses(tmp_path)
+    run_ranks(2, run, config_for(inputs, tmp_path))
+    after = exported(tmp_path), losses(tmp_path)
+    assert before[1] == after[1]
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
