@@ -3,7 +3,7 @@
 CPU kernels are always built, CUDA kernels when this torch has CUDA and nvcc is found; USE_CUDA=0 or USE_CUDA=1 in the
 environment decides otherwise. The extension must be compiled against the torch it will run with, hence:
 
-    pip install --no-build-isolation -c constraints.txt -e .      # or: python setup.py build_ext --inplace
+    pip install -c constraints.txt --no-build-isolation -e .      # or: python setup.py build_ext --inplace
 """
 
 import os

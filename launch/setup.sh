@@ -42,32 +42,36 @@ free_gib() { # of the file system that holds $1
 
 check_machine() {
     local needed_gib=$1 python missing=()
-    local apt="Debian/Ubuntu: sudo apt-get install" dnf="Fedora: sudo dnf install"
 
     python=$(find_python)
     if [ -z "$python" ]; then
-        missing+=("Python 3.11 or newer; found: $(python3 --version 2>&1 | head -1).
-      $apt python3 python3-venv python3-dev   |   $dnf python3-devel   |   any system: pyenv or conda
-      If it is there under another name: PYTHON=/path/to/python3 $0")
+        missing+=("Python 3.11 or newer (python3 here: $(python3 --version 2>/dev/null || echo none))
+      Debian, Ubuntu   sudo apt-get install python3 python3-venv python3-dev
+      Fedora           sudo dnf install python3-devel
+      anywhere         pyenv or conda; then PYTHON=/path/to/python3 $0")
     else
-        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-            missing+=("the venv module of $python.   $apt python3-venv")
+        "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("the venv module of $python
+      Debian, Ubuntu   sudo apt-get install python3-venv")
         [ -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
-            missing+=("the C headers of $python (Python.h).   $apt python3-dev   |   $dnf python3-devel")
+            missing+=("the C headers (Python.h) of $python
+      Debian, Ubuntu   sudo apt-get install python3-dev
+      Fedora           sudo dnf install python3-devel")
     fi
-    command -v "${CXX:-c++}" >/dev/null ||
-        missing+=("a C++ compiler (${CXX:-c++}).   $apt g++   |   $dnf gcc-c++   |   macOS: xcode-select --install
-      If it is there under another name: CXX=/path/to/compiler $0")
-    if [ ! -e "$VENV" ] && [ "$(free_gib .)" -lt "$needed_gib" ]; then
-        missing+=("disk space: $needed_gib GiB are needed in $PWD, $(free_gib .) GiB are free.
+    command -v "${CXX:-c++}" >/dev/null || missing+=("a C++ compiler (${CXX:-c++})
+      Debian, Ubuntu   sudo apt-get install g++
+      Fedora           sudo dnf install gcc-c++
+      macOS            xcode-select --install
+      anywhere         one under another name: CXX=/path/to/compiler $0")
+    if [ ! -e "$VENV" ]; then # later runs need next to nothing
+        [ "$(free_gib .)" -ge "$needed_gib" ] ||
+            missing+=("disk space: $needed_gib GiB needed in $PWD, $(free_gib .) GiB free
       Free some, or move this folder to a larger disk.")
-    fi
-    if [ ! -e "$VENV" ] && [ "$(free_gib "${TMPDIR:-/tmp}")" -lt 2 ]; then
-        missing+=("temporary space: 2 GiB are needed in ${TMPDIR:-/tmp}, where packages are unpacked.
-      Free some, or point TMPDIR to a folder on a larger disk.")
+        [ "$(free_gib "${TMPDIR:-/tmp}")" -ge 2 ] ||
+            missing+=("temporary space: 2 GiB needed in ${TMPDIR:-/tmp} to unpack packages, $(free_gib "${TMPDIR:-/tmp}") GiB free
+      Free some, or TMPDIR=/path/on/a/larger/disk $0")
     fi
     if [ ${#missing[@]} -gt 0 ]; then
-        printf '\nThis machine lacks:\n' >&2
+        printf 'This machine lacks:\n' >&2
         printf '\n  - %s\n' "${missing[@]}" >&2
         exit 1
     fi
@@ -94,7 +98,7 @@ make_environment() {
     fi
     # torch first and pinned: the extension is compiled against it (hence no build isolation, which would fetch a torch
     # of its own to build with), and an unpinned one may be another version with gigabytes of CUDA libraries.
-    stage "install torch and build tools" "$BIN/python" -m pip install -c constraints.txt torch setuptools wheel ninja numpy
+    stage "install torch and build tools" "$BIN/python" -m pip install -c constraints.txt torch setuptools ninja numpy
     stage "build minift, install what it needs${extras:+ and the extras $extras}" \
         "$BIN/python" -m pip install -c constraints.txt --no-build-isolation -e ".${extras:+[$extras]}"
     fingerprint | tee "$stamp_base" >"$stamp"

@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 
 
 def train(options: Namespace) -> int:
-    """`minift train RECIPE ...`: everything that can be refused is refused before a process group starts."""
+    """`minift train RECIPE ...`; under torchrun with `record`, so that it shows why the first failing rank failed."""
     if "--help" in options.overrides or "-h" in options.overrides:
         list_fields()
         return 0
-    try:
-        config = _read_recipe(options)
-        config.check_files()
-    except (ValueError, OSError):
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        return 2  # every rank finds the same mistake, and one of them says so
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return _train(options)
 
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    return record(_train)(options)
+
+
+def _train(options: Namespace) -> int:
+    config = _read_recipe(options)
+    config.check_files()  # everything that can be refused is refused before a process group starts
+
     from minift.train import train
 
-    return record(train)(config)  # with `record`, torchrun shows the traceback of the rank that failed first
+    return train(config)
 
 
 def list_fields() -> None:

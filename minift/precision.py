@@ -26,7 +26,12 @@ _VALID = {
 
 @dataclass(frozen=True)
 class Precision:
-    """Names of the dtypes, checked (ValueError); the `*_dtype` properties give torch's."""
+    """Names of the number formats, checked (ValueError); the `*_dtype` properties give torch's.
+
+    master: of the sharded trainable weights and of both Adam moments; float32.
+    wire: of what all-gather carries, so of weights, activations and GEMM inputs; float32 or bfloat16.
+    reduce: in which reduce-scatter adds gradients up; float32 or bfloat16.
+    """
 
     master: str = "float32"
     wire: str = "bfloat16"

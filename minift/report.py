@@ -36,6 +36,7 @@ class RunFacts:
     `data`: label -> sentence, e.g. {"training": "320 examples, 74,560 tokens, 9,120 supervised; 2 dropped: too long"}.
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
     `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None.
+    `template`: data.template of the recipe.
     """
 
     status: str
@@ -51,6 +52,7 @@ class RunFacts:
     seconds_by_phase: dict[str, float]
     adapter_folder: str | None
     model_folder: str | None
+    template: str = "auto"
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -223,16 +225,17 @@ def _files(run_dir: Path) -> str:
 
 def _commands(run_dir: Path, facts: RunFacts) -> str:
     model = shlex.quote(facts.model_path)
+    ask = ("" if facts.template == "auto" else f"--template {facts.template} ") + '--prompt "..."'
     blocks = []
     if facts.adapter_folder:
         adapter = shlex.quote(facts.adapter_folder)
         merged = shlex.quote(str(run_dir / "export" / "merged"))
         blocks += [
-            ("Try it", f'minift generate --model {model} --adapter {adapter} --prompt "..."'),
+            ("Try it", f"minift generate --model {model} --adapter {adapter} {ask}"),
             ("Merge it into plain weights", f"minift merge --model {model} --adapter {adapter} --out {merged}"),
         ]
     if facts.model_folder:
-        blocks += [("Try it", f'minift generate --model {shlex.quote(facts.model_folder)} --prompt "..."')]
+        blocks += [("Try it", f"minift generate --model {shlex.quote(facts.model_folder)} {ask}")]
     recipe = shlex.quote(str(run_dir / "config.yaml"))
     blocks += [
         ("Go on from the last checkpoint, if it was stopped", f"minift train {recipe}"),

@@ -46,10 +46,13 @@ def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, sentence)
     assert not (folder / "run").exists()
 
 
-def test_only_rank_0_tells_what_all_ranks_find(folder, capsys, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has replaced stderr
+def test_under_torchrun_rank_0_speaks_and_all_ranks_leave_their_reason(folder, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     assert main(["train", "recipe.yaml", "--lr", "1"]) == 2
     assert capsys.readouterr().err == ""
+    assert "--lr is not a field" in (folder / "error.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -112,12 +115,10 @@ def test_help(folder, capsys, arguments):
 def test_as_a_process(folder):
     """Status and streams of the real thing, and a reader that stops reading."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    bad = subprocess.run(
-        [sys.executable, "-m", "minift", "train", "recipe.yaml", "--loop.epochs", "x"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "minift", "train", "recipy.yaml"]
+    bad = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "minift: error: --loop.epochs is x; valid: a number\n"
+    assert bad.stderr == "minift: error: recipe recipy.yaml does not exist; nearest: recipe.yaml\n"
     pipe = f"{sys.executable} -m minift train --help | head -n 1"
     headed = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], env=environment, capture_output=True, text=True)
     assert (headed.returncode, headed.stderr) == (0, "")

@@ -39,7 +39,7 @@ def recipe(tmp_path):
     return path
 
 
-words = st.text(min_size=1, max_size=8)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029"), min_size=1, max_size=8)
 configs = st.builds(
     replace,
     st.just(RunConfig(**{

@@ -112,19 +112,21 @@ class TestSample:
     DRAWS = 4000
 
     def frequencies(self, logits_V, temperature, top_p):
-        """Of DRAWS draws, and the distribution they should have: sorted, cut, divided again, in Python floats."""
         generator = torch.Generator().manual_seed(0)
         drawn = sample(logits_V.expand(self.DRAWS, -1), temperature, top_p, generator)
+        return (torch.bincount(drawn, minlength=len(logits_V)) / self.DRAWS).tolist()
+
+    def distribution(self, logits_V, temperature, top_p):
+        """Sorted, cut, divided again in Python floats; and how close a cumulative probability comes to top_p."""
         weights = torch.softmax(logits_V.double() / temperature, -1).tolist()
-        nucleus, reached = [], 0.0
+        nucleus, reached, margin = set(), 0.0, 1.0
         for token in sorted(range(len(weights)), key=lambda token: -weights[token]):
-            assume(abs(reached - top_p) > 1e-5 or not nucleus)  # fp32 may round across the border
             if reached >= top_p:
                 break
-            nucleus.append(token)
+            nucleus.add(token)
             reached += weights[token]
-        expected = [weights[token] / reached if token in nucleus else 0.0 for token in range(len(weights))]
-        return (torch.bincount(drawn, minlength=len(weights)) / self.DRAWS).tolist(), expected
+            margin = min(margin, abs(reached - top_p))
+        return [weight / reached if token in nucleus else 0.0 for token, weight in enumerate(weights)], margin
 
     @given(
         logits=st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True),
@@ -132,18 +134,20 @@ class TestSample:
         top_p=st.sampled_from([0.05, 0.5, 0.83, 1.0]),
     )
     def test_distribution(self, logits, temperature, top_p):
-        seen, expected = self.frequencies(torch.tensor(logits) / 10, temperature, top_p)
-        for frequency, probability in zip(seen, expected, strict=True):
+        logits_V = torch.tensor(logits) / 10
+        expected, margin = self.distribution(logits_V, temperature, top_p)
+        assume(top_p == 1 or margin > 1e-5)  # fp32 may round across the border
+        for frequency, probability in zip(self.frequencies(logits_V, temperature, top_p), expected, strict=True):
             # Five standard deviations of a frequency among DRAWS draws; tokens outside the nucleus never come.
             assert abs(frequency - probability) <= 5 * math.sqrt(probability * (1 - probability) / self.DRAWS)
 
     def test_nucleus_larger_than_the_first_candidates(self):
         """1000 tokens that are nearly alike: 900 of them make the nucleus, more than are looked at first."""
-        logits = torch.linspace(0.001, 0, 1000)
-        seen, expected = self.frequencies(logits, 1.0, 0.9)
-        support = {token for token, frequency in enumerate(seen) if frequency}
-        nucleus = {token for token, probability in enumerate(expected) if probability}
-        assert support <= nucleus and len(support) > 850
+        logits_V = torch.linspace(0.001, 0, 1000)
+        expected, _ = self.distribution(logits_V, 1.0, 0.9)
+        support = {token for token, frequency in enumerate(self.frequencies(logits_V, 1.0, 0.9)) if frequency}
+        assert support <= {token for token, probability in enumerate(expected) if probability}
+        assert len(support) > 850
 
     def test_temperature_zero_is_argmax(self):
         logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))

@@ -37,7 +37,8 @@ def test_peak_memory_keeps_what_was_freed():
     during = metrics.resident_bytes()
     del block
     assert during - before > 48 << 20  # of 64 MiB; the rest of the process may shrink meanwhile
-    assert metrics.peak_device_bytes(torch.device("cpu")) == metrics.peak_resident_bytes() >= during
+    # The kernel counts pages per thread and adds them up now and then: it may be off by a few hundred KiB.
+    assert metrics.peak_device_bytes(torch.device("cpu")) == metrics.peak_resident_bytes() >= during - (4 << 20)
 
 
 numbers = st.floats() | st.integers(-(2**53), 2**53) | st.none() | st.text(max_size=5)

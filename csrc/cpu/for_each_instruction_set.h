@@ -5,10 +5,10 @@
 //     auto* kernel = MINIFT_KERNEL(swiglu<float>);      // portable::, avx2:: or avx512::swiglu<float>
 //
 // So one source gives one binary that runs on every processor. The kernels are written with the compiler's vector
-// types (vector.h), whose width LANES (fp32 elements) is set here; there are no intrinsics to write three times.
-// The target is set by pragma and not by per-file flags because a file compiled with, say, -mavx512f may hand its copies
-// of inline library functions to the linker, which then run on processors without AVX-512. For the same reason a
-// kernel file includes nothing and uses no library function except compiler builtins.
+// types (vector.h), whose width LANES (fp32 elements) is set here. The target is set by pragma and not by per-file
+// flags because a file compiled with, say, -mavx512f may hand its copies of inline library functions to the linker,
+// which then run on processors without AVX-512. For the same reason a kernel file includes nothing and calls nothing
+// but compiler builtins.
 
 #ifndef MINIFT_KERNELS
 #error "define MINIFT_KERNELS as the kernel file to include"

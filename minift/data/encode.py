@@ -95,7 +95,9 @@ def fit(document: Encoded, max_length_tokens: int, policy: OverlongPolicy, repor
                 "Raise max_length_tokens, or choose `overlong`: drop, truncate (keeps the start) or split."
             )
         starts = {"drop": (), "truncate": (0,), "split": range(0, length - 1, limit - 1)}[policy]
-        pieces = [_piece(document, start, start + limit) for start in starts]
+        tokens, mask = document.tokens, document.targets_mask
+        parts = [slice(start, start + limit) for start in starts]
+        pieces = [Encoded(tokens[part], mask[part], document.source) for part in parts]
         report.lost_documents += not pieces
         report.lost_targets += document.num_targets - sum(piece.num_targets for piece in pieces)
     useful = [piece for piece in pieces if piece.num_targets]
@@ -118,12 +120,6 @@ def _encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int
         if tokenizer.encode(prompt.text) != ids[: mask.index(True) if True in mask else len(ids)]:
             ids, mask = encode_rendered(tokenizer, Rendered.from_pieces([prompt, completion]))
     return [*ids, tokenizer.eos_id], [*mask, True]
-
-
-def _piece(document: Encoded, start: int, stop: int) -> Encoded:
-    mask = document.targets_mask[start:stop].copy()
-    mask[0] = False  # never predicted: it is the piece's first token
-    return Encoded(document.tokens[start:stop], mask, document.source)
 
 
 def _with_input_in_content(message: Message) -> Message:

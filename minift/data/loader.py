@@ -25,6 +25,7 @@ Not here: prefetching (packing a step takes a millisecond), streaming from a net
 from __future__ import annotations
 
 import heapq
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,8 @@ from minift.data.documents import Documents, Encoded
 class LoaderState:
     """Where the next step begins. Integers only: `dataclasses.asdict` gives JSON, `LoaderState(**d)` reads it.
 
-    The last two say what the step number counts; a loader over other data refuses the state instead of skipping or
-    repeating examples in silence. (0 = unknown, not checked.)
+    The last three say what the step number counts; a loader over other documents refuses the state instead of skipping
+    or repeating examples in silence. (0 = unknown, not checked.)
     """
 
     seed: int
@@ -47,6 +48,7 @@ class LoaderState:
     step_in_epoch: int = 0
     examples_per_step: int = 0
     num_documents: int = 0
+    lengths_crc32: int = 0
 
 
 class StepLoader:
@@ -78,7 +80,8 @@ class StepLoader:
         self.microbatch_tokens = microbatch_tokens
         self.rank, self.world_size = rank, world_size
         self.shuffle = shuffle
-        self.state = LoaderState(seed, 0, 0, examples_per_step, len(self.documents))
+        self.lengths_crc32 = zlib.crc32(self.documents.lengths.tobytes())
+        self.state = self._state(seed, epoch=0, step_in_epoch=0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,19 +95,18 @@ class StepLoader:
         for name, saved, here in (
             ("examples_per_step", state.examples_per_step, self.examples_per_step),
             ("num_documents", state.num_documents, len(self.documents)),
+            ("checksum of document lengths", state.lengths_crc32, self.lengths_crc32),
         ):
             if saved not in (0, here):
                 raise ValueError(
                     f"cannot resume: the checkpoint counts steps with {name} = {saved}, this run has {here}. "
-                    f"Resume with the old value, or start a new run from the checkpoint's weights."
+                    "Resume with the old value, or start a new run from the checkpoint's weights."
                 )
         if not 0 <= state.step_in_epoch < self.steps_per_epoch:
             raise ValueError(
                 f"cannot resume at step {state.step_in_epoch} of an epoch: it has only {self.steps_per_epoch} steps"
             )
-        self.state = LoaderState(
-            state.seed, state.epoch, state.step_in_epoch, self.examples_per_step, len(self.documents)
-        )
+        self.state = self._state(state.seed, state.epoch, state.step_in_epoch)
 
     def __iter__(self) -> Iterator[tuple[list[Batch], LoaderState]]:
         state = self.state
@@ -115,15 +117,14 @@ class StepLoader:
                 rounds = assign_bins(self.documents.lengths[chosen], self.microbatch_tokens, self.world_size)
                 microbatches = [pack([self.documents[chosen[i]] for i in bins[self.rank]]) for bins in rounds]
                 at_end = step + 1 == self.steps_per_epoch
-                self.state = LoaderState(
-                    seed=state.seed,
-                    epoch=state.epoch + 1 if at_end else state.epoch,
-                    step_in_epoch=0 if at_end else step + 1,
-                    examples_per_step=self.examples_per_step,
-                    num_documents=len(self.documents),
-                )
+                position = (state.epoch + 1, 0) if at_end else (state.epoch, step + 1)
+                self.state = self._state(state.seed, *position)
                 yield microbatches, self.state
             state = self.state
+
+    def _state(self, seed: int, epoch: int, step_in_epoch: int) -> LoaderState:
+        num_documents = len(self.documents)
+        return LoaderState(seed, epoch, step_in_epoch, self.examples_per_step, num_documents, self.lengths_crc32)
 
 
 def eval_batches(

@@ -36,7 +36,7 @@ class Preview:
         chosen = np.linspace(0, len(self.documents) - 1, min(self.count, len(self.documents))).astype(int)
         for document in (self.documents[i] for i in chosen):
             tokens, targets = f"{len(document)} tokens", f"{document.num_targets} supervised"
-            yield Rule((f"{document.source}: {tokens}, {targets}"), align="left")
+            yield Rule(Text(f"{document.source}: {tokens}, {targets}"), align="left")
             yield _marked(document, self.tokenizer, brackets)
         yield Rule("supervised text stands in ⟦ ⟧" if brackets else f"[{SUPERVISED_STYLE}]supervised text is green[/]")
 

@@ -131,13 +131,13 @@ class _JsonBackend:
     """tokenizer.json."""
 
     def __init__(self, file: Path, config: dict, role_tokens: dict[str, str | None]) -> None:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        whole = tokenizers.Tokenizer.from_str(json.dumps(content))
-        self.adds_bos = role_tokens["bos"] in whole.encode("", add_special_tokens=True).tokens[:1]
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self.adds_bos = role_tokens["bos"] in self._tokenizer.encode("", add_special_tokens=True).tokens[:1]
         # The post-processor would trim offsets (byte-level BPE) or add tokens; truncation and padding are settings
         # somebody saved by accident. None of them belongs to the mapping from text to ids.
-        content.update(post_processor=None, truncation=None, padding=None)
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._tokenizer.post_processor = None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         for index, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
             self._add_missing(tokenizers.AddedToken(**_added_token_fields(entry)), int(index))
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from minift.model.config import ModelConfig
-from minift.model.gguf_tokenizer import write_tokenizer
-from minift.model.hf import save_model
+from minift.model.decoder import CausalLM
+from minift.model.gguf_tokenizer import VOCABULARY_LISTS, write_tokenizer
+from minift.model.hf import TensorSpec, save_model
 
 log = logging.getLogger(__name__)
 
@@ -62,38 +63,45 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 def convert_gguf(path: str | Path, folder: str | Path, dtype: str = "bfloat16") -> None:
     """Convert the GGUF file at `path` into a Hugging Face folder; `dtype` is float32, bfloat16 or float16.
 
-    Raises ValueError for anything that could not be carried over faithfully: another architecture, a tensor without a
-    place in the model, an unknown RoPE scaling or pre-tokenizer.
+    Raises ValueError for anything that could not be carried over faithfully: another architecture, tensors that are
+    missing or have no place in the model, an unknown RoPE scaling or pre-tokenizer.
     """
     if dtype not in TORCH_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; valid: {', '.join(TORCH_DTYPES)}.")
     folder = Path(folder)
     reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not _is_tokenizer_list(name)}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    fields = {name: field.contents() for name, field in reader.fields.items() if name not in VOCABULARY_LISTS}
     if fields.get("split.count", 1) > 1:
         raise ValueError(f"{path} is one part of a split GGUF; join the parts first (llama-gguf-split --merge).")
-
-    hf_config = read_config(fields, tensors)
-    names = {name: hf_name(name) for name in tensors if name != ROPE_FACTORS_TENSOR}
-    torch_dtype = TORCH_DTYPES[dtype]
-    specs = {names[name]: (torch_dtype, tuple(int(n) for n in reversed(tensors[name].shape))) for name in names}
-
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            weight = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-            if fields["general.architecture"] in PERMUTED_ARCHITECTURES and ".attn_q." in name:
-                weight = unpermute(weight, hf_config["num_attention_heads"])
-            elif fields["general.architecture"] in PERMUTED_ARCHITECTURES and ".attn_k." in name:
-                weight = unpermute(weight, hf_config["num_key_value_heads"])
-            yield names[name], torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(torch_dtype)
-
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    rope_factors = tensors.pop(ROPE_FACTORS_TENSOR, None)
+    names = {name: hf_name(name) for name in tensors}
+    hf_config = read_config(fields, tensors, rope_factors)
+    specs = {
+        names[name]: (TORCH_DTYPES[dtype], tuple(int(size) for size in reversed(tensor.shape)))
+        for name, tensor in tensors.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     token_ids = write_tokenizer(reader, folder, max_length=hf_config["max_position_embeddings"])
-    config = ModelConfig.from_hf({**hf_config, **token_ids, "torch_dtype": dtype})
-    save_model(stream(), config, folder, specs=specs)
-    (folder / "generation_config.json").write_text(json.dumps(token_ids, indent=2) + "\n")
-    log.info("%s: %d tensors of %s converted to %s", path, len(names), fields["general.architecture"], folder)
+    config = ModelConfig.from_hf({**hf_config, **token_ids})
+    _check_specs(specs, config, path)
+
+    heads_to_unpermute = {}
+    if fields["general.architecture"] in PERMUTED_ARCHITECTURES:
+        heads_to_unpermute = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+            if num_heads := heads_to_unpermute.get(name.split(".")[-2]):
+                weight = unpermute(weight, num_heads)
+            # A writable array of its own: some of these are views of the mapped file.
+            yield names[name], torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(TORCH_DTYPES[dtype])
+
+    save_model(stream(), config, folder, specs)
+    generation_config = {name: value for name, value in token_ids.items() if value is not None}
+    (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
+    log.info("%s: %d tensors of %s written to %s", path, len(names), fields["general.architecture"], folder)
 
 
 def hf_name(name: str) -> str:
@@ -117,7 +125,7 @@ def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return weight.reshape(num_heads, half_head, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def read_config(fields: dict, tensors: dict) -> dict:
+def read_config(fields: dict, tensors: dict, rope_factors: gguf.ReaderTensor | None) -> dict:
     """config.json (v4 spelling, without token ids) from GGUF metadata and the tensors that imply a setting."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
@@ -132,6 +140,8 @@ def read_config(fields: dict, tensors: dict) -> dict:
     sliding_window = fields.get(f"{arch}.attention.sliding_window")
     if arch == "llama" and sliding_window:
         model_type, model_class = "mistral", "MistralForCausalLM"
+    elif sliding_window:
+        raise ValueError(f"{arch}.attention.sliding_window is {sliding_window}; GGUF does not say for which layers.")
 
     hidden_size, num_heads = required("embedding_length"), required("attention.head_count")
     head_dim = fields.get(f"{arch}.attention.key_length", hidden_size // num_heads)
@@ -163,14 +173,15 @@ def read_config(fields: dict, tensors: dict) -> dict:
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     if sliding_window:
         config["sliding_window"] = sliding_window
-        config["use_sliding_window"] = True
-    scaling = _rope_scaling(fields, arch, tensors.get(ROPE_FACTORS_TENSOR), head_dim, config["rope_theta"])
+    scaling = _rope_scaling(fields, arch, rope_factors, head_dim, config["rope_theta"])
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config
 
 
-def _rope_scaling(fields: dict, arch: str, factors_tensor, head_dim: int, theta: float) -> dict | None:
+def _rope_scaling(
+    fields: dict, arch: str, rope_factors: gguf.ReaderTensor | None, head_dim: int, theta: float
+) -> dict | None:
     kind = fields.get(f"{arch}.rope.scaling.type", "none")
     if kind == "linear":
         return {"rope_type": "linear", "factor": _shortest_float(fields[f"{arch}.rope.scaling.factor"])}
@@ -182,9 +193,9 @@ def _rope_scaling(fields: dict, arch: str, factors_tensor, head_dim: int, theta:
         }
     if kind != "none":
         raise ValueError(f"{arch}.rope.scaling.type is {kind!r}; valid: none, linear, yarn.")
-    if factors_tensor is None:
+    if rope_factors is None:
         return None
-    divisors = gguf.dequantize(factors_tensor.data, factors_tensor.tensor_type)
+    divisors = gguf.dequantize(rope_factors.data, rope_factors.tensor_type)
     for factor, low, high, original in LLAMA3_ROPE_SCALINGS:
         expected = llama3_divisors(head_dim, theta, factor, low, high, original)
         if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4):
@@ -205,13 +216,17 @@ def llama3_divisors(head_dim: int, theta: float, factor: float, low: float, high
     return 1.0 / ((1.0 - smooth) / factor + smooth)
 
 
-def _is_tokenizer_list(name: str) -> bool:
-    return name in (
-        gguf.Keys.Tokenizer.LIST,
-        gguf.Keys.Tokenizer.MERGES,
-        gguf.Keys.Tokenizer.SCORES,
-        gguf.Keys.Tokenizer.TOKEN_TYPE,
-    )
+def _check_specs(specs: dict[str, TensorSpec], config: ModelConfig, path: str | Path) -> None:
+    with torch.device("meta"):
+        model = CausalLM(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: shape for name, (_, shape) in specs.items()}
+    if found != wanted:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit its metadata, e.g. {wrong[0]}: the file has "
+            f"{found.get(wrong[0], 'none')}, the model needs {wanted.get(wrong[0], 'none')}."
+        )
 
 
 def _shortest_float(value: float) -> float:

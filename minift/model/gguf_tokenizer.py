@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 Keys = gguf.Keys.Tokenizer
+VOCABULARY_LISTS = frozenset({Keys.LIST, Keys.MERGES, Keys.SCORES, Keys.TOKEN_TYPE})
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPLIT_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,7 +38,7 @@ PRE_TOKENIZERS = {
 
 
 def write_tokenizer(reader: gguf.GGUFReader, folder: Path, max_length: int) -> dict:
-    """Write the tokenizer files and return `{bos_token_id, eos_token_id, pad_token_id}` for config.json.
+    """Write the tokenizer files and return `{bos_token_id, eos_token_id, pad_token_id}` for config.json (None: none).
 
     `eos_token_id` is a list when the file names an end-of-turn or end-of-message token besides the end of text.
     """
@@ -86,12 +87,11 @@ def write_tokenizer(reader: gguf.GGUFReader, folder: Path, max_length: int) -> d
 
     eos_ids = dict.fromkeys((special_ids["eos"], contents(Keys.EOT_ID), contents(Keys.EOM_ID)))
     eos_ids = [index for index in eos_ids if index is not None]
-    ids = {
+    return {
         "bos_token_id": special_ids["bos"],
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
+        "eos_token_id": eos_ids if len(eos_ids) > 1 else special_ids["eos"],
         "pad_token_id": special_ids["pad"],
     }
-    return {name: index for name, index in ids.items() if index not in (None, [])}
 
 
 def byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], pre: str | None) -> Tokenizer:

@@ -41,9 +41,10 @@ ROPE_FIELDS = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: the type and its numbers, named as in transformers' `rope_parameters`; see rope.py.
+    """The type of rotary embedding and its numbers, named as in transformers' `rope_parameters`.
 
-    Fields a type does not use keep their defaults. Lengths are in tokens.
+    Fields a type does not use keep their defaults. Lengths are in tokens: `original_max_position_embeddings` is the
+    context the model was trained with before its frequencies were changed.
     """
 
     rope_type: str = "default"
@@ -58,6 +59,11 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor"):
+            if not self.__dict__[name] > 0:
+                raise ValueError(f"The {name} of rotary embeddings is {self.__dict__[name]}; it must be positive.")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:

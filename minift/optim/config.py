@@ -43,25 +43,28 @@ class OptimConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        def need(name: str, value: Any, is_valid: Callable[[Any], bool], valid: str) -> None:
-            if not is_valid(value):
-                raise ValueError(f"optim.{name} is {value!r}; valid: {valid}")
-
-        need("lr", self.lr, lambda v: _is_finite(v) and v > 0, "a finite number > 0")
-        need("betas", self.betas, lambda v: len(v) == 2 and all(_is_finite(b) and 0 <= b < 1 for b in v),
-             "two numbers in [0, 1)")
-        need("eps", self.eps, lambda v: _is_finite(v) and v > 0, "a finite number > 0")
-        need("weight_decay", self.weight_decay, lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
-        need("no_decay", self.no_decay, lambda v: not isinstance(v, str) and all(map(_is_pattern, v)),
-             "a list of regular expressions")
-        need("lr_ratios", self.lr_ratios,
-             lambda v: all(_is_pattern(p) and _is_finite(r) and r >= 0 for p, r in v.items()),
-             "regular expression -> finite number >= 0")
-        need("schedule", self.schedule, lambda v: v in get_args(ScheduleName), ", ".join(get_args(ScheduleName)))
-        need("warmup_steps", self.warmup_steps, lambda v: isinstance(v, int) and v >= 0, "an integer >= 0")
-        need("min_lr_ratio", self.min_lr_ratio, lambda v: _is_finite(v) and 0 <= v <= 1, "a number in [0, 1]")
-        need("max_grad_norm", self.max_grad_norm, lambda v: v is None or (_is_finite(v) and v > 0),
-             "a finite number > 0, or null for no clipping")
+        rules = {
+            "lr": (_is_finite(self.lr) and self.lr > 0, "a finite number > 0"),
+            "betas": (_is_list(self.betas, lambda b: _is_finite(b) and 0 <= b < 1, length=2), "two numbers in [0, 1)"),
+            "eps": (_is_finite(self.eps) and self.eps > 0, "a finite number > 0"),
+            "weight_decay": (_is_finite(self.weight_decay) and self.weight_decay >= 0, "a finite number >= 0"),
+            "no_decay": (_is_list(self.no_decay, _is_pattern), "a list of regular expressions"),
+            "lr_ratios": (
+                isinstance(self.lr_ratios, dict)
+                and all(_is_pattern(p) and _is_finite(ratio) and ratio >= 0 for p, ratio in self.lr_ratios.items()),
+                "regular expression -> finite number >= 0",
+            ),
+            "schedule": (self.schedule in get_args(ScheduleName), ", ".join(get_args(ScheduleName))),
+            "warmup_steps": (isinstance(self.warmup_steps, int) and self.warmup_steps >= 0, "an integer >= 0"),
+            "min_lr_ratio": (_is_finite(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1, "a number in [0, 1]"),
+            "max_grad_norm": (
+                self.max_grad_norm is None or (_is_finite(self.max_grad_norm) and self.max_grad_norm > 0),
+                "a finite number > 0, or null for no clipping",
+            ),
+        }
+        for name, (holds, valid) in rules.items():
+            if not holds:
+                raise ValueError(f"optim.{name} is {self.__dict__[name]!r}; valid: {valid}")
 
     def lr_ratio(self, name: str) -> float:
         """Factor on lr for the parameter `name`."""
@@ -88,6 +91,10 @@ class OptimConfig:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: object, is_valid: Callable[[Any], bool], length: int | None = None) -> bool:
+    return isinstance(value, (tuple, list)) and length in (None, len(value)) and all(map(is_valid, value))
 
 
 def _is_pattern(pattern: object) -> bool:

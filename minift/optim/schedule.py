@@ -43,8 +43,8 @@ class Schedule:
         """Factor for the optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         if self.name == "constant":
             return 1.0
+        done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps) if step < self.total_steps else 1.0
         shape = 1.0 - done if self.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape

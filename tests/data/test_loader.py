@@ -184,6 +184,9 @@ def test_refusals():
     loader = StepLoader(made([3, 4]), examples_per_step=1, microbatch_tokens=8, **common)
     with pytest.raises(ValueError, match="num_documents = 5"):
         loader.load_state(LoaderState(seed=0, num_documents=5))
+    other = StepLoader(made([4, 3]), examples_per_step=1, microbatch_tokens=8, **common)
+    with pytest.raises(ValueError, match="checksum of document lengths"):
+        loader.load_state(other.state)
     with pytest.raises(ValueError, match="examples_per_step = 2"):
         loader.load_state(LoaderState(seed=0, examples_per_step=2))
     with pytest.raises(ValueError, match="step 2"):

@@ -14,6 +14,7 @@ from minift.data import prepare as module
 from minift.data.config import DataConfig
 from minift.data.loader import StepLoader
 from minift.data.prepare import choose_template, prepare
+from minift.data.rendered import Piece, Rendered
 from minift.data.template import ChatTemplate
 
 
@@ -158,6 +159,20 @@ def test_nothing_to_learn_from(tmp_path, rows_file, byte_tokenizer):
         prepare(config, byte_tokenizer, None, tmp_path / "cache")
     with pytest.raises(ValueError, match="there is no usable row in it(.|\n)*rows.jsonl:1: no known format"):
         prepare(config_for(rows_file([{}]), on_bad_row="skip"), byte_tokenizer, None, tmp_path / "cache")
+
+
+def test_template_that_never_stops_is_refused(tmp_path, rows_file, byte_tokenizer):
+    def without_stop(messages, tools, add_generation_prompt):
+        return Rendered.from_pieces(
+            Piece(f"{message['role']} {message['content']}", "markup", 0 if message["role"] == "assistant" else None)
+            for message in messages
+        )
+
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    config = config_for(rows_file([{"messages": messages}]))
+    template = ChatTemplate("endless", without_stop, ("</s>",))
+    with pytest.raises(ValueError, match="Chat template 'endless'.* does not contain the stop token"):
+        prepare(config, byte_tokenizer, template, tmp_path / "cache")
 
 
 def test_first_bad_rows_do_not_decide_the_format(tmp_path, rows_file, byte_tokenizer):

@@ -143,17 +143,32 @@ def test_values_match_one_of_the_alternatives_exactly(value, alternatives, right
     assert check_call(f"f(a={value})", ExpectedCall("f", ("a",), {"a": alternatives})).correct is right
 
 
+@pytest.mark.parametrize(
+    ("required", "alternatives", "right"),
+    [((), [1, ""], True), ((), [1], False), (("a",), [1, ""], False), (("a",), [1], False)],
+)
+def test_an_argument_may_be_left_out_if_the_answers_and_the_schema_say_so(required, alternatives, right):
+    assert check_call("f()", ExpectedCall("f", required, {"a": alternatives})).correct is right
+
+
 small = st.sampled_from([0, 1, 2, 0.5, True, False, "x", "X", "y", [1], [1, 2]])
 
 
 @given(
-    allowed=st.dictionaries(st.sampled_from("abc"), st.lists(small | st.just(""), min_size=1, max_size=3), max_size=3),
+    allowed=st.dictionaries(
+        st.sampled_from("abc"),
+        st.tuples(st.lists(small, min_size=1, max_size=3), st.booleans()).map(lambda t: t[0] + [""] * t[1]),
+    ),
     required=st.sets(st.sampled_from("abc")),
-    given_arguments=st.dictionaries(st.sampled_from("abcd"), small | st.just(""), max_size=4),
-    name=st.sampled_from(["f", "g.f"]),
+    changes=st.dictionaries(st.sampled_from("abcd"), small | st.just(""), max_size=1),
+    name=st.sampled_from(["f", "f", "f", "g.f"]),
+    data=st.data(),
 )
-def test_judge_agrees_with_a_list_of_all_right_answers(allowed, required, given_arguments, name):
+def test_judge_agrees_with_a_list_of_all_right_answers(allowed, required, changes, name, data):
     expected = ExpectedCall("f", tuple(required & allowed.keys()), allowed)
+    chosen = {argument: data.draw(st.sampled_from(alternatives)) for argument, alternatives in allowed.items()}
+    left_out = data.draw(st.sets(st.sampled_from("abc"), max_size=2))
+    given_arguments = {argument: value for argument, value in chosen.items() if argument not in left_out} | changes
     absent = object()
     choices = [
         [*alternatives, *([absent] if "" in alternatives and argument not in expected.required else [])]

@@ -1,4 +1,4 @@
-"""CausalLM. Oracle: transformers, which built the random weights. Bound: DESIGN's, 2e-5 of the largest logit in fp32."""
+"""CausalLM. Oracle: transformers, which built the random weights. Bound in fp32: 2e-5 of the largest logit."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_gradients_equal_transformers(family, tied, tiny_settings, hf_model, to_
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trained", ["everything", "one bias or norm at the bottom"])
-def test_weights_may_move_between_forward_and_backward(family, trained, tiny_settings, hf_model, to_minift, pack, logits):
+def test_weights_may_move_before_backward(family, trained, tiny_settings, hf_model, to_minift, pack, logits):
     """The reuse trap: FSDP overwrites a gathered weight after forward and gathers it elsewhere for backward."""
     model = to_minift(hf_model(family, tiny_settings(family)))
     if trained != "everything":

@@ -1,4 +1,4 @@
-"""Oracle: torch.optim.AdamW (single-tensor) on whole parameters. Cutting the flat weights anywhere may change no bit."""
+"""Oracle: torch.optim.AdamW (single-tensor) on whole parameters. Where the flat weights are cut may change no bit."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_equals_torch_adamw_on_whole_parameters(seed):
     master, exp_avg, exp_avg_sq = flatten(ours)
     for ours_flat, key in ((exp_avg, "exp_avg"), (exp_avg_sq, "exp_avg_sq")):
         assert torch.equal(ours_flat, torch.cat([theirs.state[p][key] for p in whole])), key
-    # The moments are the same operations. The step is associated differently: each of at most 8 roundings, on either side,
-    # moves an update by 2^-24 of itself (|update| < 16 * lr * 5 here), and each step rounds the weight twice by half an ulp.
+    # The moments are the same operations. The update is associated differently: at most 8 roundings on either side,
+    # each moving it by 2^-24 of itself (|update| < 16 lr * 5 here); each step rounds the weight twice by half an ulp.
     expected = torch.cat([p.detach() for p in whole])
     bound = len(SCALES) * (16 * 2**-24 * 16 * 1e-2 * 5 + 4 * 2**-24 * (expected.abs() + 1))
     assert ((master - expected).abs() <= bound).all()

@@ -54,7 +54,8 @@ def load(folder, text, *overrides):
     return build(Outer, merge(read_yaml(path), parse_overrides(list(overrides))))
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+# Without the exotic line ends, which PyYAML writes unescaped and reads as spaces.
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029"), max_size=12) | st.sampled_from(
     ["null", "~", "", "yes", "true", "1e-4", "0x10", "1:30", "2001-01-01", "# x", "a: b", "[a", "{b", "- c", "!t", "*a"]
 )
 finite = st.floats(allow_nan=False, allow_infinity=False)
