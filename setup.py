@@ -30,6 +30,7 @@ extension = Extension(
     sources=cpp_sources + (cuda_sources if use_cuda else []),
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", STABLE_ABI]},
     define_macros=[("USE_CUDA", None)] if use_cuda else [],
+    depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
     py_limited_api=True,
 )
 

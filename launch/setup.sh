@@ -84,6 +84,17 @@ fingerprint() { # of everything that decides what is installed and built
     } | "$BIN/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
+pip_install() { # what pip is doing, one line each; all it says is in the log
+    local log=$VENV/install.log
+    if ! "$BIN/python" -m pip install --progress-bar off "$@" 2>&1 | tee "$log" | awk '
+        /^Collecting/ { print "  " $2; fflush() }
+        /^ *(Building|Installing|Successfully built)/ { print "  " substr($0, 1, 100); fflush() }'; then
+        printf '\nThe end of %s:\n' "$log" >&2
+        tail -n 30 "$log" >&2
+        return 1
+    fi
+}
+
 make_environment() {
     local extras=${1:-} stamp_base=$VENV/.minift-installed stamp
     stamp=$stamp_base${extras:+-${extras//,/-}}
@@ -98,8 +109,8 @@ make_environment() {
     fi
     # torch first and pinned: the extension is compiled against it (hence no build isolation, which would fetch a torch
     # of its own to build with), and an unpinned one may be another version with gigabytes of CUDA libraries.
-    stage "install torch and build tools" "$BIN/python" -m pip install -c constraints.txt torch setuptools ninja numpy
+    stage "install torch and build tools" pip_install -c constraints.txt torch setuptools ninja numpy
     stage "build minift, install what it needs${extras:+ and the extras $extras}" \
-        "$BIN/python" -m pip install -c constraints.txt --no-build-isolation -e ".${extras:+[$extras]}"
+        pip_install -c constraints.txt --no-build-isolation -e ".${extras:+[$extras]}"
     fingerprint | tee "$stamp_base" >"$stamp"
 }

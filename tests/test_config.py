@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.recipe.describe import to_plain, walk
 
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 RECIPE = """\
 run_dir: {folder}/run
 model: {{path: {folder}/model}}
@@ -155,6 +157,11 @@ def test_every_field_has_documentation_and_is_in_the_help():
         assert (entry.key + ":" if entry.section else f"--{entry.key} ") in text
     assert "--optim.lr  a number  (default: 0.0002)" in text
     assert "--data.train  [text, ...]  (required)" in text
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_recipes_are_valid(path):
+    RunConfig.from_recipe(path)
 
 
 def test_the_saved_file_is_plain_yaml(recipe):

@@ -59,9 +59,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def init_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device."""
-    for module_name, adapter in adapters(model).items():
-        if name.startswith(f"{module_name}."):
-            return adapter.init_parameter(name.removeprefix(f"{module_name}."), named_generator(seed, name))
+    path = name.split(".")
+    for depth in range(1, len(path)):
+        module = model.get_submodule(".".join(path[:depth]))
+        if isinstance(module, Adapter):
+            return module.init_parameter(".".join(path[depth:]), named_generator(seed, name))
     raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
 
 

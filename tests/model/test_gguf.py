@@ -22,7 +22,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from minift.model.gguf import convert_gguf, unpermute
 from minift.model.hf import load_model
 
-VOCAB = 320
+VOCAB = 400
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -61,7 +61,11 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = ["the quick brown fox jumps", "Paris, naïve café 漢字 12345!", "it's  we'll\n\n\tdo"] * 20
+CORPUS = [
+    "the quick brown fox jumps over another other there, 1234 12345 345 5 1 12",
+    "Paris, naïve café 漢字 12345! this is it; his history thins that throat's WE'LL THE",
+    "it's  we'll\n\n\tdo\n\n  what   he had nothing then\r\n they're thirsty\n...\n!!!\n",
+] * 20
 text_strategy = st.lists(
     st.text(st.sampled_from("abcdefhinorstuwxPT 0123459\n\t.,!'é漢🙂e\u0301_"), max_size=15)
     | st.sampled_from([*SPECIAL, "it's", "WE'LL", "12345", "   "]),
@@ -153,15 +157,19 @@ def trained(pre: str) -> Tokenizer:
         pre_tokenizers.Split(Regex(step), behavior="isolated") if isinstance(step, str) else step for step in steps
     ]
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Trained without any splitting, so that every rule has merges it must prevent.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
 

@@ -42,6 +42,17 @@ class CappedHead(nn.Module):
         return torch.tanh(x @ (self.A + self.B).t())
 
 
+class SquashedHead(Linear):
+    """Owns one weight, as a dense head does, and is none."""
+
+    def __init__(self):
+        super().__init__(D, V)
+        self.activation = nn.Tanh()
+
+    def forward(self, x):
+        return self.activation(super().forward(x))
+
+
 HEADS = {
     "frozen": lambda: Linear(D, V).requires_grad_(False),
     "trained": lambda: Linear(D, V),
@@ -51,6 +62,7 @@ HEADS = {
     "torch": lambda: nn.Linear(D, V),
     "low rank": LowRankHead,
     "capped": CappedHead,
+    "squashed": SquashedHead,
 }
 
 
@@ -221,6 +233,28 @@ def test_the_incoming_factor_is_not_rounded_to_bf16():
     assert factor.bfloat16().float() != factor
     for mine, reference in zip(scaled, unscaled, strict=True):
         assert torch.equal(mine, (reference.float() * factor).bfloat16())
+
+
+def test_large_logits_do_not_overflow():
+    hidden, head, targets = make("trained", torch.float32, 12, 0)
+    with torch.no_grad():
+        head.weight.mul_(1e4)
+    loss = linear_cross_entropy(hidden, head, targets)
+    full = F.cross_entropy(head(hidden), targets, reduction="sum")
+    torch.testing.assert_close(loss, full)
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, hidden, head))
+
+
+@pytest.mark.parametrize("kind", ["trained bias", "low rank"])
+def test_chunks_are_added_up_in_fp32(kind):
+    """1024 equal terms: a bf16 sum stops growing at 256 times a term."""
+    _, head, _ = make(kind, torch.bfloat16, 1, 0)
+    hidden = torch.ones(1024, D, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(1024, dtype=torch.int64)
+    _, *one = gradients(linear_cross_entropy(hidden[:1], head, targets[:1], 1), hidden, head, divisor=1)
+    _, *many = gradients(linear_cross_entropy(hidden, head, targets, 1), hidden, head, divisor=1)
+    for single, total in zip(one, many, strict=True):
+        torch.testing.assert_close(total, single * 1024, rtol=2**-8, atol=0)
 
 
 def test_default_chunk_is_a_byte_budget_with_a_floor():

@@ -23,6 +23,8 @@ class Inner:
     rank: how big.
     names: one name or several,
         over two lines.
+
+    This is about neither.
     """
 
     rank: int = 4
@@ -40,6 +42,7 @@ class Outer:
     number: float = 1.0
     """Peak learning rate."""
     count: int | None = None
+    either: str | float = 0.5
     switch: bool = False
     choice: Literal["constant", "cosine"] = "cosine"
     pair: tuple[float, float] = (0.0, 1.0)
@@ -64,6 +67,7 @@ outers = st.builds(
     text=texts,
     number=finite,
     count=st.none() | st.integers(),
+    either=texts | finite,
     switch=st.booleans(),
     choice=st.sampled_from(["constant", "cosine"]),
     pair=st.tuples(finite, finite),
@@ -170,7 +174,7 @@ def test_files_that_are_not_recipes(tmp_path):
         read_yaml(tmp_path / "binary.yaml")
 
 
-@given(outers, st.sampled_from(["text", "number", "count", "switch", "pair", "many"]), outers)
+@given(outers, st.sampled_from(["text", "number", "count", "either", "switch", "pair", "many"]), outers)
 def test_differences_name_the_unequal_leaves(a, name, other):
     b = replace(a, **{name: getattr(other, name)})
     expected = [] if getattr(a, name) == getattr(b, name) else [(name, to_plain(a)[name], to_plain(b)[name])]
