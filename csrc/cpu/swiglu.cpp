@@ -5,7 +5,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #define MINIFT_KERNELS "swiglu_kernels.h"

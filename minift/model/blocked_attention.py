@@ -4,7 +4,7 @@ A block is compared with all the keys it may see, so its softmax is the plain on
 and backward keeps only q, k and v. What lies above the diagonal blocks or outside a sliding window is never computed.
 
 Why not `scaled_dot_product_attention`: for the short documents of fine-tuning its CPU backward is slow, and it cannot
-be told of a window except by a T² mask. CPU time of forward + backward on one (shared) Zen 4 core, bf16, 9/3 heads of 64:
+be told of a window except by a T² mask. CPU time of forward + backward on a shared Zen 4 core, bf16, 9/3 heads of 64:
 
     documents (tokens)     one call each, `enable_gqa`    here
     30 of 40                6.5 +  61.7 ms                 5.5 +  12.2 ms

@@ -73,11 +73,10 @@ class KVCache:
                     f"for {self.max_tokens}."
                 )
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
-        slots = [
-            length + i for length, count in zip(self.lengths, counts, strict=True) for i in range(count)
-        ]
-        device = self.keys[0].device
-        return Append(self, torch.tensor(rows, device=device), torch.tensor(slots, device=device), counts)
+        slots = [length + i for length, count in zip(self.lengths, counts, strict=True) for i in range(count)]
+        lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        rows_T, slots_T, lengths_B = (torch.tensor(x, device=self.keys[0].device) for x in (rows, slots, lengths))
+        return Append(self, rows_T, slots_T, lengths_B, lengths)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] is now; rows not named are dropped.
@@ -99,12 +98,16 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Append:
-    """One forward's additions to a cache: token t goes to slot `slots_T[t]` of row `rows_T[t]`, in every layer."""
+    """One forward's additions to a cache: token t goes to slot `slots_T[t]` of row `rows_T[t]`, in every layer.
+
+    `lengths` (and `lengths_B`, the same on the device) count the tokens of each row with the new ones.
+    """
 
     cache: KVCache
     rows_T: Tensor
     slots_T: Tensor
-    counts: list[int]  # new tokens of each row
+    lengths_B: Tensor
+    lengths: list[int]
 
     def write(self, layer: int, k_TKE: Tensor, v_TKE: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's keys and values; returns all rows of that layer, the new tokens included."""
@@ -112,11 +115,6 @@ class Append:
         keys[self.rows_T, self.slots_T] = k_TKE
         values[self.rows_T, self.slots_T] = v_TKE
         return keys, values
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row with the new ones."""
-        return [length + count for length, count in zip(self.cache.lengths, self.counts, strict=True)]
 
     def commit(self) -> None:
         """All layers have written: the new tokens now belong to the rows."""

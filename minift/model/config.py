@@ -108,9 +108,9 @@ class ModelConfig:
         _refuse_unsupported(hf, architecture)
         given = {**COMMON_DEFAULTS, **family_defaults, **hf}
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [key for key in needed if given.get(key) is None]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}.")
+        wrong = [key for key in needed if type(given.get(key)) is not int or given[key] < 1]
+        if wrong:
+            raise ValueError(f"config.json: {', '.join(wrong)} must be there, each a positive integer.")
         attention_bias = bool(given.get("attention_bias", False)) and family in ("llama", "qwen3")
         eos = given.get("eos_token_id")
         return cls(
@@ -202,9 +202,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], architecture: str) -> None:
             "unquantized weights and quantizes by itself. Use the original model's folder."
         )
     if hf.get("attention_dropout"):
-        raise ValueError(
-            f"config.json: attention_dropout {hf['attention_dropout']} is not supported; set it to 0.0."
-        )
+        raise ValueError(f"config.json: attention_dropout {hf['attention_dropout']} is not supported; set it to 0.0.")
 
 
 def _sliding_windows(family: str, given: Mapping[str, Any]) -> tuple[int | None, ...]:

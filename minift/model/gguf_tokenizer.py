@@ -110,7 +110,7 @@ def byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], pre: 
     if rule == "gpt-2":
         tokenizer.pre_tokenizer = byte_level
     elif rule == "smollm":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), byte_level])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     else:
         pattern = LLAMA3_PATTERN if rule == "llama-bpe" else QWEN2_PATTERN
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)

@@ -113,9 +113,7 @@ class RopeConfig:
         return {"rope_type": self.rope_type, "rope_theta": self.theta, **used}
 
 
-def rotary_tables(
-    rope: RopeConfig, head_dim: int, positions_T: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(rope: RopeConfig, head_dim: int, positions_T: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (T, E/2), fp32, of integer positions (T,) counted from 0 in each document; cu_seqlens (S+1,).
 
     Dynamic NTK stretches the frequencies by the length of the sequence. That length is taken *per document* (its last

@@ -120,7 +120,7 @@ def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trai
                 totals[parameter].addmm_(logits_CV.t(), hidden_CD)
             else:
                 _add_to(totals, parameter, torch.mm(logits_CV.t(), hidden_CD))
-    return [loss_sum, d_hidden_MD, *(totals.get(parameter, torch.zeros_like(parameter)) for parameter in trainable)]
+    return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
 
 
 def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
@@ -143,7 +143,7 @@ def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, tra
                 d_hidden_MD[here], *gradients = gradients
             for parameter, gradient in zip(trainable, gradients, strict=True):
                 _add_to(totals, parameter, gradient.clone())  # for A + B, autograd returns one tensor twice
-    return [loss_sum, d_hidden_MD, *(totals.get(parameter, torch.zeros_like(parameter)) for parameter in trainable)]
+    return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
 
 
 def _to_gradient_(logits_CV: Tensor, targets_C1: Tensor, needs_gradient: bool) -> Tensor:
@@ -192,6 +192,10 @@ def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor) -> No
     if parameter in totals:
         term = totals[parameter].to(_statistics_dtype(term)).add_(term)
     totals[parameter] = term
+
+
+def _total(totals: dict[Tensor, Tensor], parameter: Tensor) -> Tensor:
+    return totals[parameter] if parameter in totals else torch.zeros_like(parameter)  # no chunk: nothing supervised
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -67,7 +67,7 @@ def convert(hint: Any, node: Node, key: str, root: type) -> Any:
             return None
         if len(members) == 1 and (dataclasses.is_dataclass(members[0]) or not isinstance(node.value, str)):
             return convert(members[0], node, key, root)  # what it says about the inside is worth more than "not valid"
-        for member in sorted(members, key=lambda member: 0):  # any text is a str, so try that last
+        for member in sorted(members, key=lambda member: member is str):  # any text is a str, so try that last
             try:
                 return convert(member, node, key, root)
             except RecipeError:

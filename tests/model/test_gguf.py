@@ -15,7 +15,7 @@ import transformers
 from gguf import TokenType
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -61,16 +61,17 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+# Strings that a byte-level BPE made below joins, character by character, wherever its rule does not split them; every
+# rule must prevent some of them.
+JOINED = ["1234", "12345", " 12", "'LLx", "'sx", "E'", "the", " the", "the the", "!!\n", ".\n\n", "  ", "\n ", "\r\n\n"]
+JOINED += ["x'", "é", "e\u0301", "漢字", "_a", "\tthe", "!the"]
+PIECES = [*"abthe' \n\r\t.!_12345éLEx漢字🙂", *JOINED, *SPECIAL, "quick", "\u0301"]
 CORPUS = [
     "the quick brown fox jumps over another other there, 1234 12345 345 5 1 12",
     "Paris, naïve café 漢字 12345! this is it; his history thins that throat's WE'LL THE",
-    "it's  we'll\n\n\tdo\n\n  what   he had nothing then\r\n they're thirsty\n...\n!!!\n",
-] * 20
-text_strategy = st.lists(
-    st.text(st.sampled_from("abcdefhinorstuwxPT 0123459\n\t.,!'é漢🙂e\u0301_"), max_size=15)
-    | st.sampled_from([*SPECIAL, "it's", "WE'LL", "12345", "   "]),
-    max_size=6,
-).map("".join)
+    "it's  we'll\n\n\tdo\n\n  what   he had nothing then they're thirsty\n...\n!!!\n",
+] * 5
+text_strategy = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -144,30 +145,25 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def trained(pre: str) -> Tokenizer:
-    """A byte-level BPE with the pre-tokenizer of the models that `pre` stands for, taken from transformers."""
+def byte_level_tokenizer(pre: str) -> Tokenizer:
+    """A BPE that joins JOINED, with the pre-tokenizer of the models that `pre` stands for, taken from transformers."""
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
-    steps = {
+    split = {
         "gpt-2": [],
         "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "qwen2": [PRETOKENIZE_REGEX],
-        "llama-bpe": [TikTokenConverter(vocab_file="unused").pattern],
+        "qwen2": [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")],
+        "llama-bpe": [pre_tokenizers.Split(Regex(TikTokenConverter(vocab_file="unused").pattern), "isolated")],
     }[pre]
-    steps = [
-        pre_tokenizers.Split(Regex(step), behavior="isolated") if isinstance(step, str) else step for step in steps
-    ]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    spelled = [as_bytes.pre_tokenize_str(text)[0][0] for text in JOINED]
+    merges = dict.fromkeys((text[:i], text[i]) for text in spelled for i in range(1, len(text)))
+    # "quick" is no join of anything: only a model that ignores merges finds it.
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), "quick"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges), ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # Trained without any splitting, so that every rule has merges it must prevent.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    tokenizer.add_special_tokens(SPECIAL)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
@@ -189,7 +185,7 @@ def converted(tmp_path_factory):
         folder = tmp_path_factory.mktemp("gguf")
         writer = gguf.GGUFWriter(folder / "model.gguf", arch)
         write_weights(writer, arch, model, quantization)
-        write_vocabulary(writer, trained("smollm"), "smollm")
+        write_vocabulary(writer, byte_level_tokenizer("smollm"), "smollm")
         finish(writer)
         convert_gguf(folder / "model.gguf", folder / "hf", dtype)
         return model, folder / "hf", folder / "model.gguf"
@@ -202,7 +198,7 @@ def pairs(tmp_path_factory):
     """pre -> (the original tokenizer, the converted one as transformers loads it)."""
     made = {}
     for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
-        original = trained(pre)
+        original = byte_level_tokenizer(pre)
         folder = tmp_path_factory.mktemp("tokenizer")
         convert_with_vocabulary(
             folder, lambda writer, original=original, pre=pre: write_vocabulary(writer, original, pre)
@@ -221,13 +217,14 @@ def convert_with_vocabulary(folder, write):
     convert_gguf(folder / "model.gguf", folder / "hf")
 
 
-@pytest.fixture(scope="module")
-def sentencepieces(tmp_path_factory):
+@pytest.fixture(scope="module", params=[True, False], ids=["space prefix", "no prefix"])
+def sentencepieces(tmp_path_factory, request):
     """(the SentencePiece model, the converted tokenizer)."""
     trained_model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=trained_model, model_type="bpe", vocab_size=VOCAB,
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        add_dummy_prefix=request.param,
     )  # fmt: skip
     model = sentencepiece.SentencePieceProcessor(model_proto=trained_model.getvalue())
 
@@ -241,6 +238,7 @@ def sentencepieces(tmp_path_factory):
     def write(writer):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(request.param)
         writer.add_token_list([model.id_to_piece(i) for i in range(VOCAB)])
         writer.add_token_scores([model.get_score(i) for i in range(VOCAB)])
         writer.add_token_types([kind(i) for i in range(VOCAB)])
@@ -304,7 +302,7 @@ class TestRefusals:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
             writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
             write_weights(writer, arch, model, gguf.GGMLQuantizationType.F32)
-            write_vocabulary(writer, trained("gpt-2"), "gpt-2")
+            write_vocabulary(writer, byte_level_tokenizer("gpt-2"), "gpt-2")
             change(writer)
             for name in drop:
                 del writer.tensors[0][name]
@@ -357,7 +355,7 @@ class TestTokenizer:
     @pytest.mark.parametrize("pre", ["bloom", None])
     def test_unknown_pre_tokenizer_is_refused_by_name(self, tmp_path, pre):
         def write(writer):
-            write_vocabulary(writer, trained("gpt-2"), pre or "gpt-2")
+            write_vocabulary(writer, byte_level_tokenizer("gpt-2"), pre or "gpt-2")
             if pre is None:
                 del writer.kv_data[0]["tokenizer.ggml.pre"]
 
@@ -368,7 +366,11 @@ class TestTokenizer:
         with pytest.raises(ValueError, match="is 'bert'; valid: gpt2"):
             convert_with_vocabulary(tmp_path, lambda writer: writer.add_tokenizer_model("bert"))
 
-    @given(text=st.text(st.sampled_from("abcdefhinorstuwxPT 012\n\t.,!'é漢🙂"), min_size=1, max_size=40))
+    @given(
+        text=st.lists(st.sampled_from(" ".join(CORPUS[:3]).split() + [*" \n\t'é漢🙂xyz"]), min_size=1, max_size=8).map(
+            " ".join
+        )
+    )
     def test_sentencepiece(self, sentencepieces, text):
         model, converted = sentencepieces
         ids = converted(text, add_special_tokens=False)["input_ids"]

@@ -38,8 +38,7 @@ def test_dynamic_frequencies_are_per_document():
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     packed = rotary_tables(rope, 8, positions_T, torch.tensor([0, 3, 33, 42], dtype=torch.int32))
     alone = [
-        rotary_tables(rope, 8, torch.arange(length), torch.tensor([0, length], dtype=torch.int32))
-        for length in lengths
+        rotary_tables(rope, 8, torch.arange(length), torch.tensor([0, length], dtype=torch.int32)) for length in lengths
     ]
     for i in range(2):
         assert torch.equal(packed[i], torch.cat([tables[i] for tables in alone]))

@@ -58,6 +58,10 @@ def draw_tensor():
             wide = torch.randn((*shape[:-1], 2 * shape[-1] + 3), generator=generator)[..., 2 : 2 + shape[-1]]
         elif layout == "every second row":
             wide = torch.randn((*shape[:-2], 2 * shape[-2], shape[-1]), generator=generator)[..., ::2, :]
+        elif layout == "slice of a fused projection":  # two strides that cannot be merged into one
+            start, width = shape[-2], 2 * shape[-1] + 3
+            wide = torch.randn((*shape[:-2], 3 * shape[-2], width), generator=generator)
+            wide = wide[..., start : 2 * start, 2 : 2 + shape[-1]]
         elif layout == "transposed":
             return torch.randn((shape[-1], *shape[:-1]), generator=generator).to(dtype).movedim(0, -1)
         elif layout == "expanded":
