@@ -67,8 +67,8 @@ def build_model(
     world: World,
     seed: int,
 ) -> BuiltModel:
-    """Assemble as described above. With an adapter only its parameters are trained; without, those that `train` (all, if
-    empty) and `freeze` say, see `peft.freeze`. ValueError for a folder or a pattern that does not fit."""
+    """Assemble as described above. With an adapter only its parameters are trained; without, those that `train` (all,
+    if empty) and `freeze` say, see `peft.freeze`. ValueError for a folder or a pattern that does not fit."""
     config = load_config(source.path)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -98,8 +98,10 @@ def build_model(
 
 
 def base_fingerprint(folder: str | Path) -> dict[str, str]:
-    """What identifies the base model of a checkpoint: sha256 of config.json and of the size and both ends of each weight
-    file. Hashing all bytes of a 100 GB model at every start would cost minutes; a different model differs here."""
+    """What identifies the base model of a checkpoint: sha256 of config.json and of size and ends of each weight file.
+
+    Hashing all bytes of a 100 GB model at every start would cost minutes; a different model differs here.
+    """
     prints = {}
     for path in sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / "config.json"]:
         size = path.stat().st_size

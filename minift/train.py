@@ -1,8 +1,8 @@
 """The training step, and the loop around it.
 
-One loop for every objective: an objective is a function (model, batch) -> sum of losses, PPO's rollouts are a source of
-batches. Periodic work (validation, checkpoints) stands outside of the step, between rulers. Everything that is logged is
-reduced over all ranks.
+One loop for every objective: an objective is a function (model, batch) -> sum of losses, PPO's rollouts are a source
+of batches. Periodic work (validation, checkpoints) stands outside of the step, between rulers. Everything that is
+logged is reduced over all ranks.
 
 Not here: how the model is put together (`build`), what a batch is (`data`), where parameters live (`fsdp`).
 """
@@ -28,8 +28,8 @@ from minift.checkpoint.sharded import Progress as Standing
 from minift.checkpoint.sharded import list_checkpoints, load_checkpoint, save_checkpoint
 from minift.data.batch import Batch
 from minift.data.config import DataConfig
-from minift.data.loader import LoaderState, StepLoader, eval_batches
 from minift.data.documents import Documents
+from minift.data.loader import LoaderState, StepLoader, eval_batches
 from minift.data.prepare import choose_template, prepare
 from minift.data.tokenizer import Tokenizer
 from minift.dist.collectives import barrier, max_over_ranks, sum_over_ranks
@@ -48,7 +48,7 @@ from minift.optim.schedule import Schedule
 from minift.peft.adapter import AdapterConfig
 from minift.precision import Precision
 from minift.progress import Progress
-from minift.report import RunFacts, plot_run, write_report
+from minift.report import RunFacts, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step. Losses are summed, and divided once by the weight of the whole step over all ranks.
 
-    That divisor is known before the first backward, so a step is the same however its examples are spread over ranks and
-    microbatches. Raises `NonFiniteError` on all ranks alike, before anything is updated.
+    That divisor is known before the first backward, so a step is the same however its examples are spread over ranks
+    and microbatches. Raises `NonFiniteError` on all ranks alike, before anything is updated.
     """
     weight = float(sum_over_ranks(sum(microbatch.num_targets for microbatch in microbatches), world))
     local_loss_sum = torch.zeros((), device=world.device)
@@ -343,7 +343,7 @@ class Run:
         missing = self.built.engine.parameters_without_grad()
         if missing:
             raise RuntimeError(
-                f"{len(missing)} trainable parameters got no gradient in the first step, among them {', '.join(missing[:4])}"
+                f"{len(missing)} trainable parameters got no gradient in the first step: {', '.join(missing[:4])} ..."
             )
 
     def validate(self, metrics: JsonlWriter | None) -> None:
@@ -394,9 +394,9 @@ class Run:
                 )  # fmt: skip
         if self.world.is_main and self.step:
             facts = RunFacts(
-                status=f"stopped by a signal after step {self.step} of {self.total_steps}" if stopped else "finished",
+                status=f"stopped after step {self.step} of {self.total_steps}" if stopped else "finished",
                 objective=self.config.objective,
-                method=type(self.config.adapter).__name__.removesuffix("Config") if self.config.adapter else "full",
+                method=str(self.config.adapter) if self.config.adapter else "full fine-tuning",
                 model_path=self.config.model.path,
                 model_family=self.built.config.family,
                 num_parameters=self.built.num_parameters,
@@ -411,9 +411,11 @@ class Run:
                 seconds_by_phase=self.seconds,
                 adapter_folder=adapter_folder,
                 model_folder=model_folder,
+                template=self.config.data.template,
             )
-            plot_run(self.run_dir)
             write_report(self.run_dir, facts)
+            if stopped:
+                self.progress.say(f"stopped after step {self.step} of {self.total_steps}; the same command goes on")
             self.progress.say(f"report: {self.run_dir / 'report.md'}")
         barrier(self.world)
 

@@ -118,7 +118,7 @@ def test_loss_falls_and_metrics_are_whole(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_stop_and_resume_is_bitwise(inputs: Path, tmp_path: Path, world_size: int) -> None:
-    """A signal in step 3 of 6 (on the last rank only), then the same command again; with dropout, so that generators count."""
+    """A signal in step 3 of 6 (on the last rank only), then the same command again; dropout makes generators count."""
 
     def with_dropout(folder: str) -> RunConfig:
         config = config_for(inputs, tmp_path / folder)

@@ -1,13 +1,13 @@
 """Sharded training checkpoints: every rank writes its own shard, and any number of ranks can load them.
 
     checkpoints/step-00000120/
-        rank-00000-of-00002.safetensors     "<shard>/master", "<shard>/exp_avg", "<shard>/exp_avg_sq": 1-D fp32; "rng/cpu", …
-        rank-00001-of-00002.safetensors     metadata: which elements of which parameter each element of a shard is
-        manifest.json                       step, optimizer step, data state, trained parameters, sha256 of every file
+        rank-00000-of-00002.safetensors   "<shard>/master", "<shard>/exp_avg", "<shard>/exp_avg_sq": 1-D fp32; "rng/…"
+        rank-00001-of-00002.safetensors   metadata: which elements of which parameter each element of a shard is
+        manifest.json                     step, optimizer step, data state, base fingerprint, sha256 of every file
 
-Only what is trained is stored: a LoRA checkpoint holds adapters and their moments, not the base model, whose fingerprint
-stands in the manifest. Positions are global (parameter, element), so loading is a copy of ranges and the writer's world
-size does not matter; on the same world size the restored state is bitwise what was saved, generators included.
+Only what is trained is stored: a LoRA checkpoint holds adapters and their moments, not the base model, whose
+fingerprint stands in the manifest. Positions are global (parameter, element), so loading is a copy of ranges and the
+writer's world size does not matter; on the same one the restored state is bitwise what was saved, generators included.
 
 The folder is written under a temporary name, flushed, given its manifest last and renamed. A folder without a manifest
 is not a checkpoint; one whose files do not match their checksums is refused.
@@ -44,7 +44,7 @@ _FOLDER = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, the same on every rank. `loader` and `base` are JSON; `step` counts finished optimizer steps."""
+    """Where a run stands, on every rank alike. `loader` and `base` are JSON; `step` counts finished optimizer steps."""
 
     step: int
     loader: dict[str, Any]

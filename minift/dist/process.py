@@ -68,7 +68,14 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
 
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"the processes cannot meet at {address} ({str(error).splitlines()[0]}); is the port in use? On one machine "
+                "launch with torchrun --standalone, which picks a free one"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     assert dist.group.WORLD is not None

@@ -7,8 +7,8 @@ Follow one weight W of one block through a step on N ranks:
    the wire dtype if it is frozen. W itself becomes a placeholder of the right shape that holds no memory.
 2. The block's forward begins. The pre-forward hook (`hooks`) borrows a *ring* slot (`unit`), casts the own shard into
    its place there, and all-gathers the other N - 1 places (`collectives`). W is now a view of the slot.
-3. The block's forward ends. The slot goes back to the ring; the next block overwrites it. Autograd has saved activations
-   only, never W ([Note: what autograd may save] in `hooks`).
+3. The block's forward ends. The slot goes back to the ring; the next block overwrites it. Autograd has saved
+   activations only, never W ([Note: what autograd may save] in `hooks`).
 4. Backward reaches the block's output: gather again, as in 2. The block's operations compute dX from W, and dW.
 5. The gradient of the block's input is out: every dW of the block is complete. They are packed into one flat buffer in
    the reduce dtype, reduce-scattered (a sum, never a mean: the loss was divided by the global weight), and this rank's

@@ -15,7 +15,7 @@ from minift.optim.shard import FlatShard
 
 
 def grad_norm(shards: list[FlatShard], world: World) -> Tensor:
-    """L2 norm of the whole gradient, an fp64 scalar equal on every rank. Non-finite gradients give a non-finite norm."""
+    """L2 norm of the whole gradient, fp64, equal on every rank; not finite if a gradient is not."""
     squares = [torch.linalg.vector_norm(shard.grad, dtype=torch.float32).double().square() for shard in shards]
     local = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=world.device)
     return sum_over_ranks(local, world).sqrt()

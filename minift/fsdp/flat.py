@@ -1,7 +1,7 @@
 """One bucket: the parameters of a unit that share (storage dtype, wire dtype, trainable?), laid out as one flat tensor.
 
-    full    | w0 ......... |pad| w1 ... |pad| w2 ................ |pad| tail pad |      full_numel, wire dtype, in a buffer
-            |        shard of rank 0       |        shard of rank 1              |      shard_numel each, storage dtype
+    full   | w0 ......... |pad| w1 ... |pad| w2 ................ |pad| tail pad |   full_numel, wire dtype, in a buffer
+           |        shard of rank 0       |        shard of rank 1              |   shard_numel each, storage dtype
 
 Every parameter starts at a multiple of ALIGN_BYTES, the end is padded so that the N shards are equal, and shard borders
 fall wherever they fall, also inside a parameter. Gathering therefore produces the parameters themselves: each one is a
@@ -105,9 +105,10 @@ class Bucket:
         self.world = world
         self.layout = FlatLayout.plan({n: p.shape for n, p in params.items()}, world.size, wire_dtype.itemsize)
         # Zeros, because padding is reduced, gathered and summed into norms along with everything else.
-        self.shard = torch.zeros(self.layout.shard_numel, dtype=storage_dtype, device=world.device)  # 1-D
-        self.grad = torch.zeros(self.layout.shard_numel, dtype=torch.float32, device=world.device) if trainable else None
-        # A group of one whose storage already is what compute reads has nothing to gather: the shard is the full tensor.
+        numel, device = self.layout.shard_numel, world.device
+        self.shard = torch.zeros(numel, dtype=storage_dtype, device=device)  # 1-D
+        self.grad = torch.zeros(numel, dtype=torch.float32, device=device) if trainable else None  # 1-D
+        # A group of one whose storage is what compute reads has nothing to gather: the shard is the full tensor.
         self.resident = world.size == 1 and storage_dtype == wire_dtype
         self._views: dict[int, list[Tensor]] = {}  # buffer address -> one view per parameter
         self._placeholders = [_placeholder(p.shape, wire_dtype, world.device) for p in params.values()]
@@ -126,7 +127,7 @@ class Bucket:
     # Gathering #
 
     def start_gather(self, buffer: Tensor) -> collectives.Pending:
-        """Begin to fill `buffer` (1-D uint8, `full_bytes` long) with the full tensor; the shard is cast on the way in."""
+        """Begin to fill `buffer` (1-D uint8, `full_bytes` long); the own shard is cast on the way in."""
         if self.resident:
             return collectives.DONE
         self._full = buffer.view(self.wire_dtype)
@@ -155,7 +156,7 @@ class Bucket:
     def pack_grads(self, full_grad: Tensor) -> list[str]:
         """Move the parameters' `.grad` into `full_grad` (1-D, reduce dtype, full_numel); return who had none.
 
-        Gaps and parameters without a gradient are written as zero: the buffer is reused and holds another unit's values.
+        Gaps and parameters without a gradient are written as zero: the buffer still holds another unit's values.
         """
         missing, filled = [], 0
         for span, param in zip(self.layout.spans, self.params.values(), strict=True):

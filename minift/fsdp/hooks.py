@@ -56,7 +56,11 @@ class Hooks:
             unit.wait_gather()
             if unit is self.root or not torch.is_grad_enabled():
                 return None
-            return map_tensors((args, kwargs), lambda inputs: _BackwardDone.apply(lambda: self._post_backward(unit), *inputs))
+
+            def tag(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+                return _BackwardDone.apply(lambda: self._post_backward(unit), *inputs)
+
+            return map_tensors((args, kwargs), tag)
 
         return pre_forward
 
@@ -160,15 +164,15 @@ def map_tensors(container: Any, function: Callable[[list[Tensor]], tuple[Tensor,
 
 @contextlib.contextmanager
 def guard_saved_tensors(rings: list[Ring]) -> Iterator[None]:
-    """Raise `RuntimeError` when autograd saves a tensor that lies in a ring slot. See [Note: what autograd may save]."""
+    """Raise `RuntimeError` when autograd saves a tensor inside a ring slot. See [Note: what autograd may save]."""
 
     def pack(tensor: Tensor) -> Tensor:
         # A Parameter itself is safe: autograd keeps the object, and its data is current when backward reads it.
         if not isinstance(tensor, nn.Parameter) and any(ring.owns(tensor) for ring in rings):
             raise RuntimeError(
                 f"an operation saved a view of a gathered parameter for backward (shape {tuple(tensor.shape)}, "
-                f"{tensor.dtype}); its memory will hold another layer by then. Use minift's Linear, Embedding and RMSNorm, "
-                "or write an autograd.Function that keeps the Parameter and reads it again in backward"
+                f"{tensor.dtype}); its memory will hold another layer by then. Use minift's Linear, Embedding and "
+                "RMSNorm, or write an autograd.Function that keeps the Parameter and reads it again in backward"
             )
         return tensor
 

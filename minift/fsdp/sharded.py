@@ -48,7 +48,9 @@ class ShardedModel:
         self.block_ring = Ring(num_slots, max(block_bytes, default=0), world.device)
         self.root_ring = Ring(1, _slot_bytes(buckets[root_name]), world.device)
         trainable_numel = [b.layout.full_numel for bs in buckets.values() for b in bs if b.trainable]
-        self._grad_buffer = torch.empty(max(trainable_numel, default=0), dtype=precision.reduce_dtype, device=world.device)
+        self._grad_buffer = torch.empty(
+            max(trainable_numel, default=0), dtype=precision.reduce_dtype, device=world.device
+        )
 
         units = [
             Unit(name, unit_module, buckets[name], ring, self._grad_buffer)
@@ -150,7 +152,8 @@ def _make_buckets(
         grouped.setdefault((storage_dtype, wire_dtype, old.requires_grad), {})[name] = new
     buckets = []
     for (storage_dtype, wire_dtype, trainable), members in grouped.items():
-        name = f"{unit_name or 'root'}:{'trainable' if trainable else 'frozen'}:{str(wire_dtype).removeprefix('torch.')}"
+        kind = "trainable" if trainable else "frozen"
+        name = f"{unit_name or 'root'}:{kind}:{str(wire_dtype).removeprefix('torch.')}"
         bucket = Bucket(name, members, storage_dtype, wire_dtype, trainable, world)
         if all(member in real for member in members):
             bucket.load(lambda name, start, stop: real[name][start:stop])

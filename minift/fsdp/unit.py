@@ -36,8 +36,8 @@ class UnitState(enum.Enum):
 class Ring:
     """A fixed number of equal byte buffers, allocated once and lent to the units in turn.
 
-    Peak memory of gathered parameters is `num_slots · slot_bytes`, whatever the depth of the model. Slots are handed out
-    last in, first out, so that a short schedule keeps reusing the buffer that is in cache.
+    Peak memory of gathered parameters is `num_slots · slot_bytes`, whatever the depth of the model. Slots are handed
+    out last in, first out, so that a short schedule keeps reusing the buffer that is in cache.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:

@@ -28,7 +28,7 @@ class OptimConfig:
     schedule: what follows the warm-up: constant, linear or cosine, down to min_lr_ratio at the last step.
     warmup_steps: optimizer steps in which lr grows linearly from 0.
     min_lr_ratio: lr at the end of linear and cosine, as a part of lr.
-    max_grad_norm: the global gradient norm is clipped to this; None: no clipping.
+    max_grad_norm: the global gradient norm is clipped to this; null: no clipping.
     """
 
     lr: float = 2e-4

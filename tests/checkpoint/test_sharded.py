@@ -1,7 +1,7 @@
 """Checkpoints of sharded runs: N ranks write, M ranks read.
 
-Oracle: the full tensors before saving, which every reader must reproduce bit for bit; for the optimizer, the weights after
-one more step with the same gradient.
+Oracle: the full tensors before saving, which every reader must reproduce bit for bit; for the optimizer, the weights
+after one more step with the same gradient.
 """
 
 from __future__ import annotations
