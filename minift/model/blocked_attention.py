@@ -7,10 +7,10 @@ Why not `scaled_dot_product_attention`: for the short documents of fine-tuning i
 be told of a window except by a T² mask. CPU time of forward + backward on a shared Zen 4 core, bf16, 9/3 heads of 64:
 
     documents (tokens)     one call each, `enable_gqa`    here
-    30 of 40                6.5 +  61.7 ms                 5.5 +  12.2 ms
-    8 of 100-250           14.9 +  54.0 ms                13.8 +  30.1 ms
-    2 of 700-750           30.6 +  84.4 ms                32.1 +  77.2 ms
-    1 of 2048              90.2 + 187.5 ms               109.9 + 257.1 ms
+    30 of 40                6.0 +  50.4 ms                 5.3 +  11.6 ms
+    8 of 100-250           12.4 +  41.9 ms                12.7 +  24.7 ms
+    2 of 700-750           28.2 +  67.2 ms                25.0 +  61.1 ms
+    1 of 2048              80.5 + 158.0 ms                82.9 + 215.5 ms
 """
 
 from __future__ import annotations

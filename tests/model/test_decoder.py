@@ -144,6 +144,8 @@ def test_random_weights_depend_on_seed_and_name_only(tiny_settings):
     assert all(torch.equal(shallow[name], deep[name]) for name in shallow)
     matrices = [name for name in shallow if shallow[name].ndim == 2]
     assert not any(torch.equal(shallow[name], other[name]) for name in matrices)
+    projections = [f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "kv"]
+    assert len({shallow[name].sum().item() for name in projections}) == 4  # one shape, four names
     big = shallow["lm_head.weight"]
     assert abs(big.std().item() - 0.2) < 0.2 * 5 / (2 * big.numel()) ** 0.5  # five standard errors
     assert torch.equal(shallow["model.norm.weight"], torch.ones(16))
