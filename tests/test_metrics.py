@@ -3,42 +3,22 @@ from __future__ import annotations
 import json
 import math
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minift import metrics
-from minift.metrics import JsonlWriter, Throughput, read_jsonl
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 10_000), st.floats(0.01, 10.0)), min_size=1, max_size=30),
-    st.integers(1, 10),
-    st.integers(0, 100),
-)
-def test_throughput_is_tokens_over_time_of_the_window_and_of_all(steps, window, steps_left):
-    now = [100.0]
-    meter = Throughput(window, clock=lambda: now[0])
-    assert (meter.tokens_per_s, meter.overall_tokens_per_s, meter.seconds_left(5)) == (0.0, 0.0, None)
-    for num_tokens, duration_s in steps:
-        now[0] += duration_s
-        meter.add_step(num_tokens)
-    tokens, durations = zip(*steps, strict=True)
-    assert meter.overall_tokens_per_s == pytest.approx(sum(tokens) / sum(durations))
-    assert meter.tokens_per_s == pytest.approx(sum(tokens[-window:]) / sum(durations[-window:]))
-    recent = durations[-window:]
-    assert meter.seconds_left(steps_left) == pytest.approx(steps_left * sum(recent) / len(recent))
+from minift.metrics import JsonlWriter, read_jsonl
 
 
 def test_peak_memory_keeps_what_was_freed():
-    before = metrics.resident_bytes()
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    during = metrics.resident_bytes()
+    """Oracle: psutil's count of what is resident now, after 512 MiB were touched and given back."""
+    block = torch.ones(512 << 20, dtype=torch.uint8)
     del block
-    assert during - before > 48 << 20  # of 64 MiB; the rest of the process may shrink meanwhile
-    # The kernel counts pages per thread and adds them up now and then: it may be off by a few hundred KiB.
-    assert metrics.peak_device_bytes(torch.device("cpu")) == metrics.peak_resident_bytes() >= during - (4 << 20)
+    now = psutil.Process().memory_info().rss
+    assert metrics.peak_device_bytes(torch.device("cpu")) == metrics.peak_resident_bytes() > now + (400 << 20)
 
 
 numbers = st.floats() | st.integers(-(2**53), 2**53) | st.none() | st.text(max_size=5)

@@ -136,16 +136,16 @@ def prompt_messages(row: BfclRow) -> list[dict[str, str]]:
 def target_call(row: BfclRow) -> Call:
     """The one right answer to train on.
 
-    An argument that may be left out is left out: the leaderboard lets go of an optional argument where the question
-    asks for its default, so the rule to learn is to give what differs. Where several values are allowed, the one the
-    question spells out, else the first: copying is easier to learn than guessing who wrote the answers.
+    Where several values are allowed, the one the question spells out, else the first. An argument that may be left out
+    is given only when the question spells out its value. Both make the rule learnable: copy what was said, no more.
     """
     arguments = {}
     for argument, alternatives in row.expected.allowed.items():
-        if not row.expected.may_omit(argument):
-            options = [option for option in alternatives if option != ""]
-            spelled_out = [option for option in options if _is_spelled_out(option, row.question)]
-            arguments[argument] = _first_choice((spelled_out or options)[0])
+        spelled_out = [option for option in alternatives if option != "" and _is_spelled_out(option, row.question)]
+        if spelled_out:
+            arguments[argument] = _first_choice(spelled_out[0])
+        elif not row.expected.may_omit(argument):
+            arguments[argument] = _first_choice(next(option for option in alternatives if option != ""))
     return Call(row.expected.name, arguments)
 
 
