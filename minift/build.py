@@ -100,7 +100,7 @@ def build_model(
 def base_fingerprint(folder: str | Path) -> dict[str, str]:
     """What identifies the base model of a checkpoint: sha256 of config.json and of size and ends of each weight file.
 
-    Hashing all bytes of a 100 GB model at every start would cost minutes; a different model differs here.
+    Hashing all bytes of a 100 GB model at every start would cost minutes; another model almost surely differs here.
     """
     prints = {}
     for path in sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / "config.json"]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from torch import nn
 
 from minift.build import BuiltModel, ModelSource, base_fingerprint, build_model
 from minift.checkpoint.export import export_run
-from minift.checkpoint.sharded import Progress as Standing
-from minift.checkpoint.sharded import list_checkpoints, load_checkpoint, save_checkpoint
+from minift.checkpoint.sharded import Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from minift.data.batch import Batch
 from minift.data.config import DataConfig
 from minift.data.documents import Documents
@@ -41,7 +40,6 @@ from minift.fsdp import ShardPolicy
 from minift.fsdp.clip import clip_grads_, grad_norm
 from minift.metrics import JsonlWriter, peak_device_bytes
 from minift.objectives.sft import SupervisedTokens
-from minift.objectives.types import LossSum
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.schedule import Schedule
@@ -139,7 +137,7 @@ class StepResult:
 def train_step(
     model: nn.Module,
     optimizer: AdamW,
-    objective: Callable[[nn.Module, Batch], LossSum],
+    objective: SupervisedTokens,
     microbatches: list[Batch],
     *,
     lr_scale: float,
@@ -151,7 +149,9 @@ def train_step(
     That divisor is known before the first backward, so a step is the same however its examples are spread over ranks
     and microbatches. Raises `NonFiniteError` on all ranks alike, before anything is updated.
     """
-    weight = float(sum_over_ranks(sum(microbatch.num_targets for microbatch in microbatches), world))
+    weight = float(sum_over_ranks(sum(objective.weight(microbatch) for microbatch in microbatches), world))
+    if weight == 0:
+        raise ValueError("this step's examples have nothing to predict; the loss would be 0/0")
     local_loss_sum = torch.zeros((), device=world.device)
     for microbatch in microbatches:
         loss_sum = objective(model, microbatch.to(world.device)).loss_sum
@@ -161,6 +161,7 @@ def train_step(
     norm = grad_norm(optimizer.shards, world)
     result = StepResult(float(sum_over_ranks(local_loss_sum, world)) / weight, float(norm), weight)
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        optimizer.zero_grad()
         raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
     if max_grad_norm is not None:
         clip_grads_(optimizer.shards, norm, max_grad_norm)
@@ -223,6 +224,7 @@ class Run:
         self.total_steps = config.loop.total_steps(self.loader.steps_per_epoch)
         self.schedule = Schedule.from_config(config.optim, self.total_steps)
         self.step = 0
+        self.saved_step = 0
         self.base = base_fingerprint(config.model.path)
         self.resume()
 
@@ -252,13 +254,14 @@ class Run:
                 f"{checkpoints[-1]} was trained on another base model than {self.config.model.path} is now "
                 f"(its files differ); give another --run_dir"
             )
-        self.step = standing.step
+        self.step = self.saved_step = standing.step
         self.loader.load_state(LoaderState(**standing.loader))
 
     def go(self) -> None:
         """The loop. Steps are counted from 0; `self.step` is the number of finished ones."""
         config, world = self.config, self.world
-        metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step) if world.is_main else None
+        # -1: a run that died before its first checkpoint begins anew, validation before the first step included
+        metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step or -1) if world.is_main else None
         with Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
             if self.step:
                 self.progress.say(f"continuing after step {self.step}")
@@ -373,6 +376,7 @@ class Run:
                 self.world,
                 self.config.loop.keep_checkpoints,
             )
+        self.saved_step = self.step
         self.progress.say(f"checkpoint {folder}")
 
     def stop_requested(self) -> bool:
@@ -382,8 +386,7 @@ class Run:
     def finish(self) -> None:
         """Save what is not saved yet, export, report."""
         stopped = self.step < self.total_steps
-        newest = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
-        if stopped and self.step and not newest.is_dir():
+        if stopped and self.step > self.saved_step:
             self.checkpoint()
         adapter_folder = model_folder = None
         if not stopped:

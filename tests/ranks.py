@@ -36,7 +36,11 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         if not pipe.poll(TIMEOUT_S):
             failures.append(f"rank {rank}: no answer in {TIMEOUT_S} s (alive: {process.is_alive()})")
             continue
-        ok, result = pipe.recv()
+        try:
+            ok, result = pipe.recv()
+        except (EOFError, OSError):
+            failures.append(f"rank {rank} died (exit code {process.exitcode})")
+            continue
         if ok:
             results.append(result)
         else:

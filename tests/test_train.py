@@ -21,6 +21,7 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.objectives.sft import SupervisedTokens
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
@@ -101,6 +102,8 @@ def test_a_step_does_not_depend_on_how_its_examples_are_spread(
         assert ours == pytest.approx(theirs, rel=1e-4)
     one, split = exported(tmp_path / "one"), exported(tmp_path / "split")
     assert one.keys() == split.keys()
+    for name in one:  # six steps of at most lr = 0.01 each; where Adam sees only rounding it may go either way
+        assert torch.allclose(split[name], one[name], atol=1e-3), name
 
 
 def test_loss_falls_and_metrics_are_whole(inputs: Path, tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_stop_and_resume_is_bitwise(inputs: Path, tmp_path: Path, world_size: in
 
     def with_dropout(folder: str) -> RunConfig:
         config = config_for(inputs, tmp_path / folder)
-        return replace(config, adapter=LoraConfig(r=4, alpha=8.0, dropout=0.3))
+        return replace(config, adapter=LoraConfig(r=4, alpha=8.0, dropout=0.3), precision=Precision())
 
     run_ranks(world_size, run, with_dropout("straight"))
     run_ranks(world_size, run, with_dropout("stopped"), 3)
@@ -143,7 +146,7 @@ def test_resume_on_another_world_size(inputs: Path, tmp_path: Path) -> None:
 
 
 def full_run(world: World, config: RunConfig) -> None:
-    Run(replace(config, adapter=None, freeze=("embed_tokens",)), world, StopRequest()).go()
+    Run(replace(config, adapter=None, freeze=("embed_tokens",), precision=Precision()), world, StopRequest()).go()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -157,18 +160,22 @@ def test_full_fine_tuning_exports_a_model_folder(inputs: Path, tmp_path: Path, w
     assert (tmp_path / "export" / "model" / "tokenizer.json").is_file()
 
 
+class InfiniteOnRank0(SupervisedTokens):
+    """From the fifth microbatch on, the loss of rank 0 is infinite."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.num_calls = rank, 0
+
+    def __call__(self, model, batch):
+        self.num_calls += 1
+        loss = super().__call__(model, batch)
+        return replace(loss, loss_sum=loss.loss_sum * float("inf")) if self.num_calls > 4 and self.rank == 0 else loss
+
+
 def run_with_infinite_loss(world: World, config: RunConfig) -> str:
     this = Run(config, world, StopRequest())
-    objective, calls = this.objective, []
-
-    def broken(model, batch):
-        loss = objective(model, batch)
-        calls.append(batch)
-        if len(calls) > 4 and world.rank == 0:
-            loss = replace(loss, loss_sum=loss.loss_sum * float("inf"))
-        return loss
-
-    this.objective = broken
+    this.objective = InfiniteOnRank0(world.rank)
     with pytest.raises(NonFiniteError) as caught:
         this.go()
     return str(caught.value)

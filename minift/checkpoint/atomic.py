@@ -19,6 +19,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder} exists already; give a new folder, or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     temporary.mkdir()
     try:
         yield temporary

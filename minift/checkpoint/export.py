@@ -1,6 +1,7 @@
 """What a run leaves for other tools: an adapter in PEFT's format, or the whole model as a Hugging Face folder.
 
-Both are gathered from the fp32 masters, one bucket of parameters in memory at a time.
+What was trained is gathered from the fp32 masters, one bucket in memory at a time; what was not is copied from the base
+folder, so that its bits do not depend on the dtype it was computed in. An export appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minift.checkpoint.adapters import save_adapter
+from minift.checkpoint.atomic import atomic_folder
 from minift.fsdp.sharded import ShardedModel
 from minift.model.config import ModelConfig
 from minift.model.hf import save_model
@@ -27,25 +29,31 @@ def export_run(
     Weights of a whole model get the dtypes of the base folder. What an earlier export of this run left is replaced.
     """
     target = folder / ("model" if adapter is None else "adapter")
-    if engine.world.is_main:
-        shutil.rmtree(target, ignore_errors=True)
+    is_main = engine.world.is_main
     if adapter is not None:
-        tensors = {name: tensor.cpu().clone() for name, tensor in engine.full_tensors(trainable_only=True)}
-        if engine.world.is_main:
+        trained = engine.full_tensors(trainable_only=True)
+        tensors = {name: tensor.cpu().clone() for name, tensor in trained if is_main}
+        if is_main:
+            shutil.rmtree(target, ignore_errors=True)
             save_adapter(target, adapter, tensors, base_model=str(Path(base_folder).resolve()))
         return str(target), None
 
     reader = WeightReader(base_folder)
-    dtypes = {name: reader.dtype(name) for name in reader.names()}
-    specs = {name: (dtypes[name], tuple(reader.shape(name))) for name, _ in engine.module.named_parameters()}
+    names = [name for name, _ in engine.module.named_parameters()]
+    specs = {name: (reader.dtype(name), tuple(reader.shape(name))) for name in names}
 
-    def converted() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in engine.full_tensors():
-            yield name, tensor.to("cpu", dtypes[name])
+    def tensors_to_save() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in engine.full_tensors(trainable_only=True):
+            names.remove(name)
+            yield name, tensor.to("cpu", specs[name][0])
+        for name in names:
+            yield name, reader.read(name)
 
-    if engine.world.is_main:
-        save_model(converted(), config, target, specs, source_folder=base_folder)
+    if is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        with atomic_folder(target) as temporary:
+            save_model(tensors_to_save(), config, temporary, specs, source_folder=base_folder)
     else:
-        for _ in engine.full_tensors():
+        for _ in engine.full_tensors(trainable_only=True):
             pass  # take part in the gathers
     return None, str(target)

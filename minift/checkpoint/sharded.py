@@ -24,13 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minift.checkpoint.atomic import flush
-from minift.dist.collectives import barrier, gather_objects
+from minift.dist.collectives import gather_objects
 from minift.dist.process import World
 from minift.dist.seeds import rng_state, set_rng_state
 from minift.optim.adamw import AdamW
@@ -43,7 +42,7 @@ _FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
-class Progress:
+class Standing:
     """Where a run stands, on every rank alike. `loader` and `base` are JSON; `step` counts finished optimizer steps."""
 
     step: int
@@ -52,18 +51,16 @@ class Progress:
 
 
 def save_checkpoint(
-    parent: Path, progress: Progress, shards: list[FlatShard], optimizer: AdamW, world: World, keep_last: int
+    parent: Path, standing: Standing, shards: list[FlatShard], optimizer: AdamW, world: World, keep_last: int
 ) -> Path:
     """Write `parent/step-<step>` together with all ranks, then remove all but the newest `keep_last`. Collective.
 
     Raises on every rank if any rank could not write (disk full); what was there before is untouched then.
     """
-    folder = parent / f"step-{progress.step:08d}"
+    folder = parent / f"step-{standing.step:08d}"
     temporary = parent / f".{folder.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(world)
+    _, failure = _attempt(lambda: _make_empty(temporary)) if world.is_main else ("", "")
+    _raise_first_failure(gather_objects((temporary.name, "", failure), world), temporary, world)
 
     file_name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
     written = _attempt(lambda: _write_rank_file(temporary / file_name, shards, optimizer))
@@ -77,14 +74,22 @@ def save_checkpoint(
             "world_size": world.size,
             "optimizer_step": optimizer.num_steps,
             "files": {name: digest for name, digest, _ in files},
-            **asdict(progress),
+            **asdict(standing),
         }
         _, failure = _attempt(lambda: _commit(temporary, folder, manifest))
     _raise_first_failure(gather_objects((MANIFEST, "", failure), world), temporary, world)
     if world.is_main:
         for old in list_checkpoints(parent)[:-keep_last]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _make_empty(temporary: Path) -> str:
+    """Also clears what saves that were killed have left behind."""
+    for leftover in temporary.parent.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    return ""
 
 
 def _write_rank_file(path: Path, shards: list[FlatShard], optimizer: AdamW) -> str:
@@ -135,7 +140,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if _FOLDER.fullmatch(p.name) and (p / MANIFEST).is_file())
 
 
-def load_checkpoint(folder: Path, shards: list[FlatShard], optimizer: AdamW, world: World) -> Progress:
+def load_checkpoint(folder: Path, shards: list[FlatShard], optimizer: AdamW, world: World) -> Standing:
     """Fill masters, moments and (on the writer's world size) generators from `folder`; return where the run stood.
 
     ValueError, with nothing changed, if a file is missing or damaged or if the trained parameters are not the same.
@@ -143,25 +148,31 @@ def load_checkpoint(folder: Path, shards: list[FlatShard], optimizer: AdamW, wor
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}")
-    for name, digest in manifest["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise ValueError(f"{folder / name} is missing or damaged (its checksum differs from the manifest's)")
-
+    _check_files(folder, manifest["files"], world)
     stored = _StoredRanges([folder / name for name in manifest["files"]])
     wanted = [r for shard in shards for r in shard.ranges]
     stored.check(wanted, folder, world)
-    moments = optimizer.state_dict()
-    restored: dict[str, Any] = {"step": manifest["optimizer_step"]}
+    moments = optimizer.state_dict()  # the optimizer's own tensors: filled in place, never held twice
     for shard in shards:
-        restored[shard.name] = {moment: torch.zeros_like(moments[shard.name][moment]) for moment in _MOMENTS}
         for r in shard.ranges:
             stored.copy(r, "master", shard.master[r.start : r.stop])
             for moment in _MOMENTS:
-                stored.copy(r, moment, restored[shard.name][moment][r.start : r.stop])
-    optimizer.load_state_dict(restored)
+                stored.copy(r, moment, moments[shard.name][moment][r.start : r.stop])
+    optimizer.num_steps = manifest["optimizer_step"]
     if manifest["world_size"] == world.size:
         set_rng_state(stored.rng(world.rank))
-    return Progress(manifest["step"], manifest["loader"], manifest["base"])
+    return Standing(manifest["step"], manifest["loader"], manifest["base"])
+
+
+def _check_files(folder: Path, digests: dict[str, str], world: World) -> None:
+    """Each rank reads its share of the files; all of them raise if one is missing or damaged."""
+    damaged = [
+        name
+        for name in list(digests)[world.rank :: world.size]
+        if not (folder / name).is_file() or _sha256(folder / name) != digests[name]
+    ]
+    for name in sum(gather_objects(damaged, world), []):
+        raise ValueError(f"{folder / name} is missing or damaged (its checksum differs from the manifest's)")
 
 
 class _StoredRanges:

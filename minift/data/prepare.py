@@ -5,9 +5,9 @@
     validation = prepare(config.data, tokenizer, template, cache_folder, split="validation")
 
 The folder's name is a hash of all that the result depends on: the bytes of the files, tokenizer, template, policies. It
-is written under another name and renamed when complete. Any number of processes may call this at the same time, before
-there is a process group: one of them works, the others wait at a file lock (on file systems without locks all of them
-work, and the first to finish wins). No collective is waiting meanwhile, so none can time out.
+is written under another name and renamed when complete. Any number of processes may call this at the same time: one of
+them works, the others wait at a file lock (on file systems without locks all of them work, and the first to finish
+wins). No collective is waiting meanwhile, so none can time out.
 """
 
 from __future__ import annotations

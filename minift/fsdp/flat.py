@@ -153,23 +153,23 @@ class Bucket:
 
     # Gradients #
 
-    def pack_grads(self, full_grad: Tensor) -> list[str]:
-        """Move the parameters' `.grad` into `full_grad` (1-D, reduce dtype, full_numel); return who had none.
+    def pack_grads(self, full_grad: Tensor) -> set[str]:
+        """Move the parameters' `.grad` into `full_grad` (1-D, reduce dtype, full_numel); return the names that had one.
 
         Gaps and parameters without a gradient are written as zero: the buffer still holds another unit's values.
         """
-        missing, filled = [], 0
+        arrived, filled = set(), 0
         for span, param in zip(self.layout.spans, self.params.values(), strict=True):
             full_grad[filled : span.start].zero_()
             if param.grad is None:
-                missing.append(span.name)
                 full_grad[span.start : span.stop].zero_()
             else:
+                arrived.add(span.name)
                 full_grad[span.start : span.stop].view(span.shape).copy_(param.grad)
                 param.grad = None
             filled = span.stop
         full_grad[filled:].zero_()
-        return missing
+        return arrived
 
     def accumulate(self, full_grad: Tensor) -> None:
         """Add this rank's chunk of the reduced `full_grad` to the gradient shard."""

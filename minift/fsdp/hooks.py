@@ -1,6 +1,6 @@
 """When units gather, free and reduce: module and autograd hooks. No option lives here; see `policy`.
 
-    pre-forward     gather (unless FULL already)             tag the unit's inputs with `_BackwardDone`
+    pre-forward     gather                                   tag the unit's inputs with `_BackwardDone`
     post-forward    free (unless the policy keeps it)        hook the unit's outputs
     pre-backward    gather (unless FULL), when the first gradient of an output arrives
     post-backward   reduce gradients, free, when the gradients of all its inputs are out (`_BackwardDone.backward`)
@@ -35,7 +35,7 @@ class Hooks:
         self.reshard_after_forward = reshard_after_forward
         self.in_backward = False
         self._rings = rings
-        self._guard = contextlib.ExitStack()
+        self._guard = contextlib.ExitStack()  # open during the first forward that is trained on
         self._guarded = False
         for unit in self.units:
             unit.module.register_forward_pre_hook(self._pre_forward_of(unit), prepend=True, with_kwargs=True)
@@ -45,13 +45,13 @@ class Hooks:
 
     def _pre_forward_of(self, unit: Unit) -> Callable[..., Any]:
         def pre_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+            if unit is self.root:
+                self.reset()
             if self.in_backward:  # a recomputation: the unit was gathered for its backward
                 assert unit.state is UnitState.FULL, f"recomputation of {unit.name!r} outside its own backward"
                 return None
-            if unit is self.root:
-                self.reset()
-                if not self._guarded and torch.is_grad_enabled():
-                    self._guard.enter_context(guard_saved_tensors(self._rings))
+            if unit is self.root and not self._guarded and torch.is_grad_enabled():
+                self._guard.enter_context(guard_saved_tensors(self._rings))
             unit.start_gather()
             unit.wait_gather()
             if unit is self.root or not torch.is_grad_enabled():
@@ -105,11 +105,9 @@ class Hooks:
     def reset(self) -> None:
         """Free whatever a forward without a backward, or a failed step, left gathered."""
         self.in_backward = False
+        self._guard.close()
         for unit in self.units:
-            if unit.state is UnitState.GATHERING:
-                unit.wait_gather()
-            if unit.state is UnitState.FULL:
-                unit.free()
+            unit.abort()
 
 
 class _BackwardDone(torch.autograd.Function):
@@ -139,7 +137,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
-    elif dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value):  # what an objective returns
         yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
 
 

@@ -8,6 +8,8 @@ Memory per rank, in bytes, beside activations (closed form; `held_bytes()` repor
     shards     Σ_buckets shard_numel · storage itemsize  +  Σ_trainable shard_numel · 4
     gathered   num_slots · max_blocks(unit bytes)  +  root bytes         num_slots = 1, or all blocks without resharding
     gradients  max_trainable_buckets(full_numel) · reduce itemsize       one packing buffer, shared by all units
+
+On gloo a reduce-scatter borrows as much again for the time it runs, for what the other ranks send.
 """
 
 from __future__ import annotations
@@ -38,8 +40,7 @@ class ShardedModel:
         self.world = world
         groups = _assign_parameters(module, unit_modules)
         buckets = {
-            name: _make_buckets(name, unit_module, params, world, precision)
-            for name, (unit_module, params) in groups.items()
+            name: _make_buckets(name, params, world, precision) for name, (_, params) in groups.items()
         }
 
         root_name, *block_names = groups
@@ -77,8 +78,8 @@ class ShardedModel:
         return [bucket.flat_shard() for bucket in self.buckets if bucket.trainable]
 
     def parameters_without_grad(self) -> list[str]:
-        """Trainable parameters that the last backward did not reach (their gradient counts as zero)."""
-        return [name for unit in self.units for name in unit.without_grad]
+        """Trainable parameters that no backward has reached yet (their gradient counts as zero)."""
+        return sorted(name for unit in self.units for name in unit.without_grad)
 
     def full_tensors(self, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) in storage dtype, one bucket in memory at a time. Collective: all ranks iterate."""
@@ -87,10 +88,15 @@ class ShardedModel:
                 yield from bucket.full_tensors()
 
     def reset(self) -> None:
-        """Return to the state between steps after an exception inside forward or backward."""
+        """Return to the state between steps after an exception in forward or backward: nothing gathered, no gradient.
+
+        Every rank must have failed alike; a rank that failed alone leaves the others waiting in a collective.
+        """
         self.hooks.reset()
         for parameter in self.module.parameters():
             parameter.grad = None
+        for shard in self.trainable_shards():
+            shard.grad.zero_()
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes this rank holds between and during steps, by kind: shards, gathered, gradients."""
@@ -129,7 +135,7 @@ def _assign_parameters(
 
 
 def _make_buckets(
-    unit_name: str, unit_module: nn.Module, params: dict[str, list[_Owner]], world: World, precision: Precision
+    unit_name: str, params: dict[str, list[_Owner]], world: World, precision: Precision
 ) -> list[Bucket]:
     """Group a unit's parameters by (storage dtype, wire dtype, trainable?) and replace them by sharded ones.
 
@@ -155,7 +161,8 @@ def _make_buckets(
         kind = "trainable" if trainable else "frozen"
         name = f"{unit_name or 'root'}:{kind}:{str(wire_dtype).removeprefix('torch.')}"
         bucket = Bucket(name, members, storage_dtype, wire_dtype, trainable, world)
-        if all(member in real for member in members):
+        assert len(real.keys() & members.keys()) in (0, len(members)), f"{name}: some parameters are meta, some are not"
+        if members.keys() <= real.keys():
             bucket.load(lambda name, start, stop: real[name][start:stop])
         buckets.append(bucket)
     return buckets

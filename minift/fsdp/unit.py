@@ -55,7 +55,7 @@ class Ring:
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in one of the slots."""
         address = tensor.untyped_storage().data_ptr()
-        return any(address == slot.data_ptr() for slot in self.slots)
+        return any(slot.numel() > 0 and address == slot.data_ptr() for slot in self.slots)
 
 
 class Unit:
@@ -66,7 +66,8 @@ class Unit:
         self.module = module
         self.buckets = buckets
         self.state = UnitState.SHARDED
-        self.without_grad: list[str] = []  # trainable parameters that the last backward gave no gradient
+        self.without_grad = {name for bucket in buckets if bucket.trainable for name in bucket.params}
+        """Trainable parameters that no backward has given a gradient yet."""
         self._ring = ring
         self._grad_buffer = grad_buffer  # 1-D, reduce dtype, shared by all units
         self._slot: Tensor | None = None
@@ -76,11 +77,11 @@ class Unit:
         """Borrow a slot and start one all-gather per bucket."""
         self._assert_state(UnitState.SHARDED)
         self._slot = self._ring.acquire()
+        self.state = UnitState.GATHERING
         offset = 0
         for bucket in self.buckets:
             self._pending.append(bucket.start_gather(self._slot[offset : offset + bucket.full_bytes]))
             offset += aligned(bucket.full_bytes)
-        self.state = UnitState.GATHERING
 
     def wait_gather(self) -> None:
         """Parameters become readable."""
@@ -96,11 +97,10 @@ class Unit:
         """Sum the gradients of this backward over the ranks into the gradient shards."""
         self._assert_state(UnitState.FULL)
         self.state = UnitState.REDUCING
-        self.without_grad = []
         for bucket in self.buckets:
             if bucket.trainable:
                 full_grad = self._grad_buffer[: bucket.layout.full_numel]
-                self.without_grad += bucket.pack_grads(full_grad)
+                self.without_grad -= bucket.pack_grads(full_grad)
                 collectives.reduce_scatter(full_grad, bucket.world).wait()
                 bucket.accumulate(full_grad)
         self.state = UnitState.FULL
@@ -114,6 +114,16 @@ class Unit:
         self._ring.release(self._slot)
         self._slot = None
         self.state = UnitState.SHARDED
+
+    def abort(self) -> None:
+        """From any state back to SHARDED, after an exception somewhere inside a step."""
+        if self.state is UnitState.SHARDED:
+            return
+        for pending in self._pending:
+            pending.wait()  # the slot must not be written any more when it is lent again
+        self._pending.clear()
+        self.state = UnitState.FULL
+        self.free()
 
     def _assert_state(self, expected: UnitState) -> None:
         assert self.state is expected, f"unit {self.name!r} is {self.state.name}, expected {expected.name}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minift.checkpoint import sharded
-from minift.checkpoint.sharded import MANIFEST, Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from minift.checkpoint.sharded import MANIFEST, Standing, list_checkpoints, load_checkpoint, save_checkpoint
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.model.linear import Linear
@@ -64,13 +64,13 @@ def train_and_save(world: World, folder: Path) -> tuple[dict[str, Tensor], dict[
     model, engine, optimizer = make(world, seed=0)
     for step in range(2):
         one_step(world, model, optimizer, step)
-    save_checkpoint(folder, Progress(2, {"epoch": 1}, {"a": "b"}), optimizer.shards, optimizer, world, keep_last=2)
+    save_checkpoint(folder, Standing(2, {"epoch": 1}, {"a": "b"}), optimizer.shards, optimizer, world, keep_last=2)
     saved, random = full(engine), torch.rand(3)
     one_step(world, model, optimizer, 2)
     return {"random": random, **saved}, full(engine)
 
 
-def load_and_train(world: World, folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+def load_and_train(world: World, folder: Path) -> tuple[Standing, dict[str, Tensor], dict[str, Tensor]]:
     model, engine, optimizer = make(world, seed=1)
     progress = load_checkpoint(list_checkpoints(folder)[-1], optimizer.shards, optimizer, world)
     loaded, random = full(engine), torch.rand(3)
@@ -83,7 +83,7 @@ def load_and_train(world: World, folder: Path) -> tuple[Progress, dict[str, Tens
 def test_any_world_size_restores_the_same_bits(writers: int, readers: int, tmp_path: Path) -> None:
     written = run_ranks(writers, train_and_save, tmp_path)
     for rank, (progress, loaded, later) in enumerate(run_ranks(readers, load_and_train, tmp_path)):
-        assert progress == Progress(2, {"epoch": 1}, {"a": "b"})
+        assert progress == Standing(2, {"epoch": 1}, {"a": "b"})
         saved, saved_later = written[0]
         for name in saved.keys() - {"random"}:
             assert torch.equal(loaded[name], saved[name]), name
@@ -95,7 +95,7 @@ def test_any_world_size_restores_the_same_bits(writers: int, readers: int, tmp_p
 def save_many(world: World, folder: Path) -> None:
     _, _, optimizer = make(world, seed=0)
     for step in (1, 2, 3, 10):
-        save_checkpoint(folder, Progress(step, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
+        save_checkpoint(folder, Standing(step, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def save_on_a_full_disk(world: World, folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
         if world.rank == 1:
             patch.setattr(sharded, "save_file", _disk_full)
-        save_checkpoint(folder, Progress(7, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
+        save_checkpoint(folder, Standing(7, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
     return str(caught.value)
 
 

@@ -108,8 +108,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def gradients_on_rank(world: World, case: Case) -> dict[str, Tensor]:
-    model, engine = sharded(case, world)
+def gradients_on_rank(world: World, case: Case, precision: Precision = FP32) -> dict[str, Tensor]:
+    model, engine = sharded(case, world, precision)
     for index in range(case.microbatches):
         model(microbatch(case, world.rank, index)).backward()
     assert engine.parameters_without_grad() == []
@@ -137,6 +137,82 @@ def test_gradients_equal_one_process(case: Case) -> None:
     expected = reference_gradients(case)
     for gradients in run_ranks(case.world_size, gradients_on_rank, case):
         assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bf16_on_the_wire(world_size: int) -> None:
+    """Oracle: the unsharded module in bf16, one backward per microbatch, gradients added in fp32: equal roundings."""
+    case = Case(world_size, 8, 24, 3, 11, tied=True, frozen="up", microbatches=2, reshard_after_forward=True, seed=4)
+    expected: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        for index in range(case.microbatches):
+            model = Tree(case).to(torch.bfloat16)
+            model(microbatch(case, rank, index)).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    expected[name] = expected.get(name, 0.0) + parameter.grad.float()
+    for gradients in run_ranks(world_size, gradients_on_rank, case, Precision()):
+        for name, gradient in gradients.items():
+            assert gradient.dtype == torch.float32
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+class Detached(nn.Module):
+    """Backward reaches the last block only; one parameter of it is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Linear(4, 4), Linear(4, 4)])
+        self.blocks[1].spare = nn.Parameter(torch.zeros(3))
+        for block in self.blocks:
+            nn.init.ones_(block.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](x).detach()).sum()
+
+
+def unreached_on_rank(world: World) -> list[str]:
+    model = Detached()
+    engine = shard(model, list(model.blocks), world, ShardPolicy(), FP32)
+    for _ in range(2):
+        model(torch.ones(2, 4)).backward()
+    return engine.parameters_without_grad()
+
+
+def test_parameters_that_backward_does_not_reach_are_named() -> None:
+    assert run_ranks(2, unreached_on_rank) == [["blocks.0.weight", "blocks.1.spare"]] * 2
+
+
+class Explodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        raise ArithmeticError("in backward")
+
+
+def gradients_after_an_exception(world: World, case: Case) -> dict[str, Tensor]:
+    """An exception inside the second block's backward, the same on every rank; then an ordinary step."""
+    model, engine = sharded(case, world)
+    hook = model.blocks[1].norm.register_forward_hook(lambda module, args, output: Explodes.apply(output))
+    with pytest.raises(ArithmeticError):
+        model(microbatch(case, world.rank, 0)).backward()
+    hook.remove()
+    engine.reset()
+    for index in range(case.microbatches):
+        model(microbatch(case, world.rank, index)).backward()
+    return gathered_gradients(engine)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_the_engine_survives_an_exception_in_backward(reshard: bool) -> None:
+    case = Case(2, 7, 19, 3, 11, tied=True, frozen="", microbatches=2, reshard_after_forward=reshard, seed=2)
+    expected = reference_gradients(case)
+    for gradients in run_ranks(2, gradients_after_an_exception, case):
         for name, gradient in gradients.items():
             assert relative_error(gradient, expected[name]) <= 1e-6, name
 
