@@ -13,17 +13,10 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from minift.report import read_metrics
+
 NUM_SAMPLES = 5
 KINDS = ("correct", "wrong arguments", "wrong function", "not a call")
-
-
-def read_training(metrics_file: Path) -> tuple[list[dict], list[dict]]:
-    """(steps, validations), each in order and once: a run that went on from a checkpoint wrote some steps twice."""
-    steps, validations = {}, {}
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        (validations if "validation_loss" in record else steps)[record["step"]] = record
-    return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]
 
 
 def table(before: dict, after: dict, validations: list[dict]) -> str:
@@ -67,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder
     before, after = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("before", "after"))
-    steps, validations = read_training(folder / "train" / "metrics.jsonl")
+    steps, validations = read_metrics(folder / "train" / "metrics.jsonl")
     train_seconds = sum(step["step_seconds"] for step in steps)
     train_tokens = sum(step["tokens"] for step in steps)
 

@@ -35,7 +35,6 @@ def linear_cross_entropy(
     lm_head: nn.Module,
     targets_N: Tensor,
     chunk_tokens: int | None = None,
-    rows_M: Tensor | None = None,
 ) -> Tensor:
     """Sum over the supervised rows n of -log softmax(lm_head(hidden_ND[n]))[targets_N[n]].
 
@@ -46,15 +45,11 @@ def linear_cross_entropy(
         targets_N: (N,) int64, in [0, V) or IGNORE.
         chunk_tokens: at most so many rows have their logits in memory; None: `default_chunk_tokens`, which reads
             `lm_head.out_features`.
-        rows_M: (M,) int64, the rows n with targets_N[n] != IGNORE, each once, if the caller knows them. Otherwise they
-            are looked up here, and on CUDA the host then waits for the device, because M is a shape. A batch is
-            assembled on the host and could carry them.
 
     Returns:
         0-dim fp32 tensor (fp64 for fp64 input). With M = 0 it is 0, and backward still reaches hidden and head.
     """
-    if rows_M is None:
-        rows_M = (targets_N != IGNORE).nonzero().squeeze(1)
+    rows_M = (targets_N != IGNORE).nonzero().squeeze(1)  # on CUDA the host waits here, because M is a shape
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(lm_head.out_features, hidden_ND.element_size())
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]

@@ -59,13 +59,9 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
-        """One update with the learning rate `config.lr * lr_scale` (times the parameter's ratio).
-
-        Every shard must have a gradient, since they share one step count; that of an unused bucket is zero.
-        """
+        """One update with the learning rate `config.lr * lr_scale` (times the parameter's ratio)."""
         self.num_steps += 1
         for shard in self.shards:
-            assert shard.grad is not None, f"{shard.name}: no gradient"
             for segment in self._segments[shard.name]:
                 self._update(shard, segment, self.config.lr * lr_scale * segment.lr_ratio)
 
@@ -89,8 +85,7 @@ class AdamW:
     def zero_grad(self) -> None:
         """Zero the gradients in place: they belong to the engine, which adds the next microbatch's into them."""
         for shard in self.shards:
-            if shard.grad is not None:
-                shard.grad.zero_()
+            shard.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """{"step": updates done, shard name: {"exp_avg": (n,) fp32, "exp_avg_sq": (n,) fp32}}, not copied."""

@@ -33,13 +33,13 @@ class FlatShard:
 
     name: unique among the shards of a model and the same on every rank (it is the key of the optimizer state).
     master: (n,) fp32, the weights that the optimizer updates in place; small updates are not lost as in bf16.
-    grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into; None before there is one.
+    grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into.
     ranges: ordered, not overlapping. Elements in no range are padding: zero in `master` and in `grad`.
     """
 
     name: str
     master: Tensor
-    grad: Tensor | None
+    grad: Tensor
     ranges: list[ParamRange]
 
     def __post_init__(self) -> None:

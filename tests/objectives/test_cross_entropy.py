@@ -216,15 +216,6 @@ def test_a_tied_embedding_gets_both_gradients():
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-11)
 
 
-def test_known_rows_need_not_be_looked_up():
-    hidden, head, targets = make("trained", torch.float32, 12, 0)
-    rows = torch.tensor([i for i, target in enumerate(targets.tolist()) if target != IGNORE])
-    known = gradients(linear_cross_entropy(hidden, head, targets, 5, rows), hidden, head)
-    looked_up = gradients(linear_cross_entropy(hidden, head, targets, 5), hidden, head)
-    for mine, reference in zip(known, looked_up, strict=True):
-        assert torch.equal(mine, reference)
-
-
 def test_the_incoming_factor_is_not_rounded_to_bf16():
     hidden, head, targets = make("trained", torch.bfloat16, 12, 0)
     unscaled = gradients(linear_cross_entropy(hidden, head, targets), hidden, head, divisor=1)
