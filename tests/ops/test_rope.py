@@ -58,7 +58,7 @@ def test_values_and_gradient_are_the_rotation(
 
 
 def test_is_hugging_face_s_rotation(implementation):
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers.models.llama import modeling_llama as llama
     torch.manual_seed(0)
     x_THE, angle_TR = torch.randn(7, 3, 16), torch.rand(7, 8) * 6
     rope = (lambda *args: rope_reference(*args, False)) if implementation == "reference" else apply_rope
