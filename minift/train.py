@@ -260,9 +260,12 @@ class Run:
     def go(self) -> None:
         """The loop. Steps are counted from 0; `self.step` is the number of finished ones."""
         config, world = self.config, self.world
-        # -1: a run that died before its first checkpoint begins anew, validation before the first step included
-        metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step or -1) if world.is_main else None
         with Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
+            if self.step == self.total_steps and self.is_exported():
+                self.progress.say(f"finished already; see {self.run_dir / 'report.md'}")
+                return
+            # -1: a run that died before its first checkpoint begins anew, validation before the first step included
+            metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step or -1) if world.is_main else None
             if self.step:
                 self.progress.say(f"continuing after step {self.step}")
             if self.step == 0:
@@ -378,6 +381,10 @@ class Run:
             )
         self.saved_step = self.step
         self.progress.say(f"checkpoint {folder}")
+
+    def is_exported(self) -> bool:
+        """Whether this run's export is there (exports appear whole or not at all); the same answer on every rank."""
+        return bool(max_over_ranks(float((self.run_dir / "export").is_dir()), self.world))
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks must leave the loop at the same step."""
