@@ -178,6 +178,7 @@ def run_with_infinite_loss(world: World, config: RunConfig) -> str:
     this.objective = InfiniteOnRank0(world.rank)
     with pytest.raises(NonFiniteError) as caught:
         this.go()
+    assert not any(shard.grad.any() for shard in this.optimizer.shards), "NaN gradients would poison the next step"
     return str(caught.value)
 
 

@@ -349,19 +349,40 @@ def norm_and_clip_on_rank(world: World, case: Case, max_norm: float) -> tuple[fl
 
 
 @settings(max_examples=10, deadline=None)
-@given(case=cases, max_norm=st.floats(0.01, 100.0))
-def test_clipping_against_torch(case: Case, max_norm: float) -> None:
-    """Oracle: torch.nn.utils.clip_grad_norm_ on one process. Norms add squares in fp32: relative 1e-6 again."""
+@given(case=cases, share=st.sampled_from([1e-3, 0.3, 0.9, 2.0]))
+def test_clipping_against_torch(case: Case, share: float) -> None:
+    """Clip at a share of the norm. Oracle: torch.nn.utils.clip_grad_norm_ on one process; norms add squares in fp32."""
     case = Case(**{**case.__dict__, "microbatches": 1})
     expected = reference_gradients(case)
     parameters = [nn.Parameter(torch.empty_like(g)) for g in expected.values()]
     for parameter, gradient in zip(parameters, expected.values(), strict=True):
         parameter.grad = gradient
+    max_norm = share * float(torch.nn.utils.get_total_norm(expected.values()))
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     for ours, gradients in run_ranks(case.world_size, norm_and_clip_on_rank, case, max_norm):
         assert ours == pytest.approx(norm, rel=1e-6)
         for name, parameter in zip(expected, parameters, strict=True):
             assert relative_error(gradients[name], parameter.grad) <= 2e-6, name
+
+
+def padding_on_rank(world: World, case: Case) -> float:
+    """Largest gradient outside of every parameter. The packing buffer is shared: each unit finds another's values."""
+    model, engine = sharded(case, world)
+    for index in range(2):
+        model(microbatch(case, world.rank, index)).backward()
+    largest = 0.0
+    for flat_shard in engine.trainable_shards():
+        outside = torch.ones_like(flat_shard.grad, dtype=torch.bool)
+        for r in flat_shard.ranges:
+            outside[r.start : r.stop] = False
+        largest = max([largest, *flat_shard.grad[outside].abs().tolist()])
+    return largest
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_padding_has_no_gradient(world_size: int) -> None:
+    case = Case(world_size, 7, 19, 3, 11, tied=False, frozen="", microbatches=2, reshard_after_forward=True, seed=0)
+    assert run_ranks(world_size, padding_on_rank, case) == [0.0] * world_size
 
 
 def load_on_rank(world: World, case: Case) -> tuple[int, dict[str, Tensor]]:
