@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(minift, m) {
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 
+  // minift/ops/flags.py
+  m.def("set_flag(Tensor(a!) flags, int index, int value) -> ()");
+  m.def("wait_flags(Tensor flags, int value, int timeout_ms) -> bool");
+
   // cpu/instruction_set.cpp
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");

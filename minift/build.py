@@ -4,8 +4,9 @@ The order is not a matter of taste:
 
 1. construct on the meta device: shapes without memory;
 2. adapters (or the choice of what to train): they change the module tree and `requires_grad`, which sharding reads;
-3. shard: cuts whatever parameters there are now, so it comes last;
-4. load: each rank reads only the byte ranges of its shards; adapter parameters are drawn from (seed, name).
+3. recompute: replaces the forward of blocks, adapters included, and adds or renames no parameter;
+4. shard: cuts whatever parameters there are now, so it comes last;
+5. load: each rank reads only the byte ranges of its shards; adapter parameters are drawn from (seed, name).
 
 No process ever holds the whole model, and nothing depends on the number of processes.
 """
@@ -31,6 +32,8 @@ from minift.peft.freeze import set_trainable
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.names import canonical_name
 from minift.precision import Precision
+from minift.recompute import RecomputeConfig, apply_recompute
+from minift.trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def build_model(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
     precision: Precision,
+    recompute: RecomputeConfig,
     policy: ShardPolicy,
+    recorder: Recorder,
     world: World,
     seed: int,
 ) -> BuiltModel:
@@ -81,7 +86,8 @@ def build_model(
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     own_parameters = adapter_parameters(model).keys()
 
-    engine = shard(model, model.shard_units(), world, policy, precision)
+    apply_recompute(model, model.shard_units(), recompute, recorder)
+    engine = shard(model, model.shard_units(), world, policy, precision, recorder)
 
     initial: dict[str, Tensor] = {}  # the adapter parameter drawn last: a shard border may ask for its two halves
 

@@ -36,7 +36,9 @@ def train(options: Namespace) -> int:
 
 def _train(options: Namespace) -> int:
     config = _read_recipe(options)
-    config.check_files()  # everything that can be refused is refused before a process group starts
+    # Everything that can be refused is refused before a process group starts.
+    config.check_files()
+    config.fsdp.shard_size(int(os.environ.get("WORLD_SIZE", "1")))
 
     from minift.train import train
 

@@ -27,6 +27,7 @@ from minift.precision import Precision
 from minift.recipe.build import build, differences
 from minift.recipe.describe import describe, show, to_plain, walk
 from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
+from minift.recompute import RecomputeConfig
 from minift.report import read_metrics
 from minift.train import TrainConfig
 
@@ -73,6 +74,9 @@ class RunConfig:
     fsdp: ShardPolicy = field(default_factory=ShardPolicy)
     """How weights, gradients and optimizer state are spread over the processes."""
 
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """What backward computes again instead of keeping it in memory."""
+
     loop: TrainConfig
     """How long, how much per step, and what happens when."""
 
@@ -99,6 +103,13 @@ class RunConfig:
             problems.append(
                 f"loop.validate_every_steps is {self.loop.validate_every_steps} but there is nothing to validate on; "
                 "give data.validation (files) or data.validation_share, or set loop.validate_every_steps to 0"
+            )
+        if self.fsdp.step_in_backward and (self.optim.max_grad_norm is not None or self.precision.needs_loss_scaling):
+            problems.append(
+                "fsdp.step_in_backward updates weights before the norm of all gradients is known, so it can neither "
+                f"clip by it (optim.max_grad_norm is {self.optim.max_grad_norm}) nor skip the step when fp16 overflows "
+                f"(precision.wire is {self.precision.wire}); valid: optim.max_grad_norm null and precision.wire "
+                "bfloat16 or float32"
             )
         if problems:
             raise RecipeError(*problems)

@@ -216,6 +216,7 @@ def _files(run_dir: Path) -> str:
         "config.yaml": "the whole recipe of this run, defaults included",
         "metrics.jsonl": "one record per optimizer step and per validation",
         "loss.png": "the curves",
+        "timeline.png": "one step of every rank: computation, communication, memory",
         "checkpoints": "what a resume starts from",
         "export": "the result, in formats other tools read",
     }

@@ -20,33 +20,38 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from minift.build import BuiltModel, ModelSource, base_fingerprint, build_model
 from minift.checkpoint.export import export_run
-from minift.checkpoint.sharded import Standing, list_checkpoints, load_checkpoint, save_checkpoint
+from minift.checkpoint.manifest import Standing, list_checkpoints
+from minift.checkpoint.saver import STAGING_BYTES, Saver
+from minift.checkpoint.sharded import load_newest
 from minift.data.batch import Batch
 from minift.data.config import DataConfig
 from minift.data.documents import Documents
 from minift.data.loader import LoaderState, StepLoader, eval_batches
 from minift.data.prepare import choose_template, prepare
 from minift.data.tokenizer import Tokenizer
-from minift.dist.collectives import barrier, max_over_ranks, sum_over_ranks
+from minift.dist.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
 from minift.dist.process import World, init_world, shutdown
 from minift.dist.seeds import seed_everything
 from minift.dist.signals import StopRequest, stop_requests
 from minift.eval.loss import mean_loss
 from minift.fsdp import ShardPolicy
-from minift.fsdp.clip import clip_grads_, grad_norm
 from minift.metrics import JsonlWriter, peak_device_bytes
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
+from minift.optim.loss_scaler import LossScaler
 from minift.optim.schedule import Schedule
 from minift.peft.adapter import AdapterConfig
 from minift.precision import Precision
 from minift.progress import Progress
+from minift.recompute import RecomputeConfig
 from minift.report import RunFacts, write_report
+from minift.step import NonFiniteError, StepResult, train_step
+from minift.timeline import write_timeline
+from minift.trace import Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,14 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
 
+    checkpoint_staging_mib: int = STAGING_BYTES >> 20
+    """Host memory (MiB) that each process may take while a checkpoint is being written, to go on with its step when the
+    disk is slower than forward and backward; 0: it then waits."""
+
+    timeline_step: int = 0
+    """Record this optimizer step (1: the first) on every rank and draw it, as timeline.png and timeline.json in the run
+    folder. Take 2 or later: the order of the blocks, and so what to prefetch, is learnt in the first. 0: none."""
+
     seed: int = 0
     """Seed of new parameters and of dropout. (The order of the data has its own, data.seed.)"""
 
@@ -84,6 +97,8 @@ class TrainConfig:
             ("validate_every_steps", 0),
             ("checkpoint_every_steps", 0),
             ("keep_checkpoints", 1),
+            ("checkpoint_staging_mib", 0),
+            ("timeline_step", 0),
             ("seed", 0),
         ):
             if self.__dict__[name] < least:
@@ -112,62 +127,11 @@ class Settings(Protocol):
     optim: OptimConfig
     precision: Precision
     fsdp: ShardPolicy
+    recompute: RecomputeConfig
     loop: TrainConfig
     device: str
 
     def save(self) -> None: ...
-
-
-# ---------------------------------------------------------------------------------------------------------- the step
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient became infinite or NaN; nothing was updated."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Global values: the same on every rank."""
-
-    loss: float  # mean over the step's weight
-    grad_norm: float  # before clipping
-    weight: float
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: AdamW,
-    objective: SupervisedTokens,
-    microbatches: list[Batch],
-    *,
-    lr_scale: float,
-    max_grad_norm: float | None,
-    world: World,
-) -> StepResult:
-    """One optimizer step. Losses are summed, and divided once by the weight of the whole step over all ranks.
-
-    That divisor is known before the first backward, so a step is the same however its examples are spread over ranks
-    and microbatches. Raises `NonFiniteError` on all ranks alike, before anything is updated.
-    """
-    weight = float(sum_over_ranks(sum(objective.weight(microbatch) for microbatch in microbatches), world))
-    if weight == 0:
-        raise ValueError("this step's examples have nothing to predict; the loss would be 0/0")
-    local_loss_sum = torch.zeros((), device=world.device)
-    for microbatch in microbatches:
-        loss_sum = objective(model, microbatch.to(world.device)).loss_sum
-        (loss_sum / weight).backward()
-        local_loss_sum += loss_sum.detach()
-
-    norm = grad_norm(optimizer.shards, world)
-    result = StepResult(float(sum_over_ranks(local_loss_sum, world)) / weight, float(norm), weight)
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        optimizer.zero_grad()
-        raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
-    if max_grad_norm is not None:
-        clip_grads_(optimizer.shards, norm, max_grad_norm)
-    optimizer.step(lr_scale)
-    optimizer.zero_grad()
-    return result
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -192,6 +156,7 @@ class Run:
         self.config, self.world, self.stop = config, world, stop
         self.run_dir = Path(config.run_dir)
         self.seconds: dict[str, float] = {}
+        self.recorder = Recorder(world.rank, world.device)
         if world.is_main:
             config.save()
 
@@ -205,13 +170,16 @@ class Run:
                 train=config.train,
                 freeze=config.freeze,
                 precision=config.precision,
+                recompute=config.recompute,
                 policy=config.fsdp,
+                recorder=self.recorder,
                 world=world,
                 seed=config.loop.seed,
             )
         config.optim.check_names(self.built.trainable)
         self.objective = SupervisedTokens()
         self.optimizer = AdamW(self.built.engine.trainable_shards(), config.optim)
+        self.scaler = LossScaler() if config.precision.needs_loss_scaling else None
         self.loader = StepLoader(
             self.training,
             examples_per_step=config.loop.examples_per_step,
@@ -222,11 +190,26 @@ class Run:
             shuffle=config.data.shuffle,
         )
         self.total_steps = config.loop.total_steps(self.loader.steps_per_epoch)
+        if config.loop.timeline_step > self.total_steps:
+            raise ValueError(
+                f"loop.timeline_step is {config.loop.timeline_step}; valid: 0 (none) to {self.total_steps}, the last "
+                "optimizer step of this run"
+            )
         self.schedule = Schedule.from_config(config.optim, self.total_steps)
         self.step = 0
         self.saved_step = 0
         self.base = base_fingerprint(config.model.path)
+        self.notes: tuple[str, ...] = ()
         self.resume()
+        self.saver = Saver(
+            self.run_dir / "checkpoints",
+            self.optimizer,
+            world,
+            replica_world=self.built.engine.replica_world,
+            keep_last=config.loop.keep_checkpoints,
+            staging_bytes=config.loop.checkpoint_staging_mib << 20,
+            on_saved=lambda folder: self.progress.say(f"checkpoint {folder}"),
+        )
 
     def documents(self) -> tuple[Documents, Documents | None]:
         """Encoded training and validation documents, from the run folder's cache if they are there."""
@@ -243,24 +226,29 @@ class Run:
         return training, validation
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of this run folder, if there is one."""
-        checkpoints = list_checkpoints(self.run_dir / "checkpoints")
-        if not checkpoints:
-            return
+        """Continue from the newest good checkpoint of this run folder, if there is one."""
         with self.phase("resume"):
-            standing = load_checkpoint(checkpoints[-1], self.optimizer.shards, self.optimizer, self.world)
-        if standing.base != self.base:
+            loaded = load_newest(self.run_dir / "checkpoints", self.optimizer, self.world)
+        if loaded is None:
+            return
+        if loaded.standing.base != self.base:
             raise ValueError(
-                f"{checkpoints[-1]} was trained on another base model than {self.config.model.path} is now "
+                f"{loaded.folder} was trained on another base model than {self.config.model.path} is now "
                 f"(its files differ); give another --run_dir"
             )
-        self.step = self.saved_step = standing.step
-        self.loader.load_state(LoaderState(**standing.loader))
+        self.step = self.saved_step = loaded.standing.step
+        self.loader.load_state(LoaderState(**loaded.standing.loader))
+        if self.scaler is not None and "loss_scaler" in loaded.standing.extra:
+            self.scaler.load_state_dict(loaded.standing.extra["loss_scaler"])
+        self.built.engine.weights_changed()
+        self.notes = tuple(f"{damage}; going back to {loaded.folder}" for damage in loaded.passed_over)
 
     def go(self) -> None:
         """The loop. Steps are counted from 0; `self.step` is the number of finished ones."""
         config, world = self.config, self.world
-        with Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
+        with self.saver, Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
+            for note in self.notes:
+                self.progress.say(note)
             if self.step == self.total_steps and self.is_exported():
                 self.progress.say(f"finished already; see {self.run_dir / 'report.md'}")
                 return
@@ -275,6 +263,8 @@ class Run:
                     break
 
                 # -------------------------------------------------------------------- one optimizer step
+                if self.step + 1 == config.loop.timeline_step:
+                    self.recorder.start()
                 started = time.perf_counter()
                 lr_scale = self.schedule(self.step)
                 result = self.guarded_step(microbatches, lr_scale)
@@ -285,7 +275,8 @@ class Run:
 
                 if self.step == 1:
                     self.check_gradients_arrived()
-                tokens = int(sum_over_ranks(sum(batch.num_tokens for batch in microbatches), world))
+                if self.step == config.loop.timeline_step:
+                    self.draw_timeline()
                 memory = int(max_over_ranks(peak_device_bytes(world.device), world))
                 record = {
                     "step": self.step,
@@ -293,12 +284,14 @@ class Run:
                     "loss": result.loss,
                     "lr": config.optim.lr * lr_scale,
                     "grad_norm": result.grad_norm,
-                    "tokens": tokens,
+                    "tokens": result.tokens,
                     "targets": int(result.weight),
-                    "tokens_per_second": tokens / seconds,
+                    "tokens_per_second": result.tokens / seconds,
                     "step_seconds": seconds,
                     "memory_bytes": memory,
                 }
+                if self.scaler is not None:
+                    record |= {"loss_scale": self.scaler.scale, "was_skipped": result.was_skipped}
                 if metrics is not None:
                     metrics.write(record)
                 self.progress.step(record)
@@ -319,12 +312,14 @@ class Run:
         try:
             return train_step(
                 self.built.module,
+                self.built.engine,
                 self.optimizer,
                 self.objective,
                 microbatches,
                 lr_scale=lr_scale,
                 max_grad_norm=self.config.optim.max_grad_norm,
-                world=self.world,
+                scaler=self.scaler,
+                recorder=self.recorder,
             )
         except NonFiniteError as error:
             dump = self.run_dir / "nonfinite" / f"step-{self.step + 1:08d}-rank-{self.world.rank:05d}.safetensors"
@@ -338,11 +333,26 @@ class Run:
                 },
                 dump,
             )
+            self.saver.wait()
             kept = list_checkpoints(self.run_dir / "checkpoints")
             where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
             raise NonFiniteError(
-                f"step {self.step + 1}: {error}. Nothing was updated; this rank's batch is in {dump}; {where}"
+                f"step {self.step + 1}: {error}. {self.what_was_updated}; this rank's batch is in {dump}; {where}"
             ) from None
+
+    def draw_timeline(self) -> None:
+        """Leave what was recorded of the step just taken in timeline.png and timeline.json."""
+        with self.phase("timeline"):
+            traces = gather_objects(self.recorder.stop(), self.world)
+            if self.world.is_main:
+                picture = write_timeline(traces, self.run_dir, f"{self.run_dir.resolve().name}, step {self.step}")
+                self.progress.say(f"timeline {picture}")
+
+    @property
+    def what_was_updated(self) -> str:
+        if self.config.fsdp.step_in_backward:
+            return "The weights were updated in this backward and are spoiled (fsdp.step_in_backward)"
+        return "Nothing was updated"
 
     def check_gradients_arrived(self) -> None:
         """A trainable parameter that backward does not reach would silently stay as it was."""
@@ -369,26 +379,24 @@ class Run:
         return sum_over_ranks(value, self.world)
 
     def checkpoint(self) -> None:
+        """Begin to save; training goes on meanwhile."""
         with self.phase("checkpoint"):
-            standing = Standing(self.step, asdict(self.loader_state), self.base)
-            folder = save_checkpoint(
-                self.run_dir / "checkpoints",
-                standing,
-                self.optimizer.shards,
-                self.optimizer,
-                self.world,
-                self.config.loop.keep_checkpoints,
-            )
+            extra = {} if self.scaler is None else {"loss_scaler": self.scaler.state_dict()}
+            self.saver.start(Standing(self.step, asdict(self.loader_state), self.base, extra))
         self.saved_step = self.step
-        self.progress.say(f"checkpoint {folder}")
 
     def is_exported(self) -> bool:
         """Whether this run's export is there (exports appear whole or not at all); the same answer on every rank."""
         return bool(max_over_ranks(float((self.run_dir / "export").is_dir()), self.world))
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; all ranks must leave the loop at the same step."""
-        return bool(max_over_ranks(float(self.stop.signal is not None), self.world))
+        """Whether any rank was asked to stop; all ranks must leave the loop at the same step. OSError, likewise, if a
+        checkpoint could not be written."""
+        flags = torch.tensor([float(self.stop.signal is not None), float(self.saver.failed)])
+        stop, failed = max_over_ranks(flags, self.world).tolist()
+        if failed:
+            self.saver.wait()
+        return bool(stop)
 
     def finish(self) -> None:
         """Save what is not saved yet, export, report."""
@@ -402,6 +410,8 @@ class Run:
                     self.built.engine, self.built.config, self.config.adapter, self.config.model.path,
                     self.run_dir / "export",
                 )  # fmt: skip
+        with self.phase("checkpoint"):
+            self.saver.wait()
         if self.world.is_main and self.step:
             facts = RunFacts(
                 status=f"stopped after step {self.step} of {self.total_steps}" if stopped else "finished",

@@ -82,7 +82,11 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=MAX_RANKS, timeout=timedelta(seconds=60)
     )
-    groups = [dist.new_group(list(range(n))) for n in range(1, MAX_RANKS + 1)]
+    groups = []
+    for n in range(1, MAX_RANKS + 1):
+        groups.append(dist.new_group(list(range(n))))
+        for outsider in range(n, MAX_RANKS):  # torch names later groups by how many a rank is in: keep that equal
+            dist.new_group([outsider])
     while True:
         try:
             n, fn, args = pipe.recv()

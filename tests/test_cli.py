@@ -32,6 +32,7 @@ MISTAKES = [
     (["train", "recipe.yaml", "--optim.rl", "1"], "--optim.rl is not a field; did you mean optim.lr?"),
     (["train", "recipe.yaml", "--data.train", "[gone.jsonl]"], "data.train names gone.jsonl, which does not exist"),
     (["train", "--optim.lr", "1", "recipe.yaml"], "--optim.lr is not an option of this command; the recipe comes"),
+    (["train", "recipe.yaml", "--fsdp.replicas", "2"], "fsdp.replicas is 2 on 1 processes; valid: a divisor of 1"),
     (["data", "prepare", "recipe.yaml", "--objective", "x"], "--objective is x; valid: sft | lm"),
     (["plot", "nowhere"], "nowhere/metrics.jsonl: No such file or directory"),
     (["plot", "model", "--colour"], "--colour is not an option of this command"),

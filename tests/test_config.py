@@ -14,6 +14,7 @@ from minift.config import RunConfig, help_text
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.recipe.describe import to_plain, walk
+from minift.recompute import RecomputeConfig
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 RECIPE = """\
@@ -70,6 +71,9 @@ configs = st.builds(
         max_grad_norm=st.none() | st.floats(1e-3, 10),
         schedule=st.sampled_from(["constant", "linear", "cosine"]),
     ),
+    recompute=st.builds(
+        RecomputeConfig, policy=st.sampled_from(["none", "full", "selective", "offload"]), every=st.integers(1, 9)
+    ),
 )  # fmt: skip
 
 
@@ -103,6 +107,8 @@ MISTAKES = [
     (["--loop.validate_every_steps", "10"], ["loop.validate_every_steps is 10", "data.validation_share"]),
     (["--adapter", "{}", "--train", "[norm]"], ["train is [norm] but adapter is set too", "--adapter null"]),
     (["--adapter", "{}", "--freeze", "[norm]"], ["freeze is [norm] but adapter is set too"]),
+    (["--recompute.policy", "ful"], ["--recompute.policy is ful", "did you mean full?"]),
+    (["--recompute.every", "0"], ["recompute.every is 0; valid: an integer, 1 or more"]),
     (["--precision.wire", "fp16"], ["precision.wire", "fp16", "bfloat16"]),
     (["--data.train", "[]"], ["data.train is ()", "one or more files"]),
     (["--run_dir", " "], ["run_dir is empty"]),

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1] / "minift"
 
 LAYERS = [  # lowest first; what shares a line does not import each other
     ["_C"],
-    ["ops", "dist", "precision", "metrics", "progress", "recipe"],
+    ["ops", "dist", "precision", "metrics", "progress", "recipe", "trace", "grad_slot"],
     ["model", "data", "objectives", "optim"],
     ["quant", "recompute", "generate", "peft", "fsdp"],
     ["checkpoint", "planner"],
-    ["build", "eval", "report"],
+    ["build", "step", "eval", "report", "timeline"],
     ["train", "inference"],
     ["config"],
     ["commands"],

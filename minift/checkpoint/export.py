@@ -1,12 +1,14 @@
 """What a run leaves for other tools: an adapter in PEFT's format, or the whole model as a Hugging Face folder.
 
-What was trained is gathered from the fp32 masters, one bucket in memory at a time; what was not is copied from the base
-folder, so that its bits do not depend on the dtype it was computed in. An export appears whole or not at all.
+What was trained is gathered from the masters, one bucket at a time, and written from there; what was not is copied from
+the base folder, so that its bits do not depend on the dtype it was computed in. So no rank ever needs more memory,
+beside what training holds, than the largest bucket in master dtype and a few MiB. An export appears whole or not there.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,21 +41,19 @@ def export_run(
         return str(target), None
 
     reader = WeightReader(base_folder)
-    names = [name for name, _ in engine.module.named_parameters()]
-    specs = {name: (reader.dtype(name), tuple(reader.shape(name))) for name in names}
+    parameters = dict(engine.module.named_parameters())
+    specs = {name: (reader.dtype(name), tuple(reader.shape(name))) for name in parameters}
 
     def tensors_to_save() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in engine.full_tensors(trainable_only=True):
-            names.remove(name)
-            yield name, tensor.to("cpu", specs[name][0])
-        for name in names:
-            yield name, reader.read(name)
+        yield from engine.full_tensors(trainable_only=True)
+        for name, parameter in parameters.items():
+            if not parameter.requires_grad:
+                yield name, reader.read(name)
 
     if is_main:
         shutil.rmtree(target, ignore_errors=True)
         with atomic_folder(target) as temporary:
             save_model(tensors_to_save(), config, temporary, specs, source_folder=base_folder)
     else:
-        for _ in engine.full_tensors(trainable_only=True):
-            pass  # take part in the gathers
+        deque(engine.full_tensors(trainable_only=True), maxlen=0)  # take part in the gathers, keep nothing
     return None, str(target)

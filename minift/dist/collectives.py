@@ -1,4 +1,4 @@
-"""Collectives over small things: counts, losses, flags, Python objects. Bulk tensors are `minift.fsdp.collectives`' job."""
+"""Collectives over small things: counts, losses, flags, Python objects. Bulk tensors are `minift.fsdp.transport`'s job."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def max_over_ranks(value: Tensor | float | int, world: World) -> Tensor:
 
 def _all_reduce(value: Tensor | float | int, world: World, op: dist.ReduceOp) -> Tensor:
     total = torch.as_tensor(value, dtype=torch.float64, device=world.device).clone()
-    dist.all_reduce(total, op=op, group=world.group)
+    if world.size > 1:  # an axis of a mesh that has one rank has no group of its own
+        dist.all_reduce(total, op=op, group=world.group)
     return total
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. Pickled by torch: only between ranks of one run."""
+    if world.size == 1:
+        return [value]
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, value, group=world.group)
     return gathered

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from minift.dist.rendezvous import fresh_store
+
 
 @dataclass(frozen=True)
 class World:
@@ -69,7 +71,8 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         try:
-            dist.init_process_group(backend, timeout=timeout)
+            store = fresh_store(rank, size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except dist.DistNetworkError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ValueError(

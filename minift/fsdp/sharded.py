@@ -1,85 +1,114 @@
-"""A model cut into shards: which parameter belongs to which unit and bucket, and what a trainer may do with it.
+"""A model cut into shards, and what a trainer may do with it. The engine sees modules and tensors only.
 
-The engine sees modules and tensors only. It is given the modules that make a unit; every other parameter, and every
-parameter that two units share (tied embeddings), belongs to the root.
+Memory per rank, in bytes, beside activations (closed form; `held_bytes()` reports the parts). Sums over buckets, whose
+F = full_numel; s, w, g: itemsizes of storage, wire and gradients; N: ranks of the shard axis:
 
-Memory per rank, in bytes, beside activations (closed form; `held_bytes()` reports the parts):
+    shards     Σ F/N · s                                                      resident buckets: inside of `gathered`
+    gathered   zero3: (1 + prefetch) · max_blocks Σ F·w  +  Σ_kept blocks F·w  +  root F·w
+               others: Σ F·w           resident buckets need F·w each always and no buffer
+    gradients  zero2, zero3: Σ_trainable F/N · 4  +  2 · max_blocks Σ F·g  +  root F·g
+               others, and N = 1: Σ_trainable F·4
+               step_in_backward, any N: instead of the sum, 2 · max_blocks Σ F/N · 4  +  root F/N · 4
+    staging    paired sends only: (N-1)/N of the reduce buffers
 
-    shards     Σ_buckets shard_numel · storage itemsize  +  Σ_trainable shard_numel · 4
-    gathered   num_slots · max_blocks(unit bytes)  +  root bytes         num_slots = 1, or all blocks without resharding
-    gradients  max_trainable_buckets(full_numel) · reduce itemsize       one packing buffer, shared by all units
-
-On gloo a reduce-scatter borrows as much again for the time it runs, for what the other ranks send.
+The block buffers of zero3 are never more than there are blocks. With shared memory the N ranks hold `gathered` once
+together, not once each; everything else is per rank.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from minift.dist.collectives import barrier
+from minift.dist.mesh import make_mesh
 from minift.dist.process import World
-from minift.fsdp.flat import Bucket
+from minift.fsdp.assign import Group, assign_parameters
+from minift.fsdp.bucket import Bucket, Dtypes
 from minift.fsdp.hooks import Hooks
 from minift.fsdp.policy import ShardPolicy
-from minift.fsdp.unit import Ring, Unit, aligned
+from minift.fsdp.shared_memory import SharedMemory
+from minift.fsdp.streams import Lane
+from minift.fsdp.transport import NcclTransport, PairedSends, Transport
+from minift.fsdp.unit import Keep, Links, Ring, Unit, aligned
 from minift.optim.shard import FlatShard
 from minift.precision import Precision
+from minift.trace import Recorder
 
-_Owner = tuple[nn.Module, str]
+REDUCTIONS_IN_FLIGHT = 2  # one buffer is being filled while the one before it is being reduced
+
+
+def connect(world: World) -> Transport:
+    """The fastest transport that works between the ranks of `world`. Collective."""
+    if world.size == 1:
+        return Transport(world)
+    if world.backend == "nccl":
+        return NcclTransport(world)
+    return SharedMemory.connect(world) or PairedSends(world)
 
 
 class ShardedModel:
     """Handle of a sharded model. The module itself is used as before: call it, call backward on its loss."""
 
     def __init__(
-        self, module: nn.Module, unit_modules: list[nn.Module], world: World, policy: ShardPolicy, precision: Precision
+        self,
+        module: nn.Module,
+        unit_modules: list[nn.Module],
+        world: World,
+        policy: ShardPolicy,
+        precision: Precision,
+        recorder: Recorder,
+        connect: Callable[[World], Transport] = connect,
     ) -> None:
         self.module = module
-        self.world = world
-        groups = _assign_parameters(module, unit_modules)
-        buckets = {
-            name: _make_buckets(name, params, world, precision) for name, (_, params) in groups.items()
-        }
+        self.policy = policy
+        self.mesh = make_mesh(world, policy.shard_size(world.size))
+        gather = connect(self.mesh.shard)
+        reduce = gather if self.mesh.reduce is self.mesh.shard else connect(self.mesh.reduce)
+        lanes = Lane(world.device), Lane(world.device)
+        self._links = Links(gather, reduce, self.mesh.replica, *lanes, recorder)
+        groups = assign_parameters(module, unit_modules)
+        buckets = {group.name: self._make_buckets(group, precision) for group in groups}
+        self.units = self._make_units(groups, buckets)
+        self.hooks = Hooks(self.units, policy.prefetch_units, recorder)
+        self._meet()
 
-        root_name, *block_names = groups
-        block_bytes = [_slot_bytes(buckets[name]) for name in block_names]
-        num_slots = min(1, len(block_names)) if policy.reshard_after_forward else len(block_names)
-        self.block_ring = Ring(num_slots, max(block_bytes, default=0), world.device)
-        self.root_ring = Ring(1, _slot_bytes(buckets[root_name]), world.device)
-        trainable_numel = [b.layout.full_numel for bs in buckets.values() for b in bs if b.trainable]
-        self._grad_buffer = torch.empty(
-            max(trainable_numel, default=0), dtype=precision.reduce_dtype, device=world.device
-        )
+    @property
+    def world(self) -> World:
+        """All ranks."""
+        return self.mesh.world
 
-        units = [
-            Unit(name, unit_module, buckets[name], ring, self._grad_buffer)
-            for (name, (unit_module, _)), ring in zip(
-                groups.items(), [self.root_ring, *[self.block_ring] * len(block_names)], strict=True
-            )
-        ]
-        self.units = units
-        self.hooks = Hooks(units[0], units[1:], [self.root_ring, self.block_ring], policy.reshard_after_forward)
+    @property
+    def shard_world(self) -> World:
+        """The ranks among which this rank's copy of the model is cut up."""
+        return self.mesh.shard
+
+    @property
+    def replica_world(self) -> World:
+        """The ranks that hold the same shard as this one."""
+        return self.mesh.replica
 
     @property
     def buckets(self) -> Iterator[Bucket]:
         for unit in self.units:
             yield from unit.buckets
 
+    # Weights #
+
     def load(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Fill every shard. `read(name, start, stop)` returns elements [start, stop) of the flattened parameter `name`
-        (any float dtype); it is asked only for what this rank keeps."""
+        (any float dtype); it is asked only for what this rank keeps. Collective."""
         for bucket in self.buckets:
             bucket.load(read)
+        self.weights_changed()
+        self._meet()
 
-    def trainable_shards(self) -> list[FlatShard]:
-        """One flat shard per trainable bucket: what an optimizer, a norm or a checkpoint works on."""
-        return [bucket.flat_shard() for bucket in self.buckets if bucket.trainable]
-
-    def parameters_without_grad(self) -> list[str]:
-        """Trainable parameters that no backward has reached yet (their gradient counts as zero)."""
-        return sorted(name for unit in self.units for name in unit.without_grad)
+    def weights_changed(self) -> None:
+        """To be called after masters were written: by an optimizer, from a checkpoint."""
+        self.hooks.free_updated()
 
     def full_tensors(self, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) in storage dtype, one bucket in memory at a time. Collective: all ranks iterate."""
@@ -87,86 +116,183 @@ class ShardedModel:
             if bucket.trainable or not trainable_only:
                 yield from bucket.full_tensors()
 
+    # Gradients #
+
+    def trainable_shards(self) -> list[FlatShard]:
+        """One flat shard per trainable bucket: what an optimizer, a norm or a checkpoint works on."""
+        return [bucket.flat_shard() for bucket in self.buckets if bucket.trainable]
+
+    def expect_microbatch(self, is_last: bool) -> None:
+        """Say before each forward whether its backward completes the gradients of the step. (Yes, unless told
+        otherwise.)
+
+        What is summed up once a step is summed up then: zero1, ddp, and replicas."""
+        self.hooks.is_last_microbatch = is_last
+
+    def clear_gradients(self) -> None:
+        """The step is over: the next gradients start from zero. Touches no memory."""
+        for unit in self.units:
+            unit.clear_gradients()
+
+    def update_in_backward(self, update: Callable[[FlatShard], None]) -> None:
+        """From now on call `update` on each shard as soon as its gradient is complete (policy.step_in_backward)."""
+        self.hooks.on_reduced = lambda buckets: [update(bucket.flat_shard()) for bucket in buckets]
+
+    def parameters_without_grad(self) -> list[str]:
+        """Trainable parameters that no backward has reached yet (their gradient counts as zero)."""
+        return sorted(name for b in self.buckets if b.trainable for name in b.params.keys() - b.arrived)
+
     def reset(self) -> None:
         """Return to the state between steps after an exception in forward or backward: nothing gathered, no gradient.
 
         Every rank must have failed alike; a rank that failed alone leaves the others waiting in a collective.
         """
         self.hooks.reset()
-        for parameter in self.module.parameters():
-            parameter.grad = None
-        for shard in self.trainable_shards():
-            shard.grad.zero_()
+        self.clear_gradients()
+
+    # Memory #
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes this rank holds between and during steps, by kind: shards, gathered, gradients."""
-        tensors = [t for b in self.buckets for t in (b.shard, b.grad) if t is not None]
-        return {
-            "shards": sum(t.nbytes for t in tensors),
-            "gathered": sum(slot.nbytes for ring in (self.block_ring, self.root_ring) for slot in ring.slots),
-            "gradients": self._grad_buffer.nbytes,
-        }
+        """Bytes this rank holds between and during steps, by the kinds of the module docstring (staging aside)."""
+        rings = {id(ring): ring for unit in self.units for ring in (unit.gather_ring, unit.reduce_ring)}.values()
+        held = {"shards": 0, "gathered": 0, "gradients": 0}
+        for ring in rings:
+            held[ring.kind] += len(ring.buffers) * ring.num_bytes
+        for bucket in self.buckets:
+            if bucket.resident:
+                held["gathered"] += bucket.layout.full_numel * bucket.dtypes.wire.itemsize
+            else:
+                held["shards"] += bucket.shard.nbytes
+            if bucket.grad is not None and not _shares_storage(bucket.grad, self._scratch):
+                held["gradients"] += 4 * (
+                    bucket.layout.full_numel if bucket.keeps_full_grad else bucket.layout.shard_numel
+                )
+        return held | {"gradients": held["gradients"] + self._scratch.nbytes}
 
+    # Assembly #
 
-def _assign_parameters(
-    module: nn.Module, unit_modules: list[nn.Module]
-) -> dict[str, tuple[nn.Module, dict[str, list[_Owner]]]]:
-    """{unit name: (module, {parameter name: places where it is registered})}, the root (name "") first."""
-    names = {id(m): name for name, m in module.named_modules()}
-    for unit_module in unit_modules:
-        assert id(unit_module) in names, f"unit {type(unit_module).__name__} is not inside the model"
-    unit_of_module = {
-        id(inner): names[id(unit_module)] for unit_module in unit_modules for inner in unit_module.modules()
-    }
-    owners: dict[int, list[tuple[str, str, _Owner]]] = {}  # id(parameter) -> (full name, unit name, owner)
-    for module_name, inner in module.named_modules():
-        for local_name, parameter in inner.named_parameters(recurse=False, remove_duplicate=False):
-            full_name = f"{module_name}.{local_name}" if module_name else local_name
-            owners.setdefault(id(parameter), []).append(
-                (full_name, unit_of_module.get(id(inner), ""), (inner, local_name))
+    def _make_buckets(self, group: Group, precision: Precision) -> list[Bucket]:
+        """Group a unit's parameters by (dtypes, trainable?) and replace them by sharded ones.
+
+        Real parameters are copied into the shards; meta parameters wait for `load`.
+        """
+        transport = self._links.gather
+        grouped: dict[tuple[Dtypes, bool], dict[str, nn.Parameter]] = {}
+        real: dict[str, Tensor] = {}
+        for name, places in group.params.items():
+            old = places[0].module.get_parameter(places[0].local_name)
+            if not old.is_meta:
+                real[name] = old.detach().reshape(-1)
+            wire = precision.wire_dtype if old.dtype.is_floating_point else old.dtype  # packed bytes are never cast
+            dtypes = Dtypes(
+                storage=precision.master_dtype if old.requires_grad else wire,
+                wire=wire,
+                # Sums in fp32 need no fp32 addends; what was computed in the wire dtype loses nothing by staying in it.
+                grad=wire if self._links.reduce.sums_in_fp32 else precision.reduce_dtype,
             )
-    groups: dict[str, tuple[nn.Module, dict[str, list[_Owner]]]] = {"": (module, {})}
-    groups |= {names[id(m)]: (m, {}) for m in unit_modules}
-    for places in owners.values():
-        unit_names = {unit_name for _, unit_name, _ in places}
-        unit_name = unit_names.pop() if len(unit_names) == 1 else ""  # shared between units: the root's
-        groups[unit_name][1][places[0][0]] = [owner for _, _, owner in places]
-    return groups
+            # Real memory comes from the bucket; this only carries shape, dtype and identity.
+            placeholder = torch.empty((), dtype=wire, device=self.world.device).expand(old.shape)
+            new = nn.Parameter(placeholder, requires_grad=old.requires_grad)
+            for place in places:
+                place.module.register_parameter(place.local_name, new)
+            grouped.setdefault((dtypes, old.requires_grad), {})[name] = new
+        buckets = []
+        for (dtypes, trainable), params in grouped.items():
+            kind = "trainable" if trainable else "frozen"
+            name = f"{group.name or 'root'}:{kind}:{str(dtypes.wire).removeprefix('torch.')}"
+            bucket = Bucket(
+                name,
+                params,
+                dtypes,
+                trainable,
+                transport,
+                keeps_full_grad=self.policy.accumulates_full_gradients(self.mesh.shard.size),
+                offload=self.policy.offload,
+            )
+            assert len(real.keys() & params.keys()) in (0, len(params)), f"{name}: some parameters are meta, not all"
+            if params.keys() <= real.keys():
+                bucket.load(lambda name, start, stop: real[name][start:stop])
+            buckets.append(bucket)
+        return buckets
+
+    def _make_units(self, groups: list[Group], buckets: dict[str, list[Bucket]]) -> list[Unit]:
+        keep: dict[str, Keep] = {}
+        for group in groups:
+            if self.policy.keeps_until_update():
+                keep[group.name] = Keep.UNTIL_UPDATE
+            elif group.name == "" or self.policy.keeps_until_backward(group.name):
+                keep[group.name] = Keep.UNTIL_BACKWARD_ENDS
+            else:
+                keep[group.name] = Keep.UNTIL_FORWARD_ENDS
+        blocks = [group.name for group in groups if group.name != ""]
+        passing = [name for name in blocks if keep[name] is Keep.UNTIL_FORWARD_ENDS]
+        for pattern in self.policy.keep_gathered:
+            if blocks and not any(re.search(pattern, name) for name in blocks):
+                raise ValueError(
+                    f"fsdp.keep_gathered has {pattern!r}, found in no name of the {len(blocks)} blocks, which "
+                    f"are {blocks[0]} ... {blocks[-1]}"
+                )
+        shared = self._gather_ring(
+            min(1 + self.policy.prefetch_units, len(passing)),
+            max((_gather_bytes(buckets[n]) for n in passing), default=0),
+        )
+        reduce_bytes = {name: _reduce_bytes(members) for name, members in buckets.items()}
+        reduced = [name for name in blocks if reduce_bytes[name]]
+        scratch = self._make_grads([buckets[name] for name in blocks], buckets[""])
+        count = min(REDUCTIONS_IN_FLIGHT, len(reduced))
+        block_reduce = self._reduce_ring(count, max((reduce_bytes[name] for name in reduced), default=0), scratch)
+        root_reduce = self._reduce_ring(1, reduce_bytes[""])
+        units = []
+        for group in groups:
+            own = keep[group.name] is not Keep.UNTIL_FORWARD_ENDS
+            units.append(
+                Unit(
+                    group.name,
+                    group.module,
+                    buckets[group.name],
+                    keep[group.name],
+                    self._gather_ring(1, _gather_bytes(buckets[group.name])) if own else shared,
+                    root_reduce if group.name == "" else block_reduce,
+                    self._links,
+                )
+            )
+        return units
+
+    def _make_grads(self, blocks: list[list[Bucket]], root: list[Bucket]) -> Tensor | None:
+        """Gradient shards. When weights are updated in backward, blocks take turns with as many as can be under way,
+        which are returned: (reductions in flight, largest block)."""
+        self._scratch = torch.empty(0)
+        if self.policy.step_in_backward:
+            numel = max((sum(b.layout.shard_numel for b in block if b.trainable) for block in blocks), default=0)
+            device = torch.device("cpu") if self.policy.offload else self.world.device
+            self._scratch = torch.empty(REDUCTIONS_IN_FLIGHT, numel, dtype=torch.float32, device=device)
+        for block in [*blocks, root]:
+            for bucket in (b for b in block if b.trainable):
+                takes_turns = self.policy.step_in_backward and block is not root
+                bucket.make_grads(self._scratch[0] if takes_turns else None)
+        return self._scratch if self.policy.step_in_backward else None
+
+    def _gather_ring(self, count: int, num_bytes: int) -> Ring:
+        buffers = self._links.gather.gather_buffers(count, num_bytes)
+        return Ring("gathered", buffers, num_bytes, self._links.recorder)
+
+    def _reduce_ring(self, count: int, num_bytes: int, scratch: Tensor | None = None) -> Ring:
+        buffers = self._links.reduce.reduce_buffers(count, num_bytes)
+        return Ring("gradients", buffers, num_bytes, self._links.recorder, scratch)
+
+    def _meet(self) -> None:
+        """Resident buckets are read without being gathered: nobody may start before everybody has written."""
+        if self._links.gather.shares_memory:
+            barrier(self.mesh.shard)
 
 
-def _make_buckets(
-    unit_name: str, params: dict[str, list[_Owner]], world: World, precision: Precision
-) -> list[Bucket]:
-    """Group a unit's parameters by (storage dtype, wire dtype, trainable?) and replace them by sharded ones.
-
-    Real parameters are copied into the shards; meta parameters wait for `ShardedModel.load`.
-    """
-    grouped: dict[tuple[torch.dtype, torch.dtype, bool], dict[str, nn.Parameter]] = {}
-    real: dict[str, Tensor] = {}
-    for name, owners in params.items():
-        module, local_name = owners[0]
-        old = module.get_parameter(local_name)
-        if not old.is_meta:
-            real[name] = old.detach().reshape(-1)
-        wire_dtype = precision.wire_dtype if old.dtype.is_floating_point else old.dtype  # packed bytes are never cast
-        storage_dtype = precision.master_dtype if old.requires_grad else wire_dtype
-        # Real memory comes from the bucket; this only carries shape, dtype and identity.
-        placeholder = torch.empty((), dtype=wire_dtype, device=world.device).expand(old.shape)
-        new = nn.Parameter(placeholder, requires_grad=old.requires_grad)
-        for owner, owner_name in owners:
-            owner.register_parameter(owner_name, new)
-        grouped.setdefault((storage_dtype, wire_dtype, old.requires_grad), {})[name] = new
-    buckets = []
-    for (storage_dtype, wire_dtype, trainable), members in grouped.items():
-        kind = "trainable" if trainable else "frozen"
-        name = f"{unit_name or 'root'}:{kind}:{str(wire_dtype).removeprefix('torch.')}"
-        bucket = Bucket(name, members, storage_dtype, wire_dtype, trainable, world)
-        assert len(real.keys() & members.keys()) in (0, len(members)), f"{name}: some parameters are meta, some are not"
-        if members.keys() <= real.keys():
-            bucket.load(lambda name, start, stop: real[name][start:stop])
-        buckets.append(bucket)
-    return buckets
-
-
-def _slot_bytes(buckets: list[Bucket]) -> int:
+def _gather_bytes(buckets: list[Bucket]) -> int:
     return sum(aligned(bucket.full_bytes) for bucket in buckets)
+
+
+def _reduce_bytes(buckets: list[Bucket]) -> int:
+    return sum(aligned(bucket.full_grad_bytes) for bucket in buckets if not bucket.keeps_full_grad)
+
+
+def _shares_storage(a: Tensor, b: Tensor) -> bool:
+    return b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

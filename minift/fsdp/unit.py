@@ -1,134 +1,330 @@
-"""A unit: one module whose parameters are gathered and freed together, and the memory that gathering borrows.
+"""A unit: one module whose parameters are gathered and freed together, and the memory that it borrows for that.
 
 Transitions, each asserted:
 
     SHARDED --start_gather--> GATHERING --wait_gather--> FULL --free--> SHARDED
-                                                          |  ^
-                                                    reduce|  |(gradients are in their shards)
-                                                          v  |
-                                                        REDUCING
+
+Gradients go their own way beside it, because a reduction outlives the gathered parameters:
+
+    CLOSED --open_gradients--> OPEN --start_reduce--> REDUCING --finish_reduce--> CLOSED
 """
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from minift.fsdp import collectives
-from minift.fsdp.flat import ALIGN_BYTES, Bucket
+from minift.dist.process import World
+from minift.fsdp.bucket import Bucket
+from minift.fsdp.flat import ALIGN_BYTES
+from minift.fsdp.streams import Lane, wait_for
+from minift.fsdp.transport import DONE, Buffer, Pending, Transport
+from minift.trace import Mark, Recorder
 
 
 class UnitState(enum.Enum):
-    """What memory is alive, beside the shards (which always are)."""
+    """What memory is alive for parameters, beside the shards (which always are)."""
 
     SHARDED = enum.auto()
     """Nothing. Parameters are placeholders."""
     GATHERING = enum.auto()
-    """One ring slot, being filled. Parameters are still placeholders."""
+    """One gather buffer, being filled. Parameters are still placeholders."""
     FULL = enum.auto()
-    """One ring slot. Parameters are views of it."""
+    """One gather buffer. Parameters are views of it."""
+
+
+class GradState(enum.Enum):
+    """What memory is alive for gradients, beside the gradient shards."""
+
+    CLOSED = enum.auto()
+    """Nothing."""
+    OPEN = enum.auto()
+    """One reduce buffer, into which backward writes."""
     REDUCING = enum.auto()
-    """One ring slot and the gradient buffer. Parameters are views of the slot; their `.grad` has been taken."""
+    """One reduce buffer, which other ranks may be reading."""
+
+
+class Keep(enum.Enum):
+    """How long gathered parameters stay."""
+
+    UNTIL_FORWARD_ENDS = enum.auto()
+    UNTIL_BACKWARD_ENDS = enum.auto()
+    UNTIL_UPDATE = enum.auto()
 
 
 class Ring:
-    """A fixed number of equal byte buffers, allocated once and lent to the units in turn.
+    """A fixed number of equal buffers, allocated once and lent to the units in turn.
 
-    Peak memory of gathered parameters is `num_slots · slot_bytes`, whatever the depth of the model. Slots are handed
-    out last in, first out, so that a short schedule keeps reusing the buffer that is in cache.
+    Peak memory is `len(buffers) · num_bytes`, whatever the depth of the model. Buffers are handed out last in, first
+    out, so that a short schedule keeps reusing the memory that is in cache.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
-        self.slot_bytes = slot_bytes
-        self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
-        self._free = list(self.slots)
+    def __init__(
+        self, kind: str, buffers: list[Buffer], num_bytes: int, recorder: Recorder, scratch: Tensor | None = None
+    ) -> None:
+        self.kind = kind
+        self.buffers = buffers
+        self.scratch = scratch  # (len(buffers), n) fp32: a row goes with each buffer
+        self.num_bytes = num_bytes
+        self._free = list(buffers)
+        self._recorder = recorder
 
-    def acquire(self) -> Tensor:
-        assert self._free, f"all {len(self.slots)} ring slots are in use: more units are FULL than the policy allows"
-        return self._free.pop()
+    @property
+    def has_free(self) -> bool:
+        return len(self._free) > 0
 
-    def release(self, slot: Tensor) -> None:
-        self._free.append(slot)
+    def acquire(self) -> Buffer:
+        assert self._free, f"all {len(self.buffers)} {self.kind} buffers are in use: more than the policy allows"
+        buffer = self._free.pop()
+        buffer.acquire()
+        self._recorder.change_level(self.kind, self.num_bytes)
+        return buffer
+
+    def release(self, buffer: Buffer) -> None:
+        buffer.release()
+        self._free.append(buffer)
+        self._recorder.change_level(self.kind, -self.num_bytes)
+
+    def scratch_of(self, buffer: Buffer) -> Tensor | None:
+        """The row of `scratch` that goes with `buffer`, if there is any."""
+        return None if self.scratch is None else self.scratch[self.buffers.index(buffer)]
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether `tensor` lies in one of the slots."""
+        """Whether `tensor` lies in one of the buffers."""
         address = tensor.untyped_storage().data_ptr()
-        return any(slot.numel() > 0 and address == slot.data_ptr() for slot in self.slots)
+        return any(b.memory.numel() > 0 and address == b.memory.untyped_storage().data_ptr() for b in self.buffers)
+
+
+@dataclass(frozen=True)
+class Links:
+    """What all units of a model share: how they reach the other ranks, and who watches."""
+
+    gather: Transport
+    reduce: Transport
+    replica: World
+    gather_lane: Lane
+    reduce_lane: Lane
+    recorder: Recorder
 
 
 class Unit:
     """One module's buckets and their state. Who calls what when is `hooks`' business."""
 
-    def __init__(self, name: str, module: nn.Module, buckets: list[Bucket], ring: Ring, grad_buffer: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        buckets: list[Bucket],
+        keep: Keep,
+        gather_ring: Ring,
+        reduce_ring: Ring,
+        links: Links,
+    ) -> None:
         self.name = name
         self.module = module
         self.buckets = buckets
+        self.trainable = [bucket for bucket in buckets if bucket.trainable]
+        self.keep = keep
         self.state = UnitState.SHARDED
-        self.without_grad = {name for bucket in buckets if bucket.trainable for name in bucket.params}
-        """Trainable parameters that no backward has given a gradient yet."""
-        self._ring = ring
-        self._grad_buffer = grad_buffer  # 1-D, reduce dtype, shared by all units
-        self._slot: Tensor | None = None
-        self._pending: list[collectives.Pending] = []
+        self.grad_state = GradState.CLOSED
+        self.gather_ring = gather_ring
+        self.reduce_ring = reduce_ring
+        self._links = links
+        self._gathered = [bucket for bucket in buckets if not bucket.resident]
+        self.keeps_full_grads = any(bucket.keeps_full_grad for bucket in self.trainable)
+        self.pending_backwards = 0
+        """Forwards since the last backward, that a backward may still go through."""
+        self.is_complete = False
+        """The gradients of this step were summed up for good: one more backward would come too late."""
+        self.is_replicated = links.replica.size > 1
+        self.sums_once = self.is_replicated or (self.keeps_full_grads and links.reduce.world.size > 1)
+        """Whether gradients are, in part, summed up once a step only, in the last microbatch."""
+        self._reduced_together = [] if self.keeps_full_grads else self.trainable
+        self._buffer: Buffer | None = None
+        self._grad_buffer: Buffer | None = None
+        self._gathering = self._reducing = DONE
+        self._gather_mark: torch.cuda.Event | None = None
+        self._reduce_mark: torch.cuda.Event | None = None
+        # From when to when the lane was busy; until it was waited for, where a lane has no clock of its own.
+        self._gather_time: tuple[Mark | None, Mark | None] = (None, None)
+        self._reduce_time: tuple[Mark | None, Mark | None] = (None, None)
+
+    # Parameters #
 
     def start_gather(self) -> None:
-        """Borrow a slot and start one all-gather per bucket."""
+        """Borrow a buffer and start filling it with this unit's parameters."""
         self._assert_state(UnitState.SHARDED)
-        self._slot = self._ring.acquire()
         self.state = UnitState.GATHERING
-        offset = 0
-        for bucket in self.buckets:
-            self._pending.append(bucket.start_gather(self._slot[offset : offset + bucket.full_bytes]))
-            offset += aligned(bucket.full_bytes)
+        if not self._gathered:
+            return
+        self._buffer = self.gather_ring.acquire()
+        with self._links.gather_lane.run():
+            started = self._links.recorder.mark()
+            fulls, offset = [], 0
+            for bucket in self._gathered:
+                fulls.append(bucket.place(self._buffer.memory[offset : offset + bucket.full_bytes]))
+                offset += aligned(bucket.full_bytes)
+            self._gathering = self._links.gather.all_gather(self._buffer, fulls)
+            self._gather_time = started, self._links.gather_lane.clock(self._links.recorder)
+        self._gather_mark = self._links.gather_lane.mark()
 
     def wait_gather(self) -> None:
         """Parameters become readable."""
         self._assert_state(UnitState.GATHERING)
-        for pending in self._pending:
-            pending.wait()
-        self._pending.clear()
-        for bucket in self.buckets:
-            bucket.expose()
-        self.state = UnitState.FULL
-
-    def reduce(self) -> None:
-        """Sum the gradients of this backward over the ranks into the gradient shards."""
-        self._assert_state(UnitState.FULL)
-        self.state = UnitState.REDUCING
-        for bucket in self.buckets:
-            if bucket.trainable:
-                full_grad = self._grad_buffer[: bucket.layout.full_numel]
-                self.without_grad -= bucket.pack_grads(full_grad)
-                collectives.reduce_scatter(full_grad, bucket.world).wait()
-                bucket.accumulate(full_grad)
+        if self._gathered:
+            recorder = self._links.recorder
+            with recorder.during("compute", "wait", self.name):
+                self._gathering.wait()
+                wait_for(self._gather_mark)
+            recorder.span("all-gather", "all-gather", self.name, *self._gather_time)
+            for bucket in self._gathered:
+                bucket.expose()
+        self._gathering = DONE
         self.state = UnitState.FULL
 
     def free(self) -> None:
-        """Return the slot; parameters become placeholders."""
+        """Return the buffer; parameters become placeholders."""
         self._assert_state(UnitState.FULL)
-        for bucket in self.buckets:
+        for bucket in self._gathered:
             bucket.hide()
-        assert self._slot is not None
-        self._ring.release(self._slot)
-        self._slot = None
+        if self._buffer is not None:
+            self.gather_ring.release(self._buffer)
+            self._buffer = None
         self.state = UnitState.SHARDED
 
-    def abort(self) -> None:
-        """From any state back to SHARDED, after an exception somewhere inside a step."""
-        if self.state is UnitState.SHARDED:
+    # Gradients #
+
+    @property
+    def lacks_reduce_buffer(self) -> bool:
+        """Whether `open_gradients` has to wait for a buffer that is lent to another unit."""
+        borrows = len(self._reduced_together) > 0 and self.grad_state is GradState.CLOSED
+        return borrows and not self.reduce_ring.has_free
+
+    def open_gradients(self) -> None:
+        """Lay slots on the parameters, in a borrowed buffer, for backward to write gradients into."""
+        if self.grad_state is GradState.OPEN or not self.trainable:
             return
-        for pending in self._pending:
-            pending.wait()  # the slot must not be written any more when it is lent again
-        self._pending.clear()
-        self.state = UnitState.FULL
-        self.free()
+        assert self.grad_state is GradState.CLOSED, f"unit {self.name!r} is still being reduced"
+        if self._reduced_together:
+            self._grad_buffer = self.reduce_ring.acquire()
+        offset = 0
+        for bucket in self.trainable:
+            memory = None
+            if not bucket.keeps_full_grad:
+                assert self._grad_buffer is not None
+                memory = self._grad_buffer.memory[offset : offset + bucket.full_grad_bytes]
+                offset += aligned(bucket.full_grad_bytes)
+            bucket.open_slots(memory)
+        self.grad_state = GradState.OPEN
+
+    def start_reduce(self, is_last_microbatch: bool) -> None:
+        """Begin to sum the gradients of this backward over the shard ranks, into the gradient shards."""
+        assert self.grad_state is GradState.OPEN, f"unit {self.name!r} has no gradients to reduce"
+        self.grad_state = GradState.REDUCING
+        fulls = [bucket.close_slots() for bucket in self.trainable]
+        is_sent = not self.keeps_full_grads or (is_last_microbatch and self._links.reduce.world.size > 1)
+        with self._links.reduce_lane.run():
+            started = self._links.recorder.mark() if is_sent else None
+            if self._reduced_together:
+                assert self._grad_buffer is not None
+                self._take_scratch(self._grad_buffer)
+                accumulate = not self.trainable[0].grad_is_empty
+                outs = [bucket.grad for bucket in self.trainable]
+                self._reducing = self._links.reduce.reduce_scatter(self._grad_buffer, fulls, outs, accumulate)
+            elif is_last_microbatch:
+                pendings = [
+                    self._links.reduce.reduce_scatter(bucket.kept_buffer, [full], [bucket.grad], False)
+                    for bucket, full in zip(self.trainable, fulls, strict=True)
+                ]
+                self._reducing = Pending(finish=lambda: [pending.wait() for pending in pendings])
+            self._reduce_time = started, self._links.reduce_lane.clock(self._links.recorder)
+        self._reduce_mark = self._links.reduce_lane.mark()
+        for bucket in self.trainable:
+            bucket.grad_is_empty = False
+
+    def finish_reduce(self) -> None:
+        """The gradient shards are readable, and the buffer is free again."""
+        assert self.grad_state is GradState.REDUCING
+        self._reducing.wait()
+        wait_for(self._reduce_mark)
+        self._reducing = DONE
+        self._links.recorder.span("reduce-scatter", "reduce-scatter", self.name, *self._reduce_time)
+        if self._grad_buffer is not None:
+            self.reduce_ring.release(self._grad_buffer)
+            self._grad_buffer = None
+        self.grad_state = GradState.CLOSED
+
+    def _take_scratch(self, buffer: Buffer) -> None:
+        """Where gradients live only until the update that follows, their memory goes with the reduce buffer."""
+        scratch = self.reduce_ring.scratch_of(buffer)
+        if scratch is not None:
+            start = 0
+            for bucket in self.trainable:
+                bucket.use_scratch(scratch[start:])
+                start += bucket.layout.shard_numel
+
+    def zero_gradients(self) -> None:
+        """No backward of this step came here: the gradient is zero."""
+        if self._reduced_together and self.reduce_ring.scratch_of(self.reduce_ring.buffers[0]) is not None:
+            self._take_scratch(self.reduce_ring.buffers[0])
+        for bucket in self.trainable:
+            assert bucket.grad is not None
+            bucket.grad.zero_()
+            bucket.grad_is_empty = False
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, also those of a forward whose backward has not come."""
+        assert self.grad_state is not GradState.REDUCING, f"unit {self.name!r} is being reduced"
+        if self.grad_state is GradState.OPEN:
+            self._close_gradients()
+        for bucket in self.trainable:
+            bucket.clear_grads()
+        self.is_complete = False
+
+    def _close_gradients(self) -> None:
+        for bucket in self.trainable:
+            bucket.close_slots()
+        if self._grad_buffer is not None:
+            self.reduce_ring.release(self._grad_buffer)
+            self._grad_buffer = None
+        self.grad_state = GradState.CLOSED
+
+    def start_replica_sum(self) -> list[dist.Work]:
+        """Begin to add up the gradient shards of all replicas (HSDP, DDP), in place."""
+        self.is_complete = True
+        replica = self._links.replica
+        if replica.size == 1:
+            return []
+        return [dist.all_reduce(bucket.grad, group=replica.group, async_op=True) for bucket in self.trainable]
+
+    # After an exception #
+
+    def abort_gather(self) -> None:
+        """Back to SHARDED."""
+        if self.state is UnitState.GATHERING:
+            self._gathering.wait()  # the buffer must not be written any more when it is lent again
+            self._gathering = DONE
+            self.state = UnitState.FULL
+        if self.state is UnitState.FULL:
+            self.free()
+
+    def abort(self) -> None:
+        """Back to SHARDED and CLOSED from wherever a step was left."""
+        self.abort_gather()
+        if self.grad_state is GradState.OPEN:
+            self._close_gradients()
+        if self.grad_state is GradState.REDUCING:
+            self.finish_reduce()
+        self.pending_backwards = 0
 
     def _assert_state(self, expected: UnitState) -> None:
         assert self.state is expected, f"unit {self.name!r} is {self.state.name}, expected {expected.name}"
 
 
 def aligned(num_bytes: int) -> int:
-    """`num_bytes` rounded up to where the next bucket of a slot may start."""
+    """`num_bytes` rounded up to where the next bucket of a buffer may start."""
     return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from minift.model.blocked_attention import BlockedAttention
 from minift.model.cache import Append
+from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
 from minift.model.linear import Linear
 from minift.model.norm import RMSNorm
@@ -37,7 +38,7 @@ class Packing:
     append: Append | None = None  # with a cache: where the tokens go
 
 
-class Attention(nn.Module):
+class Attention(CheapOps):
     """Multi-head attention of one block; `layer` is its index, which says its window and its place in the cache."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -58,15 +59,19 @@ class Attention(nn.Module):
         q_THE = self.q_proj(hidden_TD).view(heads)
         k_TKE = self.k_proj(hidden_TD).view(heads)
         v_TKE = self.v_proj(hidden_TD).view(heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
-        q_THE = apply_rope(q_THE, packing.cos_TR, packing.sin_TR)
-        k_TKE = apply_rope(k_TKE, packing.cos_TR, packing.sin_TR)
+        q_THE = self._rotated(q_THE, self.q_norm, packing)
+        k_TKE = self._rotated(k_TKE, self.k_norm, packing)
         if packing.append is None:
             out_THE = packed_attention(q_THE, k_TKE, v_TKE, packing.cu_seqlens, packing.max_seqlen, self.window)
         else:
             out_THE = _cached_attention(q_THE, k_TKE, v_TKE, packing, packing.append, self.layer, self.window)
         return self.o_proj(out_THE.reshape(len(hidden_TD), -1))
+
+    def _rotated(self, x_THE: Tensor, norm: RMSNorm | None, packing: Packing) -> Tensor:
+        """Queries or keys, normed where the model says so, and turned by their position."""
+        if norm is None:  # the rotation's backward needs no input, so attention may as well keep its result
+            return apply_rope(x_THE, packing.cos_TR, packing.sin_TR)
+        return self.cheap(lambda x_THE: apply_rope(norm(x_THE), packing.cos_TR, packing.sin_TR), x_THE)
 
 
 def packed_attention(

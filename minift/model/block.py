@@ -6,15 +6,16 @@ everything else in one `Packing`.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from minift.model.attention import Attention, Packing
+from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
 from minift.model.mlp import MLP
 from minift.model.norm import RMSNorm
 
 
-class Block(nn.Module):
+class Block(CheapOps):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -23,5 +24,5 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
-        hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), packing)
-        return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
+        hidden_TD = hidden_TD + self.self_attn(self.cheap(self.input_layernorm, hidden_TD), packing)
+        return hidden_TD + self.mlp(self.cheap(self.post_attention_layernorm, hidden_TD))

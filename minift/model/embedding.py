@@ -14,23 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minift.grad_slot import slot_of
+
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.weight = weight_VD
         ctx.vocab_size = weight_VD.shape[0]
         ctx.save_for_backward(tokens)
         return F.embedding(tokens, weight_VD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor | None]:
         (tokens,) = ctx.saved_tensors
-        if dy.is_cuda:
-            return None, torch.ops.aten.embedding_dense_backward(dy, tokens, ctx.vocab_size, -1, False)
+        slot = slot_of(ctx.weight)
+        if dy.is_cuda:  # no list of distinct tokens here: the host would wait for its length
+            dweight_VD = torch.ops.aten.embedding_dense_backward(dy, tokens, ctx.vocab_size, -1, False)
+            if slot is None:
+                return None, dweight_VD
+            slot.add(dweight_VD)
+            return None, None
         seen_U, row_of_token_N = tokens.reshape(-1).unique(return_inverse=True)
         sums_UD = torch.zeros(len(seen_U), dy.shape[-1], dtype=torch.float32, device=dy.device)
         sums_UD.index_add_(0, row_of_token_N, dy.reshape(-1, dy.shape[-1]).float())
+        if slot is not None:
+            slot.add_rows(seen_U, sums_UD.to(dy.dtype))
+            return None, None
         dweight_VD = dy.new_zeros(ctx.vocab_size, dy.shape[-1])
         dweight_VD[seen_U] = sums_UD.to(dy.dtype)
         return None, dweight_VD

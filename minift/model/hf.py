@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.model.weights import DTYPES, INDEX_FILE, SINGLE_FILE, WeightReader
+from minift.model.weights import INDEX_FILE, SINGLE_FILE, TensorSpec, WeightReader, encode_header
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,9 +36,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TIED_HEAD = "lm_head.weight"
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+_WRITE_ELEMENTS = 1 << 21  # how much of a tensor is cast, or fetched from a device, at a time: a few MiB
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -101,11 +99,12 @@ def save_model(
     max_shard_bytes: float = 5e9,
     source_folder: str | Path | None = None,
 ) -> None:
-    """Write a folder that `load_model` and transformers load; holds one tensor at a time.
+    """Write a folder that `load_model` and transformers load; holds one tensor at a time, and a few MiB.
 
     `specs` announces every tensor as (dtype, shape); `tensors` then brings exactly those, in any order, from any
-    device. Shards are filled greedily in the order of `specs`, as transformers does. The head of a tied model is not
-    written. Tokenizer files and generation_config.json are copied from `source_folder`. Weight files get their names
+    device, and in any dtype: it is cast to the announced one on the way. Each is let go before the next is asked for, so
+    an iterator may hand out views of what it gathered. Shards are filled greedily in the order of `specs`, as
+    transformers does. The head of a tied model is not written. Tokenizer files and generation_config.json are copied from `source_folder`. Weight files get their names
     when all bytes are written. ValueError if the folder has weights already, or if tensors and specs disagree.
     """
     folder = Path(folder)
@@ -113,12 +112,11 @@ def save_model(
     existing = sorted(path.name for path in folder.glob("[!.]*.safetensors*"))
     if existing:
         raise ValueError(f"{folder} has weights already ({existing[0]}); give a new folder, or remove them first.")
-    if config.tie_word_embeddings:
-        specs = {name: spec for name, spec in specs.items() if name != TIED_HEAD}
-        tensors = ((name, tensor) for name, tensor in tensors if name != TIED_HEAD)
+    ignored = TIED_HEAD if config.tie_word_embeddings else None
+    specs = {name: spec for name, spec in specs.items() if name != ignored}
 
     shards = _plan_shards(specs, max_shard_bytes)
-    _write_tensors(tensors, specs, shards, folder)
+    _write_tensors(tensors, ignored, specs, shards, folder)
     if len(shards) > 1:
         index = {
             "metadata": {
@@ -164,6 +162,7 @@ def _plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: float) -> dic
 
 def _write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
+    ignored: str | None,
     specs: Mapping[str, TensorSpec],
     shards: Mapping[str, list[str]],
     folder: Path,
@@ -175,11 +174,14 @@ def _write_tensors(
         by_size = sorted(names, key=lambda name: -specs[name][0].itemsize)
         places |= _write_header(partial[file], {name: specs[name] for name in by_size})
     for name, tensor in tensors:
-        if name not in places:
-            raise ValueError(f"Tensor {name} was not announced, or came twice.")
-        if (tensor.dtype, tuple(tensor.shape)) != (specs[name][0], tuple(specs[name][1])):
-            raise ValueError(f"Tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {specs[name]}.")
-        _write_at(*places.pop(name), tensor)
+        if name != ignored:
+            if name not in places:
+                raise ValueError(f"Tensor {name} was not announced, or came twice.")
+            dtype, shape = specs[name]
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"Tensor {name} is {tuple(tensor.shape)}, announced as {tuple(shape)}.")
+            _write_at(*places.pop(name), tensor, dtype)
+        del tensor  # a view of a gathered unit, perhaps: with it alive, the next one would be gathered beside it
     if places:
         raise ValueError(f"{len(places)} announced tensors did not come, e.g. {next(iter(places))}.")
     for file, path in partial.items():
@@ -188,30 +190,18 @@ def _write_tensors(
 
 def _write_header(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Path, int]]:
     """Create the file at its final size, header written; returns where each tensor's bytes go."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    begins = {}
-    for name, (dtype, shape) in specs.items():
-        begins[name] = position
-        position += _num_bytes((dtype, shape))
-        header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begins[name], position],
-        }
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    header, begins = encode_header(specs, {"format": "pt"})
     with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + position)
-    return {name: (path, 8 + len(raw) + begin) for name, begin in begins.items()}
+        file.write(header)
+        file.truncate(len(header) + sum(map(_num_bytes, specs.values())))
+    return {name: (path, begin) for name, begin in begins.items()}
 
 
-def _write_at(path: Path, offset: int, tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().view(-1)
+def _write_at(path: Path, offset: int, tensor: Tensor, dtype: torch.dtype) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
-        file.write(memoryview(flat.view(torch.uint8).numpy()))
+        for piece in tensor.detach().reshape(-1).split(_WRITE_ELEMENTS):
+            file.write(memoryview(piece.to("cpu", dtype).view(torch.uint8).numpy()))
 
 
 def _num_bytes(spec: TensorSpec) -> int:

@@ -2,7 +2,8 @@
 
 Under FSDP a Parameter's `.data` is a view of a gather buffer that other blocks overwrite before backward comes.
 Whatever autograd saves of it would then be another block's weight. So `linear` keeps the *Parameter object* and reads
-`.data` again in backward, when its unit has gathered it anew; the input is saved only if the weight is trained.
+`.data` again in backward, when its unit has gathered it anew; the input is saved only if the weight is trained. The
+weight's gradient goes straight to where it will be reduced from, if there is such a place (`grad_slot`).
 
 `LinearBase` is what quantized and adapter-wrapped projections share: code that wraps projections asks for nothing more.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minift.grad_slot import deliver_product
 
 
 class _Linear(torch.autograd.Function):
@@ -27,7 +30,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = dy @ ctx.weight if needs_dx else None
         dy_NO = dy.reshape(-1, dy.shape[-1]) if needs_dweight or needs_dbias else None
-        dweight = dy_NO.t() @ x.reshape(-1, x.shape[-1]) if needs_dweight else None
+        dweight = deliver_product(ctx.weight, dy_NO.t(), x.reshape(-1, x.shape[-1])) if needs_dweight else None
         dbias = dy_NO.sum(0) if needs_dbias else None
         return dx, dweight, dbias
 

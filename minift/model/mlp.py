@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
 from minift.model.linear import Linear
 from minift.ops.swiglu import swiglu
 
 
-class MLP(nn.Module):
+class MLP(CheapOps):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -17,4 +18,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(hidden_TD), self.up_proj(hidden_TD)))
+        return self.down_proj(self.cheap(swiglu, self.gate_proj(hidden_TD), self.up_proj(hidden_TD)))

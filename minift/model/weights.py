@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -44,6 +44,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,24 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if position != file_bytes - 8 - header_bytes:
         raise bad(f"its tensors take {position} bytes and {file_bytes - 8 - header_bytes} are there")
     return tensors
+
+
+def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file with tensors of `specs`, (dtype, shape), one after the other in this order, and where in
+    the file each begins. The data begin at a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    begins, position = {}, 0
+    for name, (dtype, shape) in specs.items():
+        begins[name] = position
+        position += math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begins[name], position],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, {name: 8 + len(raw) + begin for name, begin in begins.items()}
 
 
 def read_into(path: Path, offset: int, out: Tensor) -> None:

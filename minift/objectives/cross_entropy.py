@@ -12,7 +12,8 @@ in the forward too, so dropout is drawn once. Either way each trainable paramete
 the graph, and hooks on parameters fire once, as for any layer.
 
 Memory, beside the gradients returned: one chunk of logits (two for a module head), and for a trainable head of more
-than one chunk its gradient in fp32, (V, D), until backward, because bf16 would round after each chunk.
+than one chunk its gradient in fp32, (V, D), until backward, because bf16 would round after each chunk; so too for one
+chunk of fp16, which would overflow.
 
 Not here: label smoothing, z-loss, second derivatives. The sum is never divided: see `types.LossSum`.
 """
@@ -22,6 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from minift.grad_slot import claim_slot, slot_of, without_slots
 
 IGNORE = -100  # target of a row that is not supervised
 
@@ -72,9 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum, *gradients = run_head(
             hidden_MD, targets_M1, lm_head, _even_chunk(len(rows_M), chunk_tokens), needs_hidden, trainable
         )
-        ctx.save_for_backward(rows_M, *gradients)
+        ctx.trainable = trainable
+        # What was claimed stays in its slot: saved, it would be a view of memory that is not autograd's.
+        ctx.claimed = [_lies_in_slot(parameter, d) for parameter, d in zip(trainable, gradients[1:], strict=True)]
+        kept = [None if claimed else d for claimed, d in zip(ctx.claimed, gradients[1:], strict=True)]
+        ctx.save_for_backward(rows_M, gradients[0], *kept)
         ctx.hidden_shape = hidden_ND.shape
-        ctx.dtypes = [parameter.dtype for parameter in trainable]
         return loss_sum
 
     @staticmethod
@@ -85,7 +91,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden_MD is not None:
             d_hidden_ND = d_hidden_MD.new_zeros(ctx.hidden_shape)
             d_hidden_ND[rows_M] = _scaled(d_hidden_MD, d_loss_sum, d_hidden_MD.dtype)
-        scaled = [_scaled(d, d_loss_sum, dtype) for d, dtype in zip(d_trainable, ctx.dtypes, strict=True)]
+        scaled: list[Tensor | None] = []
+        for parameter, claimed, d in zip(ctx.trainable, ctx.claimed, d_trainable, strict=True):
+            if claimed:
+                slot = slot_of(parameter)
+                assert slot is not None, "the backward of a forward whose gradient buffer was given away"
+                _scale_(slot.tensor, d_loss_sum)
+                slot.finish()
+            scaled.append(None if claimed else _scaled(d, d_loss_sum, parameter.dtype))
         return None, d_hidden_ND, None, None, None, None, *scaled
 
 
@@ -95,6 +108,8 @@ def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trai
     d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
     totals: dict[Tensor, Tensor] = {}
     loss_sum = hidden_MD.new_zeros((), dtype=_statistics_dtype(hidden_MD))
+    is_one_chunk = 0 < len(hidden_MD) <= chunk_tokens  # several are summed in fp32 first
+    is_fp16 = hidden_MD.dtype == torch.float16
     # One buffer for all chunks: on a CPU, fresh pages for each would take as long as the softmax.
     buffer_CV = hidden_MD.new_empty(min(chunk_tokens, len(hidden_MD)), len(weight_VD))
     for start in range(0, len(hidden_MD), chunk_tokens):
@@ -114,7 +129,8 @@ def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trai
             elif parameter in totals and logits_CV.dtype == loss_sum.dtype:
                 totals[parameter].addmm_(logits_CV.t(), hidden_CD)
             else:
-                _add_to(totals, parameter, torch.mm(logits_CV.t(), hidden_CD))
+                place = claim_slot(parameter, logits_CV.dtype) if is_one_chunk and not is_fp16 else None
+                _add_to(totals, parameter, _sum_over_rows(logits_CV, hidden_CD, place))
     return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
 
 
@@ -133,7 +149,8 @@ def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, tra
         loss_sum += _to_gradient_(d_logits_CV, targets_M1[here], needs_any)
         if needs_any:
             inputs = [hidden_CD, *trainable] if needs_hidden else trainable
-            gradients = torch.autograd.grad(logits_CV, inputs, d_logits_CV, materialize_grads=True)
+            with without_slots(trainable):  # these gradients are not scaled yet
+                gradients = torch.autograd.grad(logits_CV, inputs, d_logits_CV, materialize_grads=True)
             if needs_hidden:
                 d_hidden_MD[here], *gradients = gradients
             for parameter, gradient in zip(trainable, gradients, strict=True):
@@ -182,6 +199,16 @@ def _statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _sum_over_rows(logits_CV: Tensor, hidden_CD: Tensor, place: Tensor | None) -> Tensor:
+    """The gradient (V, D) of the weight, into `place` if there is one. Of fp16 in fp32: before it is divided by the
+    step's weight, that of a frequent token may pass 65504, and no loss scale would cure it, as that comes later."""
+    if hidden_CD.dtype != torch.float16:
+        return torch.mm(logits_CV.t(), hidden_CD, out=place)
+    if hidden_CD.is_cuda:
+        return torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
+    return torch.mm(logits_CV.t().float(), hidden_CD.float())
+
+
 def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor) -> None:
     """One term is kept as it is (it must be nobody else's memory); sums are formed in place, in fp32."""
     if parameter in totals:
@@ -191,6 +218,17 @@ def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor) -> No
 
 def _total(totals: dict[Tensor, Tensor], parameter: Tensor) -> Tensor:
     return totals[parameter] if parameter in totals else torch.zeros_like(parameter)  # no chunk: nothing supervised
+
+
+def _lies_in_slot(parameter: Tensor, gradient: Tensor) -> bool:
+    slot = slot_of(parameter)
+    return slot is not None and slot.tensor.data_ptr() == gradient.data_ptr()
+
+
+def _scale_(gradient_VD: Tensor, factor: Tensor) -> None:
+    """`_scaled` in place, a few rows at a time: no second tensor of this size."""
+    for rows_RD in gradient_VD.split(max(1, _SOFTMAX_BYTES[gradient_VD.device.type] // (4 * gradient_VD[0].numel()))):
+        rows_RD.copy_(_scaled(rows_RD, factor, rows_RD.dtype))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,1 +1,1 @@
-"""Optimizers on flat fp32 shards, and learning-rate schedules."""
+"""Optimizers on flat shards, learning-rate schedules and loss scaling."""

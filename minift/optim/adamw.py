@@ -1,5 +1,6 @@
-"""AdamW with decoupled weight decay on flat fp32 shards (arXiv 1711.05101, algorithm 2).
+"""AdamW with decoupled weight decay on flat shards (arXiv 1711.05101, algorithm 2).
 
+    g = f g                       f: clipping and 1 / loss scale, in one factor
     m = b1 m + (1 - b1) g         v = b2 v + (1 - b2) g^2
     w = w (1 - lr d) - lr / (1 - b1^t)  *  m / (sqrt(v / (1 - b2^t)) + eps)
 
@@ -8,43 +9,62 @@ a pass over memory and changes the last bits only. What a parameter's name decid
 into *segments* of each shard once, at construction; parameters treated alike are one segment, however many they are.
 Every operation is element-wise, so the result does not depend on where the shards are cut.
 
-Memory: 8 bytes of moments per element beside master and gradient; one scratch block. Not here: clipping (fsdp), the
-cast of the new weights to the wire dtype (fsdp), schedules (`schedule.py`).
+Everything is computed in fp32. bf16 masters are widened, updated and rounded stochastically, a block at a time, with
+random bits that depend on the element and not on the shard (`rounding.py`).
+
+Memory: 8 bytes of moments per element beside master and gradient; scratch of one block. Not here: the gradient's norm
+and the cast of the new weights to the wire dtype (fsdp), schedules (`schedule.py`), the loss scale (`loss_scaler.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minift.optim.config import OptimConfig
+from minift.optim.rounding import random_bits, round_stochastically_, stream_key
 from minift.optim.shard import FlatShard
 
-# The update is six or seven element-wise passes. On a CPU they go over blocks whose five tensors stay in the cache, so
-# DRAM is read and written once; on a GPU a block is large enough to hide its launches, and its scratch is 64 MiB.
-_BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+# The update is about seven element-wise passes. On a CPU they go over blocks whose tensors stay in the cache, so DRAM
+# is read and written once (in L3: starting an operation on a block that fits into L2 takes as long as running it). On a
+# GPU a block is large enough to hide its launches, and its scratch is 64 MiB, or up to 256 MiB with bf16 masters.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """Elements [start, stop) of a shard that share their hyper-parameters."""
+    """Elements [start, stop) of a shard that share their hyper-parameters.
+
+    The first is element `param_start` of parameter `name`; in a bf16 shard all of them are of this parameter.
+    """
 
     start: int
     stop: int
     lr_ratio: float
     decay: float
+    name: str
+    param_start: int
 
 
 class AdamW:
     """Updates `shard.master` of every shard in place.
 
+    `step` updates all shards. `begin_step` and then `update` of each shard, in any order and as soon as its gradient is
+    complete, gives the same bits.
+
     Args:
         shards: with distinct names; the list and its tensors stay the caller's.
-        config: lr, betas, eps, weight_decay, no_decay and lr_ratios are used here.
+        config: lr, betas, eps, weight_decay, no_decay, lr_ratios and rounding_seed are used here.
+
+    Attributes:
+        num_steps: steps begun so far.
+        before_update: called with each shard right before its master and moments are overwritten, so that whoever
+            still reads them (a checkpoint in the background) can be waited for.
     """
 
     def __init__(self, shards: Sequence[FlatShard], config: OptimConfig) -> None:
@@ -53,39 +73,65 @@ class AdamW:
         self.shards = list(shards)
         self.config = config
         self.num_steps = 0
+        self.before_update: Callable[[FlatShard], None] | None = None
+        self._lr = 0.0  # of the step begun last
+        self._due: set[str] = set()  # names of the shards it has not updated yet
         self._segments = {shard.name: _segments(shard, config) for shard in shards}
-        self._exp_avg = {shard.name: torch.zeros_like(shard.master) for shard in shards}
-        self._exp_avg_sq = {shard.name: torch.zeros_like(shard.master) for shard in shards}
+        self._exp_avg = {shard.name: torch.zeros_like(shard.master, dtype=torch.float32) for shard in shards}
+        self._exp_avg_sq = {shard.name: torch.zeros_like(shard.master, dtype=torch.float32) for shard in shards}
+
+    def step(self, lr_scale: float, grad_factor: float | Tensor = 1.0) -> None:
+        """One update of all shards with the learning rate `config.lr * lr_scale` (times the parameter's ratio).
+
+        grad_factor: multiplies every gradient within the update; `shard.grad` is only read. A number, or a 0-dim fp32
+            tensor on the shards' device, which the host does not wait for.
+        """
+        self.begin_step(lr_scale)
+        for shard in self.shards:
+            self.update(shard, grad_factor)
+
+    def begin_step(self, lr_scale: float) -> None:
+        """Count a step, whose `update` of each shard is to follow."""
+        self.num_steps += 1
+        self._lr = self.config.lr * lr_scale
+        self._due = {shard.name for shard in self.shards}
 
     @torch.no_grad()
-    def step(self, lr_scale: float) -> None:
-        """One update with the learning rate `config.lr * lr_scale` (times the parameter's ratio)."""
-        self.num_steps += 1
-        for shard in self.shards:
-            for segment in self._segments[shard.name]:
-                self._update(shard, segment, self.config.lr * lr_scale * segment.lr_ratio)
+    def update(self, shard: FlatShard, grad_factor: float | Tensor = 1.0) -> None:
+        """The part of `step` that updates this one of `shards`."""
+        assert shard.name in self._due, f"{shard.name}: a second update in one step, or one before begin_step()"
+        self._due.remove(shard.name)
+        if self.before_update is not None:
+            self.before_update(shard)
+        for segment in self._segments[shard.name]:
+            self._update(shard, segment, grad_factor)
 
-    def _update(self, shard: FlatShard, segment: _Segment, lr: float) -> None:
+    def _update(self, shard: FlatShard, segment: _Segment, grad_factor: float | Tensor) -> None:
         beta1, beta2 = self.config.betas
+        lr = self._lr * segment.lr_ratio
         root = math.sqrt(1.0 - beta2**self.num_steps)
         step_size = lr * root / (1.0 - beta1**self.num_steps)
-        block = _BLOCK_ELEMENTS[shard.master.device.type]
-        scratch = torch.empty(min(block, segment.stop - segment.start), dtype=torch.float32, device=shard.master.device)
+        has_factor = isinstance(grad_factor, Tensor) or grad_factor != 1.0  # a tensor's value is not asked for
+        key = stream_key(self.config.rounding_seed, self.num_steps, segment.name)
+        device, is_wide = shard.master.device, shard.master.dtype == torch.float32
+        whole = (shard.grad, shard.master, self._exp_avg[shard.name], self._exp_avg_sq[shard.name])
+        block = min(_BLOCK_ELEMENTS[device.type], segment.stop - segment.start)
+        scratch = torch.empty(block, dtype=torch.float32, device=device)
         for start in range(segment.start, segment.stop, block):
             here = slice(start, min(start + block, segment.stop))
-            grad, master = shard.grad[here], shard.master[here]
-            exp_avg, exp_avg_sq = self._exp_avg[shard.name][here], self._exp_avg_sq[shard.name][here]
+            grad, master, exp_avg, exp_avg_sq = (tensor[here] for tensor in whole)
+            if has_factor:
+                grad = torch.mul(grad, grad_factor, out=scratch[: grad.numel()])
             exp_avg.lerp_(grad, 1.0 - beta1)
             exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
             denominator = torch.sqrt(exp_avg_sq, out=scratch[: grad.numel()]).add_(self.config.eps * root)
+            weights = master if is_wide else master.float()
             if segment.decay:
-                master.mul_(1.0 - lr * segment.decay)
-            master.addcdiv_(exp_avg, denominator, value=-step_size)
-
-    def zero_grad(self) -> None:
-        """Zero the gradients in place: they belong to the engine, which adds the next microbatch's into them."""
-        for shard in self.shards:
-            shard.grad.zero_()
+                weights.mul_(1.0 - lr * segment.decay)
+            weights.addcdiv_(exp_avg, denominator, value=-step_size)
+            if not is_wide:
+                first = segment.param_start + start - segment.start
+                round_stochastically_(master, weights, random_bits(key, first, len(weights), device))
 
     def state_dict(self) -> dict[str, Any]:
         """{"step": updates done, shard name: {"exp_avg": (n,) fp32, "exp_avg_sq": (n,) fp32}}, not copied."""
@@ -125,12 +171,16 @@ class AdamW:
 
 
 def _segments(shard: FlatShard, config: OptimConfig) -> list[_Segment]:
-    """Neighbouring ranges with equal hyper-parameters, merged over padding between them (0 with gradient 0 stays 0)."""
+    """Neighbouring ranges with equal hyper-parameters, merged over padding between them (0 with gradient 0 stays 0).
+
+    Not merged in a bf16 shard, because random bits go by parameter.
+    """
     segments: list[_Segment] = []
     for piece in shard.ranges:
         lr_ratio, decay = config.lr_ratio(piece.name), config.decay(piece.name)
-        if segments and (segments[-1].lr_ratio, segments[-1].decay) == (lr_ratio, decay):
-            segments[-1] = _Segment(segments[-1].start, piece.stop, lr_ratio, decay)
+        last = segments[-1] if segments and shard.master.dtype == torch.float32 else None
+        if last is not None and (last.lr_ratio, last.decay) == (lr_ratio, decay):
+            segments[-1] = replace(last, stop=piece.stop)
         else:
-            segments.append(_Segment(piece.start, piece.stop, lr_ratio, decay))
+            segments.append(_Segment(piece.start, piece.stop, lr_ratio, decay, piece.name, piece.param_start))
     return segments

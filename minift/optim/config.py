@@ -29,6 +29,7 @@ class OptimConfig:
     warmup_steps: optimizer steps in which lr grows linearly from 0.
     min_lr_ratio: lr at the end of linear and cosine, as a part of lr.
     max_grad_norm: the global gradient norm is clipped to this; null: no clipping.
+    rounding_seed: seed of stochastic rounding (precision.stochastic_rounding), all that is random here.
     """
 
     lr: float = 2e-4
@@ -41,6 +42,7 @@ class OptimConfig:
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         rules = {
@@ -61,6 +63,7 @@ class OptimConfig:
                 self.max_grad_norm is None or (_is_finite(self.max_grad_norm) and self.max_grad_norm > 0),
                 "a finite number > 0, or null for no clipping",
             ),
+            "rounding_seed": (isinstance(self.rounding_seed, int), "an integer"),
         }
         for name, (holds, valid) in rules.items():
             if not holds:

@@ -1,8 +1,9 @@
 """The flat shard: all that an optimizer sees of a model.
 
 FSDP cuts every trainable bucket (all trainable tensors of a unit) into one contiguous piece per rank. A `FlatShard` is
-this rank's piece: one 1-D fp32 tensor, its gradient, and the list of which elements belong to which parameter. The
-optimizer never sees a module, a unit or a rank, and the shard may cut a parameter anywhere.
+this rank's piece: one 1-D tensor of weights, its gradient, and the list of which elements belong to which parameter.
+The optimizer never sees a module, a unit or a rank, and the shard may cut a parameter anywhere. Under data-parallel
+replicas (DDP, HSDP) several ranks hold equal shards, and each updates its own, to the same bits.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class FlatShard:
     """This rank's piece of one trainable bucket.
 
     name: unique among the shards of a model and the same on every rank (it is the key of the optimizer state).
-    master: (n,) fp32, the weights that the optimizer updates in place; small updates are not lost as in bf16.
-    grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into.
+    master: (n,) fp32 or bf16, the weights that the optimizer updates in place; bf16 is rounded stochastically.
+    grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into; may be scaled (AdamW's grad_factor).
     ranges: ordered, not overlapping. Elements in no range are padding: zero in `master` and in `grad`.
     """
 
@@ -43,7 +44,10 @@ class FlatShard:
     ranges: list[ParamRange]
 
     def __post_init__(self) -> None:
-        assert self.master.dim() == 1 and self.master.dtype == torch.float32, f"{self.name}: master must be 1-D fp32"
+        valid = self.master.dim() == 1 and self.master.dtype in (torch.float32, torch.bfloat16)
+        assert valid, f"{self.name}: master must be 1-D fp32 or bf16"
+        valid = self.grad.shape == self.master.shape and self.grad.dtype == torch.float32
+        assert valid, f"{self.name}: grad must be fp32 of the shape of master"
         end = 0
         for piece in self.ranges:
             assert end <= piece.start < piece.stop <= self.master.numel(), f"{self.name}: bad range {piece}"

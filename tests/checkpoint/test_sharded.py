@@ -1,151 +1,213 @@
-"""Checkpoints of sharded runs: N ranks write, M ranks read.
+"""Checkpoints of sharded runs: N ranks write, M ranks read, whoever cut the parameters and however.
 
-Oracle: the full tensors before saving, which every reader must reproduce bit for bit; for the optimizer, the weights
-after one more step with the same gradient.
+Oracle: the value of every element, a function of its parameter and place (`states`); bit for bit.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 
-from minift.checkpoint import sharded
-from minift.checkpoint.sharded import MANIFEST, Standing, list_checkpoints, load_checkpoint, save_checkpoint
+from minift.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Standing, list_checkpoints
+from minift.checkpoint.saver import Saver
+from minift.checkpoint.sharded import Loaded, load_checkpoint, load_newest
+from minift.checkpoint.stored_ranges import StoredRanges
 from minift.dist.process import World
-from minift.fsdp import ShardedModel, ShardPolicy, shard
-from minift.model.linear import Linear
-from minift.optim.adamw import AdamW
-from minift.optim.config import OptimConfig
-from minift.precision import Precision
+from minift.optim.shard import ParamRange
+from tests.checkpoint import states
+from tests.checkpoint.states import Cut
 from tests.ranks import run_ranks
 
 
-class Net(nn.Module):
-    def __init__(self, seed: int, width: int = 5) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Linear(width, 3, bias=True), Linear(3, 7, bias=True), Linear(7, width)])
-        self.blocks[1].bias.requires_grad = False
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        self.blocks[1].bias.data.fill_(0.5)  # frozen, so not in a checkpoint: the same for every seed
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = torch.tanh(block(x))
-        return x.square().sum()
-
-
-def make(world: World, seed: int, width: int = 5) -> tuple[Net, ShardedModel, AdamW]:
-    model = Net(seed, width)
-    engine = shard(model, list(model.blocks), world, ShardPolicy(), Precision(wire="float32"))
-    return model, engine, AdamW(engine.trainable_shards(), OptimConfig(lr=0.1))
-
-
-def one_step(world: World, model: Net, optimizer: AdamW, step: int) -> None:
-    """The same global gradient at any world size: only rank 0's loss counts, the others add exact zeros."""
-    x = torch.full((2, 5), 0.1 * (step + 1))
-    (model(x) * float(world.rank == 0)).backward()
-    optimizer.step(1.0)
-    optimizer.zero_grad()
-
-
-def full(engine: ShardedModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.full_tensors(trainable_only=True)}
-
-
-def train_and_save(world: World, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def save(world: World, parent: Path, cut: Cut, steps: tuple[int, ...] = (7,), keep_last: int = 10) -> list[float]:
+    """Checkpoints of the states after `steps`; returns what the generator says next."""
+    optimizer = cut.optimizer(world)
     torch.manual_seed(100 + world.rank)
-    model, engine, optimizer = make(world, seed=0)
-    for step in range(2):
-        one_step(world, model, optimizer, step)
-    save_checkpoint(folder, Standing(2, {"epoch": 1}, {"a": "b"}), optimizer.shards, optimizer, world, keep_last=2)
-    saved, random = full(engine), torch.rand(3)
-    one_step(world, model, optimizer, 2)
-    return {"random": random, **saved}, full(engine)
+    with Saver(parent, optimizer, world, cut.replica_world(world), keep_last=keep_last) as saver:
+        for step in steps:
+            states.fill(optimizer, step)
+            saver.start(Standing(step, {"epoch": 1}, {"a": "b"}, {"scaler": [step]}))
+            saver.wait()
+    return torch.rand(3).tolist()
 
 
-def load_and_train(world: World, folder: Path) -> tuple[Standing, dict[str, Tensor], dict[str, Tensor]]:
-    model, engine, optimizer = make(world, seed=1)
-    progress = load_checkpoint(list_checkpoints(folder)[-1], optimizer.shards, optimizer, world)
-    loaded, random = full(engine), torch.rand(3)
-    one_step(world, model, optimizer, 2)
-    return progress, {"random": random, **loaded}, full(engine)
+def load(world: World, parent: Path, cut: Cut) -> tuple[Loaded | None, list[str], list[float]]:
+    """What was loaded, where it differs from what `fill` makes, and what the generator says next."""
+    optimizer = cut.optimizer(world)
+    torch.manual_seed(0)
+    loaded = load_newest(parent, optimizer, world)
+    step = loaded.standing.step if loaded else 0
+    return loaded, states.differences(optimizer, step), torch.rand(3).tolist()
 
 
-@pytest.mark.parametrize("writers", [1, 2, 3])
-@pytest.mark.parametrize("readers", [1, 2, 3])
-def test_any_world_size_restores_the_same_bits(writers: int, readers: int, tmp_path: Path) -> None:
-    written = run_ranks(writers, train_and_save, tmp_path)
-    for rank, (progress, loaded, later) in enumerate(run_ranks(readers, load_and_train, tmp_path)):
-        assert progress == Standing(2, {"epoch": 1}, {"a": "b"})
-        saved, saved_later = written[0]
-        for name in saved.keys() - {"random"}:
-            assert torch.equal(loaded[name], saved[name]), name
-            assert torch.equal(later[name], saved_later[name]), f"{name} after one more step: the moments differ"
+def cuts(world_size: int) -> st.SearchStrategy[Cut]:
+    """Every strategy of the engine, in more general form: ZeRO-1/2/3, HSDP, DDP."""
+    return st.builds(
+        Cut,
+        replicas=st.sampled_from([r for r in range(1, world_size + 1) if world_size % r == 0]),
+        is_whole=st.just(False),
+        seed=st.integers(0, 10_000),
+    ) | st.builds(Cut, is_whole=st.just(True), seed=st.integers(0, 10_000))
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3, 4])
+@pytest.mark.parametrize("readers", [1, 2, 3, 4])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_any_cut_restores_the_same_bits(tmp_path_factory, writers: int, readers: int, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    there = replace(data.draw(cuts(writers)), master=dtype)
+    here = replace(data.draw(cuts(readers)), master=dtype)
+    parent = tmp_path_factory.mktemp("run")
+    written = run_ranks(writers, save, parent, there)
+    for rank, (loaded, differences, random) in enumerate(run_ranks(readers, load, parent, here)):
+        assert loaded == Loaded(
+            parent / "step-00000007", Standing(7, {"epoch": 1}, {"a": "b"}, {"scaler": [7]}), passed_over=()
+        )
+        assert differences == []
         if writers == readers:
-            assert torch.equal(loaded["random"], written[rank][0]["random"])
+            assert random == written[rank]
 
 
-def save_many(world: World, folder: Path) -> None:
-    _, _, optimizer = make(world, seed=0)
-    for step in (1, 2, 3, 10):
-        save_checkpoint(folder, Standing(step, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
+def shards_in(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return {name.rpartition("/")[0] for name in file.keys() if name.endswith("/master")}
 
 
-def test_keeps_the_newest(tmp_path: Path) -> None:
-    run_ranks(2, save_many, tmp_path)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000010"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+@pytest.mark.parametrize("cut", [Cut(is_whole=True), Cut(replicas=2)])
+def test_replicas_share_the_writing(tmp_path: Path, cut: Cut) -> None:
+    """Nothing is written twice."""
+    run_ranks(4, save, tmp_path, cut)
+    files = [shards_in(path) for path in sorted((tmp_path / "step-00000007").glob("rank-*"))]
+    if cut.is_whole:  # three shards, four replicas
+        assert [len(names) for names in files] == [1, 1, 1, 0] and len(set.union(*files)) == 3
+    else:  # ranks 0 and 1 hold what 2 and 3 hold
+        assert [len(names) for names in files] == [2, 2, 1, 1]
+        assert files[0] == files[1] and files[2] == files[3] and not files[0] & files[2]
 
 
-def load_error(world: World, folder: Path, width: int) -> str:
-    _, _, optimizer = make(world, seed=1, width=width)
-    with pytest.raises(ValueError) as caught:
-        load_checkpoint(list_checkpoints(folder)[-1], optimizer.shards, optimizer, world)
-    return str(caught.value)
+def load_error(world: World, parent: Path, cut: Cut, shapes: dict[str, tuple[int, ...]] | None = None) -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError) as caught:
+        if shapes is not None:
+            patch.setattr(states, "SHAPES", shapes)
+        optimizer = cut.optimizer(world)
+        states.fill(optimizer, 3)
+        try:
+            load_checkpoint(list_checkpoints(parent)[-1], optimizer, world)
+        finally:
+            assert states.differences(optimizer, 3) == []  # nothing was changed
+    return f"{type(caught.value).__name__}: {caught.value}"
 
 
-def test_a_flipped_bit_a_missing_file_and_another_model_are_refused(tmp_path: Path) -> None:
-    run_ranks(2, train_and_save, tmp_path)
-    assert all("blocks.0.weight is (3, 5) there and (3, 6) here" in m for m in run_ranks(2, load_error, tmp_path, 6))
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, save, tmp_path, Cut())
+    wider = states.SHAPES | {"a.weight": (3, 6)}
+    fewer = {**states.SHAPES, "bias": (1,)}
+    del fewer["norm"]
+    for shapes, message in (
+        (wider, "parameter a.weight is (3, 5) there and (3, 6) here"),
+        (fewer, "parameter bias is not trained there and (1,) here"),
+    ):
+        for text in run_ranks(2, load_error, tmp_path, Cut(), shapes):
+            assert text.startswith("ValueError: ") and message in text
+    for message in run_ranks(2, load_error, tmp_path, Cut(master=torch.bfloat16)):
+        assert "there is master float32, exp_avg float32" in message and "and here master bfloat16" in message
 
-    victim = tmp_path / "step-00000002" / "rank-00001-of-00002.safetensors"
-    intact = victim.read_bytes()
-    victim.write_bytes(intact[:-9] + bytes([intact[-9] ^ 1]) + intact[-8:])
-    assert all("damaged" in message for message in run_ranks(2, load_error, tmp_path, 5))
+
+def test_missing_elements_are_missed(tmp_path: Path) -> None:
+    """A set of files that does not cover a parameter, which no save leaves."""
+    run_ranks(2, save, tmp_path, Cut())
+    stored = StoredRanges([tmp_path / "step-00000007" / "rank-00000-of-00002.safetensors"])
+    dtypes = dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), torch.float32)
+    problem = stored.problem(ParamRange("embed", 0, 66, 0, (11, 6)), dtypes)
+    assert re.fullmatch(r"it has [1-9]\d? of 66 elements of embed", problem), problem
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def every_flip(world: World, parent: Path, stride: int) -> int:
+    """How many flipped bits were detected: one in every `stride` bytes of every file, which must be all of them."""
+    optimizer = Cut().optimizer(world)
+    (folder,) = list_checkpoints(parent)
+    count = 0
+    for path in sorted(folder.iterdir()):
+        for position in range(0, path.stat().st_size, stride):
+            flip(path, position, position % 8)
+            with pytest.raises(DamagedCheckpoint) as caught:
+                load_checkpoint(folder, optimizer, world)
+            assert path.name in str(caught.value)
+            flip(path, position, position % 8)
+            count += 1
+    load_checkpoint(folder, optimizer, world)
+    assert states.differences(optimizer, 7) == []
+    return count
+
+
+def test_a_flipped_bit_anywhere_is_detected(tmp_path: Path) -> None:
+    run_ranks(2, save, tmp_path, Cut())
+    (count,) = run_ranks(1, every_flip, tmp_path, 23)
+    assert count > 500
+
+
+def test_damage_on_one_rank_is_everybodys(tmp_path: Path) -> None:
+    """Each rank checks a share of the files; all of them refuse."""
+    run_ranks(3, save, tmp_path, Cut())
+    victim = tmp_path / "step-00000007" / "rank-00001-of-00003.safetensors"
+    flip(victim, 5000, 3)
+    for message in run_ranks(2, load_error, tmp_path, Cut()):
+        assert "DamagedCheckpoint" in message and victim.name in message and "checksum" in message
     victim.unlink()
-    assert all("missing" in message for message in run_ranks(1, load_error, tmp_path, 5))
+    for message in run_ranks(4, load_error, tmp_path, Cut()):
+        assert "DamagedCheckpoint" in message and victim.name in message and "No such file" in message
 
 
-def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
-    run_ranks(1, save_many, tmp_path)
-    (tmp_path / "step-00000010" / MANIFEST).unlink()
-    shutil.copytree(tmp_path / "step-00000003", tmp_path / ".step-00000099.tmp")
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003"]
+def test_the_newest_good_one_is_taken(tmp_path: Path) -> None:
+    assert run_ranks(2, load, tmp_path, Cut())[0][0] is None
+    run_ranks(2, save, tmp_path, Cut(), (1, 2, 3, 4))
+    flip(tmp_path / "step-00000004" / "rank-00001-of-00002.safetensors", 4000, 0)
+    flip(tmp_path / "step-00000003" / MANIFEST, 30, 0)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000099.tmp")
+    for loaded, differences, _ in run_ranks(3, load, tmp_path, Cut(seed=5)):
+        assert loaded.folder.name == "step-00000002" and loaded.standing.extra == {"scaler": [2]}
+        assert [note.partition(" is damaged")[0].partition(str(tmp_path))[2] for note in loaded.passed_over] == [
+            "/step-00000004/rank-00001-of-00002.safetensors",
+            "/step-00000003/manifest.json",
+        ]
+        assert differences == []
+
+    # The run goes on from step 2 and comes by step 4 again: the damaged one is replaced, and what is older goes.
+    run_ranks(2, save, tmp_path, Cut(), (4,), 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert run_ranks(1, load, tmp_path, Cut())[0][0].folder.name == "step-00000004"
 
 
-def save_on_a_full_disk(world: World, folder: Path) -> str:
-    _, _, optimizer = make(world, seed=0)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
-        if world.rank == 1:
-            patch.setattr(sharded, "save_file", _disk_full)
-        save_checkpoint(folder, Standing(7, {}, {}), optimizer.shards, optimizer, world, keep_last=2)
+def test_what_an_abandoned_future_left_does_not_push_out_the_newest(tmp_path: Path) -> None:
+    """After going back to an older checkpoint, later steps are still on the disk; they count for nothing."""
+    run_ranks(1, save, tmp_path, Cut(), (1, 2, 7, 8))
+    run_ranks(1, save, tmp_path, Cut(), (3,), 1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000007", "step-00000008"]
+
+
+def load_newest_error(world: World, parent: Path) -> str:
+    with pytest.raises(DamagedCheckpoint) as caught:
+        load_newest(parent, Cut().optimizer(world), world)
     return str(caught.value)
 
 
-def _disk_full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path) -> None:
-    run_ranks(2, save_many, tmp_path)
-    for message in run_ranks(2, save_on_a_full_disk, tmp_path):
-        assert "rank-00001-of-00002" in message and "No space left" in message
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
-    assert json.loads((tmp_path / "step-00000010" / MANIFEST).read_text())["step"] == 10
+def test_a_run_does_not_begin_anew_behind_your_back(tmp_path: Path) -> None:
+    run_ranks(1, save, tmp_path, Cut())
+    (tmp_path / "step-00000007" / "rank-00000-of-00001.safetensors").unlink()
+    for message in run_ranks(2, load_newest_error, tmp_path):
+        assert message.startswith(f"no checkpoint in {tmp_path} is good") and "to begin anew" in message

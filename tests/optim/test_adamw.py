@@ -1,4 +1,7 @@
-"""Oracle: torch.optim.AdamW (single-tensor) on whole parameters. Where the flat weights are cut may change no bit."""
+"""Oracle: torch.optim.AdamW (single-tensor) on whole parameters. Where the flat weights are cut may change no bit.
+
+bf16 masters are held to the fp32 ones; what many steps make of them is in test_bf16_masters.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ SCALES = [0.0, 0.5, 1.0, 0.75, 0.25]  # of the learning rate, step by step
 
 cuts = st.lists(st.integers(0, TOTAL), max_size=2).map(lambda inner: [0, *sorted(inner), TOTAL])
 seeds = st.integers(0, 2**31)
+masters = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,7 @@ def small_blocks(monkeypatch):
 
 
 def make_shards(flat, borders):
-    """Cut flat weights into shards at `borders`; a parameter may end up in several of them."""
+    """Cut flat weights (fp32 or bf16) into shards at `borders`; a parameter may end up in several of them."""
     starts, at = {}, 0
     for name, size in SIZES.items():
         starts[name], at = at, at + size
@@ -52,18 +56,19 @@ def make_problem(seed):
     return weights, gradients * 10.0 ** torch.randint(-6, 2, (len(SCALES), TOTAL), generator=generator)
 
 
-def run(optimizer, gradients, scales, borders):
+def run(optimizer, gradients, scales, borders, grad_factor=1.0):
     for gradient, scale in zip(gradients, scales, strict=True):
         for shard, begin, end in zip(optimizer.shards, borders, borders[1:], strict=False):
             shard.grad.add_(gradient[begin:end])
-        optimizer.step(scale)
-        optimizer.zero_grad()
+        optimizer.step(scale, grad_factor)
+        for shard in optimizer.shards:
+            shard.grad.zero_()
 
 
 def flatten(optimizer):
-    """(3, TOTAL): weights and both moments."""
+    """(3, TOTAL): weights and both moments, in fp32."""
     state = optimizer.state_dict()
-    pick = [[shard.master, *state[shard.name].values()] for shard in optimizer.shards]
+    pick = [[shard.master.float(), *state[shard.name].values()] for shard in optimizer.shards]
     return torch.stack([torch.cat(column) for column in zip(*pick, strict=True)])
 
 
@@ -94,9 +99,10 @@ def test_equals_torch_adamw_on_whole_parameters(seed):
     assert ((master - expected).abs() <= bound).all()
 
 
-@given(seeds, cuts)
-def test_where_the_shards_are_cut_changes_no_bit(seed, borders):
+@given(seeds, cuts, masters)
+def test_where_the_shards_are_cut_changes_no_bit(seed, borders, master_dtype):
     weights, gradients = make_problem(seed)
+    weights = weights.to(master_dtype)
     together, apart = AdamW(make_shards(weights, [0, TOTAL]), CONFIG), AdamW(make_shards(weights, borders), CONFIG)
     run(together, gradients, SCALES, [0, TOTAL])
     run(apart, gradients, SCALES, borders)
@@ -126,19 +132,90 @@ def test_ratio_zero_freezes():
     assert not moved[piece.start : piece.stop].any() and moved[: piece.start].all() and moved[piece.stop :].all()
 
 
-@given(seeds, st.integers(0, len(SCALES)))
-def test_resume_continues_bit_for_bit(seed, stop):
+@given(seeds, st.integers(0, len(SCALES)), masters)
+def test_resume_continues_bit_for_bit(seed, stop, master_dtype):
     weights, gradients = make_problem(seed)
+    weights = weights.to(master_dtype)
     borders = [0, 30, TOTAL]
     straight = AdamW(make_shards(weights, borders), CONFIG)
     run(straight, gradients, SCALES, borders)
 
     first = AdamW(make_shards(weights, borders), CONFIG)
     run(first, gradients[:stop], SCALES[:stop], borders)
-    second = AdamW(make_shards(flatten(first)[0], borders), CONFIG)
+    second = AdamW(make_shards(flatten(first)[0].to(master_dtype), borders), CONFIG)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     run(second, gradients[stop:], SCALES[stop:], borders)
     assert torch.equal(flatten(straight), flatten(second))
+
+
+@given(seeds, st.sampled_from([2.0**-16, 0.37, 3.0]), st.booleans())
+def test_grad_factor_is_a_multiplication_of_the_gradients(seed, factor, as_tensor):
+    weights, gradients = make_problem(seed)
+    factor = torch.tensor(factor)
+    expected, ours = (AdamW(make_shards(weights, [0, 30, TOTAL]), CONFIG) for _ in range(2))
+    run(expected, gradients * factor, SCALES, [0, 30, TOTAL])
+    run(ours, gradients, SCALES, [0, 30, TOTAL], grad_factor=factor if as_tensor else factor.item())
+    assert torch.equal(flatten(expected), flatten(ours))
+
+
+@given(seeds, masters, st.permutations(range(3)))
+def test_shards_updated_one_by_one_in_any_order_get_the_same_bits(seed, master_dtype, order):
+    weights, gradients = make_problem(seed)
+    borders = [0, 20, 60, TOTAL]
+    together, apart = (AdamW(make_shards(weights.to(master_dtype), borders), CONFIG) for _ in range(2))
+    run(together, gradients, SCALES, borders, grad_factor=0.5)
+    for gradient, scale in zip(gradients, SCALES, strict=True):
+        apart.begin_step(scale)
+        for index in order:
+            shard = apart.shards[index]
+            shard.grad.copy_(gradient[borders[index] : borders[index + 1]])
+            apart.update(shard, grad_factor=0.5)
+    assert apart.num_steps == together.num_steps and torch.equal(flatten(together), flatten(apart))
+
+
+def test_before_update_sees_every_shard_as_it_was():
+    weights, gradients = make_problem(0)
+    optimizer = AdamW(make_shards(weights, [0, 30, TOTAL]), CONFIG)
+    run(optimizer, gradients[:1], [1.0], [0, 30, TOTAL])
+    before, seen = flatten(optimizer), []
+
+    def fence(shard):
+        state = optimizer.state_dict()[shard.name]
+        seen.append((shard.name, torch.stack([shard.master, state["exp_avg"], state["exp_avg_sq"]])))
+
+    optimizer.before_update = fence
+    run(optimizer, gradients[1:2], [1.0], [0, 30, TOTAL])
+    assert [name for name, _ in seen] == ["shard0", "shard1"]
+    assert torch.equal(torch.cat([values for _, values in seen], dim=1), before)
+    assert not torch.equal(flatten(optimizer), before)
+
+
+def test_an_update_needs_a_step_that_has_begun_and_comes_once():
+    weights, _ = make_problem(0)
+    optimizer = AdamW(make_shards(weights, [0, 30, TOTAL]), CONFIG)
+    with pytest.raises(AssertionError, match="shard0.*before begin_step"):
+        optimizer.update(optimizer.shards[0])
+    optimizer.begin_step(1.0)
+    optimizer.update(optimizer.shards[0])
+    with pytest.raises(AssertionError, match="shard0: a second update"):
+        optimizer.update(optimizer.shards[0])
+
+
+@given(seeds)
+def test_a_bf16_master_is_one_of_the_two_neighbours_of_the_fp32_update(seed):
+    """One step from the same weights. Both neighbours occur, and the moments, which are fp32, are the same."""
+    weights, gradients = make_problem(seed)
+    weights = weights.bfloat16()
+    narrow, wide = (AdamW(make_shards(w, [0, TOTAL]), CONFIG) for w in (weights, weights.float()))
+    for optimizer in (narrow, wide):
+        run(optimizer, gradients[:1], [1.0], [0, TOTAL])
+    ours, exact = flatten(narrow), flatten(wide)
+    assert torch.equal(ours[1:], exact[1:])
+    towards_zero = (exact[0].view(torch.int32) & -(2**16)).view(torch.float32)
+    away = (towards_zero.view(torch.int32) + 2**16).view(torch.float32)
+    down, up = ours[0] == towards_zero, ours[0] == away
+    assert (down | (up & (exact[0] != towards_zero))).all()
+    assert down.any() and up.any()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,227 @@
+"""One bucket: the parameters of a unit that share (storage dtype, wire dtype, trainable?), as one flat tensor.
+
+While its unit is not gathered, a parameter is an expanded NaN scalar: it keeps its shape, dtype and identity, holds no
+memory, and using it out of turn gives NaN instead of a plausible number.
+
+Bytes held by a bucket on each of N ranks, with F = full_numel (see `flat`):
+
+    storage shard   F/N · storage itemsize    always; of a *resident* bucket it lies in the gathered tensor itself
+    gathered        F · wire itemsize         borrowed from a buffer while the unit is FULL; always, if resident
+    gradients       F/N · 4                   trainable only: the fp32 sum over ranks and microbatches
+      while they are computed, F · (wire itemsize, or reduce itemsize if the transport adds in the dtype it sends),
+      borrowed from a buffer; or, where the policy adds up microbatches before it reduces, F · 4 always instead of both
+
+A bucket is resident if gathering would only copy what all ranks can see already: storage and wire dtype are the same,
+and either there is one rank, or the bucket is frozen and the transport shares memory between ranks (then N ranks hold
+one copy together, 1/N each, and yet nothing has to be gathered). No schedule here: see `unit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minift.dist.process import World
+from minift.fsdp.flat import FlatLayout
+from minift.fsdp.transport import Buffer, Transport
+from minift.grad_slot import GradSlot, lay_slot, slot_of
+from minift.optim.shard import FlatShard
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """storage: of the shard. wire: of the gathered parameters. grad: of gradients on their way to the reduction."""
+
+    storage: torch.dtype
+    wire: torch.dtype
+    grad: torch.dtype
+
+
+class Bucket:
+    """The shard, the gathered views and the gradients of one flat group of parameters."""
+
+    def __init__(
+        self,
+        name: str,
+        params: dict[str, nn.Parameter],
+        dtypes: Dtypes,
+        trainable: bool,
+        transport: Transport,
+        *,
+        keeps_full_grad: bool,
+        offload: bool,
+    ) -> None:
+        self.name = name
+        self.params = params
+        self.dtypes = dtypes
+        self.trainable = trainable
+        self.world: World = transport.world
+        self.layout = FlatLayout.plan({n: p.shape for n, p in params.items()}, self.world.size, dtypes.wire.itemsize)
+        self.arrived: set[str] = set()
+        """Parameters that a backward has given a gradient since the beginning."""
+        shareable = self.world.size == 1 or (not trainable and transport.shares_memory)
+        self.resident = dtypes.storage == dtypes.wire and shareable and not offload
+        self._transport = transport
+        self._offload = offload
+        self._views: dict[int, list[Tensor]] = {}  # buffer address -> one view per parameter
+        self._placeholders = [_placeholder(p.shape, dtypes.wire, self.world.device) for p in params.values()]
+        self._full: Tensor | None = None  # 1-D, wire dtype, while gathering or gathered
+        self.shard = self._make_shard()  # 1-D, storage dtype
+        self.grad: Tensor | None = None  # 1-D fp32, shard_numel; `make_grads` or the engine gives it
+        self.grad_is_empty = True  # nothing was added up since `clear_grads`: overwrite instead of adding
+        self._slots: list[GradSlot] = []
+        self._full_grad: Tensor | None = None  # 1-D, full_numel
+        self.kept_buffer: Buffer | None = None  # where the full gradient lies, if it is kept
+        self._flat_shard: FlatShard | None = None
+        self.keeps_full_grad = keeps_full_grad and trainable
+        if trainable:
+            for parameter in params.values():
+                parameter.register_post_accumulate_grad_hook(_into_slot)
+
+    def _make_shard(self) -> Tensor:
+        """Zeros, because padding is gathered and summed into norms along with everything else."""
+        numel, dtype = self.layout.shard_numel, self.dtypes.storage
+        if self.resident:
+            (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * dtype.itemsize)
+            self._full = buffer.memory.view(dtype)
+            self.expose()
+            return self.layout.chunk(self._full, self.world.rank).zero_()
+        self.hide()
+        if self._offload:
+            return _host_zeros(numel, dtype, self.world.device)
+        return torch.zeros(numel, dtype=dtype, device=self.world.device)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes this bucket needs in a gather buffer."""
+        return 0 if self.resident else self.layout.full_numel * self.dtypes.wire.itemsize
+
+    @property
+    def full_grad_bytes(self) -> int:
+        """Bytes this bucket needs in a reduce buffer."""
+        return self.layout.full_numel * self.dtypes.grad.itemsize if self.trainable else 0
+
+    # Gathering #
+
+    def place(self, memory: Tensor) -> Tensor:
+        """Take `memory` (1-D uint8, full_bytes long), cast the own shard into its place, return the full tensor."""
+        self._full = memory.view(self.dtypes.wire)
+        self.layout.chunk(self._full, self.world.rank).copy_(self.shard, non_blocking=True)
+        return self._full
+
+    def expose(self) -> None:
+        """Make the parameters views of the gathered memory. Views are made once per buffer, not once per gather."""
+        assert self._full is not None, f"{self.name}: expose() before place()"
+        address = self._full.data_ptr()
+        if address not in self._views:
+            self._views[address] = self.layout.views(self._full)
+        for parameter, view in zip(self.params.values(), self._views[address], strict=True):
+            parameter.data = view
+
+    def hide(self) -> None:
+        """Let go of the gathered memory; the parameters become placeholders."""
+        if self.resident:
+            return
+        self._full = None
+        for parameter, placeholder in zip(self.params.values(), self._placeholders, strict=True):
+            parameter.data = placeholder
+
+    # Gradients #
+
+    def use_scratch(self, scratch: Tensor) -> None:
+        """From now on gradients are added up in the beginning of `scratch` (1-D fp32)."""
+        self.grad = scratch[: self.layout.shard_numel]
+        self.flat_shard().grad = self.grad
+
+    def make_grads(self, scratch: Tensor | None) -> None:
+        """Allocate what gradients are added up in; or, if it is given, begin with `scratch` as in `use_scratch`."""
+        numel = self.layout.shard_numel
+        if self.keeps_full_grad:
+            (self.kept_buffer,) = self._transport.reduce_buffers(1, self.layout.full_numel * 4)
+            self.kept_buffer.acquire()
+            self._full_grad = self.kept_buffer.memory.view(torch.float32).zero_()
+            self._slots = [GradSlot(view) for view in self.layout.views(self._full_grad)]
+            self.grad = self.layout.chunk(self._full_grad, self.world.rank)
+        elif scratch is not None:
+            self.grad = scratch[:numel]
+        elif self._offload:
+            self.grad = _host_zeros(numel, torch.float32, self.world.device)
+        else:
+            self.grad = torch.zeros(numel, dtype=torch.float32, device=self.world.device)
+        self._flat_shard = FlatShard(self.name, self.shard, self.grad, self.layout.local_ranges(self.world.rank))
+
+    def open_slots(self, memory: Tensor | None) -> None:
+        """Lay a slot on every parameter: in `memory` (1-D uint8, full_grad_bytes long), or in the gradients kept."""
+        if not self.keeps_full_grad:
+            assert memory is not None
+            self._full_grad = memory.view(self.dtypes.grad)
+            for gap in self.layout.gaps():  # the memory still holds another unit's values
+                self._full_grad[gap].zero_()
+            self._slots = [GradSlot(view) for view in self.layout.views(self._full_grad)]
+        for parameter, slot in zip(self.params.values(), self._slots, strict=True):
+            lay_slot(parameter, slot)
+
+    def close_slots(self) -> Tensor:
+        """Take the slots away and return the full gradient; what got none is zero."""
+        assert self._full_grad is not None
+        for (name, parameter), slot in zip(self.params.items(), self._slots, strict=True):
+            lay_slot(parameter, None)
+            if slot.close():
+                self.arrived.add(name)
+        return self._full_grad
+
+    def clear_grads(self) -> None:
+        """Forget the gradients; touches no memory, the next ones overwrite them."""
+        if self.kept_buffer is not None and not self.grad_is_empty:
+            self.kept_buffer.release()
+            self.kept_buffer.acquire()  # the other ranks have read what they needed of it
+        self.grad_is_empty = True
+        for parameter, slot in zip(self.params.values(), self._slots, strict=False):
+            slot.clear()
+            lay_slot(parameter, None)
+            parameter.grad = None
+
+    # Storage #
+
+    def load(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Fill the shard: `read(name, start, stop)` gives elements [start, stop) of the flattened parameter."""
+        for r in self.layout.local_ranges(self.world.rank):
+            self.shard[r.start : r.stop].copy_(read(r.name, r.param_start, r.param_start + r.stop - r.start))
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Gather the *storage* (fp32 masters, not their wire copy) and yield (name, tensor). Collective.
+
+        Holds one temporary of full_numel storage elements; the yielded tensors are views of it, valid until the next.
+        """
+        (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * self.shard.itemsize)
+        buffer.acquire()
+        full = buffer.memory.view(self.shard.dtype)
+        self.layout.chunk(full, self.world.rank).copy_(self.shard)
+        self._transport.all_gather(buffer, [full]).wait()
+        for span, view in zip(self.layout.spans, self.layout.views(full), strict=True):
+            yield span.name, view
+
+    def flat_shard(self) -> FlatShard:
+        """What the optimizer updates: master, gradient, and which elements belong to which parameter."""
+        assert self._flat_shard is not None, f"{self.name} is frozen"
+        return self._flat_shard
+
+
+def _into_slot(parameter: nn.Parameter) -> None:
+    """Move an ordinary `.grad` to where gradients are reduced, as soon as autograd has finished it."""
+    slot = slot_of(parameter)
+    if slot is not None and parameter.grad is not None:  # None: the function has put it there itself
+        slot.add(parameter.grad)
+        parameter.grad = None
+
+
+def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of `shape` that owns one element: NaN, or 0 for packed integer formats (which have no NaN)."""
+    return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(shape)
+
+
+def _host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(numel, dtype=dtype, pin_memory=device.type == "cuda")

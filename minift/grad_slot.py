@@ -1,0 +1,138 @@
+"""Where the gradient of a parameter is to be put: memory lent by whoever reduces gradients, filled by whoever
+computes them.
+
+FSDP lays a slot on a parameter for the time of its backward: a view of the very buffer that a reduce-scatter sends. A
+function that knows of slots writes its product there, by the GEMM itself where dtypes agree, and returns no gradient to
+autograd. Everything else may ignore slots: FSDP moves an ordinary `.grad` into the slot as soon as autograd has it.
+
+A slot takes one gradient per use of the parameter; the second is added to the first.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class GradSlot:
+    """tensor: of the parameter's shape, in the dtype in which gradients are kept until they are reduced."""
+
+    class State(enum.Enum):
+        EMPTY = enum.auto()
+        """`tensor` holds nothing of worth."""
+        CLAIMED = enum.auto()
+        """A forward has put something there that its backward will finish; nobody else may touch it."""
+        FULL = enum.auto()
+        """`tensor` is the sum of the gradients so far."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.state = GradSlot.State.EMPTY
+        self._waiting: Tensor | None = None  # came while the memory was claimed
+
+    def add(self, grad: Tensor) -> None:
+        """Take `grad` (of the parameter's shape, any float dtype)."""
+        if self.state is GradSlot.State.CLAIMED:
+            self._waiting = grad.clone() if self._waiting is None else self._waiting + grad
+        elif self.state is GradSlot.State.FULL:
+            self.tensor.add_(grad)
+        else:
+            self.tensor.copy_(grad)
+            self.state = GradSlot.State.FULL
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Take a @ b; without a temporary if a and b have the slot's dtype."""
+        if a.dtype != self.tensor.dtype or self.state is GradSlot.State.CLAIMED:
+            self.add(a @ b)
+        elif self.state is GradSlot.State.FULL:
+            self.tensor.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=self.tensor)
+            self.state = GradSlot.State.FULL
+
+    def add_rows(self, rows_U: Tensor, values_UD: Tensor) -> None:
+        """Take a gradient that is zero but for the distinct rows `rows_U` (int64)."""
+        if self.state is GradSlot.State.CLAIMED:
+            self.add(torch.zeros_like(self.tensor).index_copy_(0, rows_U, values_UD.to(self.tensor.dtype)))
+            return
+        if self.state is GradSlot.State.EMPTY:
+            self.tensor.zero_()
+            self.state = GradSlot.State.FULL
+        self.tensor[rows_U] = (self.tensor[rows_U] + values_UD).to(self.tensor.dtype)
+
+    def claim(self, dtype: torch.dtype) -> Tensor | None:
+        """The memory, for a gradient in the making; None if somebody has it already or its dtype is another."""
+        if self.state is not GradSlot.State.EMPTY or self.tensor.dtype != dtype:
+            return None
+        self.state = GradSlot.State.CLAIMED
+        return self.tensor
+
+    def finish(self) -> None:
+        """What was claimed is a gradient now."""
+        assert self.state is GradSlot.State.CLAIMED, (
+            "the backward of a forward whose claim was given up for a later one"
+        )
+        self.state = GradSlot.State.FULL
+        self._take_waiting()
+
+    def close(self) -> bool:
+        """No more gradients will come; whether any did. If none did, the memory is zeroed. A claim whose backward never
+        ran is void."""
+        if self.state is GradSlot.State.CLAIMED:
+            self.state = GradSlot.State.EMPTY
+            self._take_waiting()
+        if self.state is GradSlot.State.EMPTY:
+            self.tensor.zero_()
+        return self.state is GradSlot.State.FULL
+
+    def clear(self) -> None:
+        """Forget what came."""
+        self.state = GradSlot.State.EMPTY
+        self._waiting = None
+
+    def _take_waiting(self) -> None:
+        if self._waiting is not None:
+            self.add(self._waiting)
+            self._waiting = None
+
+
+def slot_of(parameter: Tensor) -> GradSlot | None:
+    """The slot that lies on `parameter` at this moment."""
+    return parameter.__dict__.get("grad_slot")
+
+
+def lay_slot(parameter: Tensor, slot: GradSlot | None) -> None:
+    """Put `slot` on `parameter`, or take away what lies there."""
+    parameter.__dict__["grad_slot"] = slot
+
+
+def claim_slot(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Memory for a gradient of `parameter` in the making, if there is a slot for it: see `GradSlot.claim`."""
+    slot = slot_of(parameter)
+    return None if slot is None else slot.claim(dtype)
+
+
+@contextmanager
+def without_slots(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside of the block autograd gets every gradient, as if there were no slots."""
+    slots = [slot_of(parameter) for parameter in parameters]
+    for parameter in parameters:
+        lay_slot(parameter, None)
+    try:
+        yield
+    finally:
+        for parameter, slot in zip(parameters, slots, strict=True):
+            lay_slot(parameter, slot)
+
+
+def deliver_product(parameter: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """The gradient a @ b of `parameter`, for a backward to return: None if it went into a slot."""
+    slot = slot_of(parameter)
+    if slot is None:
+        return a @ b
+    slot.add_product(a, b)
+    return None

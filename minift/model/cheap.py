@@ -1,0 +1,25 @@
+"""Which results of a model are cheap to make again: the model's side of selective recomputation (minift/recompute.py).
+
+Autograd keeps what a projection reads until its backward. Where that is the result of element-wise work on tensors
+that are kept anyway (a norm, silu · up), keeping it costs as much memory as any activation, and making it again costs
+next to nothing. Only the model knows these places, so it names them here; what becomes of them is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class CheapOps(nn.Module):
+    """A module whose forward runs such operations through `cheap`."""
+
+    def cheap(self, operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """operation(*inputs). Selective recomputation puts another function in this one's place.
+
+        `operation` may then run once more in backward, without a graph, on the same inputs: it draws no random numbers,
+        changes nothing, and reads parameters from their Parameter objects. Worth it where backward keeps the inputs
+        anyway, because it keeps them instead of the result.
+        """
+        return operation(*inputs)

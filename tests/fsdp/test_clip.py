@@ -1,0 +1,53 @@
+"""The global norm over shards and clipping by it. Oracle: torch.nn.utils.clip_grad_norm_ on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from minift.dist.collectives import sum_over_ranks
+from minift.dist.process import World
+from minift.fsdp.clip import clip_factor, local_square_sum
+from tests.fsdp.trees import (
+    Case,
+    cases,
+    gathered_gradients,
+    reference_gradients,
+    relative_error,
+    run_microbatches,
+    sharded,
+)
+from tests.ranks import run_ranks
+
+
+def norm_and_gradients(world: World, case: Case) -> tuple[float, dict[str, Tensor]]:
+    model, engine = sharded(case, world)
+    run_microbatches(model, engine, case, world.rank)
+    squares = sum_over_ranks(local_square_sum(engine.trainable_shards(), world.device), engine.shard_world)
+    return float(squares.sqrt()), gathered_gradients(engine)
+
+
+@settings(max_examples=15, deadline=None, phases=(Phase.generate,))
+@given(case=cases(), share=st.sampled_from([1e-3, 0.3, 0.9, 2.0]))
+def test_clipping_against_torch(case: Case, share: float) -> None:
+    """Clip at a share of the norm. Squares are added in fp32 within a shard: 1e-6; the product adds one rounding."""
+    expected = reference_gradients(case)
+    parameters = [nn.Parameter(torch.empty_like(g)) for g in expected.values()]
+    for parameter, gradient in zip(parameters, expected.values(), strict=True):
+        parameter.grad = gradient
+    max_norm = share * float(torch.nn.utils.get_total_norm(expected.values()))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    for ours, gradients in run_ranks(case.world_size, norm_and_gradients, case):
+        assert ours == pytest.approx(norm, rel=1e-6)
+        factor = clip_factor(ours, max_norm)
+        for name, parameter in zip(expected, parameters, strict=True):
+            assert relative_error(gradients[name] * factor, parameter.grad) <= 2e-6, name
+
+
+def test_no_maximum_means_no_clipping() -> None:
+    assert clip_factor(1e9, None) == 1.0
+    assert clip_factor(0.5, 1.0) == 1.0
+    assert clip_factor(2.0, 1.0) == pytest.approx(0.5)

@@ -1,0 +1,581 @@
+"""Gradients and weights of the engine on 1 to 4 gloo processes, under every strategy and both gloo transports.
+
+Oracle: the same module on one process, unsharded, over all microbatches of all ranks; torch.optim.AdamW. In fp32 the
+only difference is the order in which gradients of different microbatches are added; with at most 12 summands of
+similar size the relative error (largest absolute difference over largest value) is a few ulp, 12 · 2⁻²⁴ ≈ 7e-7 <
+1e-6.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from minift.dist.process import World
+from minift.fsdp import ShardPolicy, shard
+from minift.model.linear import Linear
+from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.precision import Precision
+from tests.fsdp.trees import (
+    BF16,
+    FP32,
+    Case,
+    Tree,
+    cases,
+    gathered_gradients,
+    microbatch,
+    reference_gradients,
+    relative_error,
+    run_microbatches,
+    set_path,
+    sharded,
+)
+from tests.ranks import run_ranks
+
+# Shrinking would run hundreds of distributed examples after a failure; the cases are small as they come.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+STRATEGIES = ["zero3", "zero2", "zero1", "ddp"]
+TRANSPORTS = ["shared", "paired"]
+
+
+def gradients_on_rank(world: World, case: Case, precision: Precision = FP32) -> dict[str, Tensor]:
+    model, engine = sharded(case, world, precision)
+    for _ in range(2):  # the second time, gathers run ahead by the recorded order and nothing is left of the first
+        engine.clear_gradients()
+        run_microbatches(model, engine, case, world.rank)
+    if not case.paths:
+        assert engine.parameters_without_grad() == []
+    return gathered_gradients(engine)
+
+
+def check_gradients(case: Case, expected: dict[str, Tensor]) -> None:
+    for gradients in run_ranks(case.world_size, gradients_on_rank, case):
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+@settings(max_examples=120, deadline=None, phases=PHASES)
+@given(case=cases())
+def test_gradients_equal_one_process(case: Case) -> None:
+    check_gradients(case, reference_gradients(case))
+
+
+@settings(max_examples=12, deadline=None, phases=PHASES)
+@given(case=cases(replicas=True))
+def test_gradients_with_replicas_equal_one_process(case: Case) -> None:
+    check_gradients(case, reference_gradients(case))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bf16_on_the_wire(world_size: int, transport: str) -> None:
+    """Oracle: the unsharded module in bf16, one backward per microbatch, gradients added in fp32: equal roundings.
+
+    The embedding is not tied: the engine adds its two gradients up in fp32 where it can, autograd in bf16.
+    """
+    case = Case(world_size, width=8, hidden=24, tied=False, frozen="up", microbatches=2, transport=transport, seed=4)
+    expected: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        for index in range(case.microbatches):
+            model = Tree(case).to(torch.bfloat16)
+            model(microbatch(case, rank, index)).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    expected[name] = expected.get(name, 0.0) + parameter.grad.float()
+    for gradients in run_ranks(world_size, gradients_on_rank, case, BF16):
+        for name, gradient in gradients.items():
+            assert gradient.dtype == torch.float32
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+STEPS = 3
+# eps is large against the root of the second moment, or Adam would turn rounding errors of a vanishing gradient into
+# steps of full size. As it is, an error e of a gradient moves a weight by at most lr / eps · e = 0.05 e in a step.
+ADAMW = OptimConfig(lr=0.05, eps=1.0, weight_decay=0.1, no_decay=(), max_grad_norm=None)
+
+
+def weights_on_rank(world: World, case: Case) -> dict[str, Tensor]:
+    model, engine = sharded(case, world)
+    optimizer = AdamW(engine.trainable_shards(), ADAMW)
+    for _ in range(STEPS):
+        if case.policy.step_in_backward:
+            optimizer.begin_step(1.0)
+            engine.update_in_backward(optimizer.update)
+        run_microbatches(model, engine, case, world.rank)
+        if not case.policy.step_in_backward:
+            optimizer.step(1.0)
+        engine.weights_changed()
+        engine.clear_gradients()
+        with torch.no_grad():
+            model.path = list(range(case.depth))
+            model(microbatch(case, world.rank, 0))  # an evaluation between steps disturbs nothing
+    return {name: tensor.clone() for name, tensor in engine.full_tensors()}
+
+
+def reference_weights(case: Case) -> dict[str, Tensor]:
+    model = Tree(case)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=ADAMW.lr, betas=tuple(ADAMW.betas), eps=ADAMW.eps, weight_decay=ADAMW.weight_decay
+    )
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for rank in range(case.world_size):
+            for index in range(case.microbatches):
+                set_path(model, case, index)
+                model(microbatch(case, rank, index)).backward()
+        for parameter in parameters:  # torch skips those without gradient; here it is zero, and weights decay
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def check_weights(case: Case) -> None:
+    expected = reference_weights(case)
+    for weights in run_ranks(case.world_size, weights_on_rank, case):
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            assert relative_error(weight, expected[name]) <= 1e-6, name
+
+
+@settings(max_examples=40, deadline=None, phases=PHASES)
+@given(case=cases())
+def test_weights_after_steps_equal_one_process(case: Case) -> None:
+    check_weights(case)
+
+
+@settings(max_examples=25, deadline=None, phases=PHASES)
+@given(case=cases(), reshard=st.booleans(), strategy=st.sampled_from(["zero2", "zero3"]))
+def test_updating_in_backward_gives_the_same_weights(case: Case, reshard: bool, strategy: str) -> None:
+    policy = ShardPolicy(strategy=strategy, reshard_after_forward=reshard, step_in_backward=True)
+    paths = tuple(tuple(dict.fromkeys(path)) for path in case.paths[:1])  # a unit may run only once
+    check_weights(case.but(microbatches=1, policy=policy, paths=paths))
+
+
+def bits_on_rank(world: World, case: Case) -> dict[str, Tensor]:
+    model, engine = sharded(case, world, BF16)
+    run_microbatches(model, engine, case, world.rank)
+    return gathered_gradients(engine)
+
+
+def test_transports_and_prefetch_and_resharding_change_no_bit() -> None:
+    """Sums are formed in one order, whatever carries the addends and whenever it is done."""
+    case = Case(3, frozen="up", microbatches=2)
+    variants = [
+        case,
+        case.but(transport="paired"),
+        case.but(policy=ShardPolicy(prefetch_units=0)),
+        case.but(policy=ShardPolicy(reshard_after_forward=False, prefetch_units=3)),
+        case.but(policy=ShardPolicy(strategy="zero2"), transport="paired"),
+        case.but(policy=ShardPolicy(offload=True)),
+    ]
+    expected = run_ranks(3, bits_on_rank, case)[0]
+    for variant in variants:
+        for gradients in run_ranks(3, bits_on_rank, variant):
+            for name, gradient in gradients.items():
+                assert torch.equal(gradient, expected[name]), (name, variant)
+
+
+# ---------------------------------------------------------------------------------------------- unusual ways to run it
+
+
+class Detached(nn.Module):
+    """Backward reaches the last block only; one parameter of it is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Linear(4, 4), Linear(4, 4)])
+        self.blocks[1].spare = nn.Parameter(torch.zeros(3))
+        for block in self.blocks:
+            nn.init.ones_(block.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](x).detach()).sum()
+
+
+def unreached_on_rank(world: World) -> tuple[list[str], float]:
+    model = Detached()
+    engine = shard(model, list(model.blocks), world, ShardPolicy(), FP32)
+    for _ in range(2):
+        model(torch.ones(2, 4)).backward()
+    gradients = gathered_gradients(engine)
+    return engine.parameters_without_grad(), float(gradients["blocks.0.weight"].abs().sum())
+
+
+def test_parameters_that_backward_does_not_reach_are_named_and_have_gradient_zero() -> None:
+    assert run_ranks(2, unreached_on_rank) == [(["blocks.0.weight", "blocks.1.spare"], 0.0)] * 2
+
+
+class Explodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        raise ArithmeticError("in backward")
+
+
+def gradients_after_an_exception(world: World, case: Case) -> dict[str, Tensor]:
+    """An exception inside the second block's backward, the same on every rank; then an ordinary step."""
+    model, engine = sharded(case, world)
+    run_microbatches(model, engine, case, world.rank)
+    engine.clear_gradients()
+    hook = model.blocks[1].norm.register_forward_hook(lambda module, args, output: Explodes.apply(output))
+    with pytest.raises(ArithmeticError):
+        model(microbatch(case, world.rank, 0)).backward()
+    hook.remove()
+    engine.reset()
+    run_microbatches(model, engine, case, world.rank)
+    return gathered_gradients(engine)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("reshard", [True, False])
+def test_the_engine_survives_an_exception_in_backward(reshard: bool, strategy: str, transport: str) -> None:
+    policy = ShardPolicy(strategy=strategy, reshard_after_forward=reshard)
+    case = Case(2, microbatches=2, policy=policy, transport=transport, seed=2)
+    expected = reference_gradients(case)
+    for gradients in run_ranks(2, gradients_after_an_exception, case):
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+def gradients_by_another_path(world: World, case: Case) -> tuple[dict[str, Tensor], list[str]]:
+    """Steps that run the blocks in one order, then some of them in another."""
+    model, engine = sharded(case, world)
+    run_microbatches(model, engine, case, world.rank)
+    run_microbatches(model, engine, case, world.rank)
+    engine.clear_gradients()
+    run_microbatches(model, engine, case.but(paths=((3, 0, 2),)), world.rank)
+    return gathered_gradients(engine), [unit.name for unit in engine.hooks.forward_order.recorded]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("prefetch_units", [0, 1, 2])
+def test_a_model_may_change_its_way(prefetch_units: int, transport: str) -> None:
+    case = Case(2, depth=4, policy=ShardPolicy(prefetch_units=prefetch_units), transport=transport)
+    model = Tree(case)
+    model.path = [3, 0, 2]
+    for rank in range(2):
+        model(microbatch(case, rank, 0)).backward()
+    for gradients, recorded in run_ranks(2, gradients_by_another_path, case):
+        assert recorded == ["", "blocks.3", "blocks.0", "blocks.2"]
+        for name, parameter in model.named_parameters():
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert relative_error(gradients[name], expected) <= 1e-6, name
+
+
+def gradients_of_two_forwards(world: World, case: Case) -> dict[str, Tensor]:
+    """A forward that nobody goes back through, an evaluation in between, and two forwards with one backward."""
+    model, engine = sharded(case, world)
+    model(microbatch(case, world.rank, 5))
+    first = model(microbatch(case, world.rank, 0))
+    with torch.no_grad():
+        model(microbatch(case, world.rank, 7))
+    second = model(microbatch(case, world.rank, 1))
+    (first + second).backward()
+    return gathered_gradients(engine)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_forwards_and_one_backward(strategy: str, transport: str) -> None:
+    case = Case(2, microbatches=2, policy=ShardPolicy(strategy=strategy), transport=transport)
+    expected = reference_gradients(case)
+    for gradients in run_ranks(2, gradients_of_two_forwards, case):
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+def gradients_after_clearing(world: World, case: Case) -> dict[str, Tensor]:
+    """Gradients are cleared between a forward and its backward."""
+    model, engine = sharded(case, world)
+    loss = model(microbatch(case, world.rank, 0))
+    engine.clear_gradients()
+    loss.backward()
+    return gathered_gradients(engine)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_clearing_gradients_after_a_forward_loses_none(strategy: str) -> None:
+    case = Case(2, policy=ShardPolicy(strategy=strategy))
+    expected = reference_gradients(case)
+    for gradients in run_ranks(2, gradients_after_clearing, case):
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+def misuse_on_rank(world: World, case: Case) -> tuple[str, str]:
+    """Two backwards that both claim to be the last of the step; a forward after a failed backward."""
+    model, engine = sharded(case, world)
+    if case.policy.step_in_backward:
+        engine.update_in_backward(lambda shard: None)
+    model(microbatch(case, world.rank, 0)).backward()
+    with pytest.raises(RuntimeError) as late:
+        model(microbatch(case, world.rank, 1)).backward()
+    with pytest.raises(RuntimeError) as unreset:
+        model(microbatch(case, world.rank, 1))
+    engine.reset()
+    model(microbatch(case, world.rank, 1)).backward()
+    return str(late.value), str(unreset.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "policy"),
+    [
+        (2, ShardPolicy(strategy="zero1")),
+        (2, ShardPolicy(strategy="ddp")),
+        (4, ShardPolicy(replicas=2)),
+        (2, ShardPolicy(step_in_backward=True)),
+    ],
+)
+def test_a_backward_after_the_last_is_refused(world_size: int, policy: ShardPolicy) -> None:
+    for late, unreset in run_ranks(world_size, misuse_on_rank, Case(world_size, policy=policy)):
+        assert "expect_microbatch(is_last=False)" in late
+        assert "engine.reset()" in unreset
+
+
+def loss_after_a_change_of_path(world: World, case: Case) -> float:
+    """An update while a unit is gathered ahead that then does not run."""
+    model, engine = sharded(case, world)
+    optimizer = AdamW(engine.trainable_shards(), ADAMW)
+    for path in ((0, 1, 2, 3), (0, 2, 3)):
+        run_microbatches(model, engine, case.but(paths=(path,)), world.rank)
+        optimizer.step(1.0)
+        engine.weights_changed()
+        engine.clear_gradients()
+    with torch.no_grad():
+        set_path(model, case, 0)
+        return float(model(microbatch(case, 0, 0)))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_no_strategy_reads_weights_of_before_the_update(transport: str) -> None:
+    losses = []
+    for strategy in STRATEGIES:
+        case = Case(2, depth=4, transport=transport, policy=ShardPolicy(strategy=strategy))
+        losses += run_ranks(2, loss_after_a_change_of_path, case)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+
+
+class LocalLosses(nn.Module):
+    """Three units whose inputs need no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(block(x).sum() for block in self.blocks)
+
+
+def local_losses_on_rank(world: World) -> str:
+    model = LocalLosses()
+    shard(model, list(model.blocks), world, ShardPolicy(), FP32)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.ones(2, 4)).backward()
+    return str(caught.value)
+
+
+def test_units_whose_end_nobody_notices_are_named() -> None:
+    for message in run_ranks(2, local_losses_on_rank):
+        assert "has nowhere to put its gradients" in message
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+class PairBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Linear(4, 4)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        return self.linear(pair.left), pair.right
+
+
+class TakesPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([PairBlock(), PairBlock()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = Pair(x, x * 2)
+        for block in self.blocks:
+            pair = Pair(*block(pair))
+        return (pair.left * pair.right).sum()
+
+
+def pairs_on_rank(world: World) -> Tensor:
+    model = TakesPairs()
+    engine = shard(model, list(model.blocks), world, ShardPolicy(), FP32)
+    model(torch.ones(2, 4, requires_grad=True)).backward()
+    return gathered_gradients(engine)["blocks.0.linear.weight"]
+
+
+def test_named_tuples_are_inputs_like_any() -> None:
+    """loss = sum of x · 2x, so each of the 16 weights has gradient 2 rows · 1 · 2, on each of 2 ranks."""
+    for gradient in run_ranks(2, pairs_on_rank):
+        assert torch.equal(gradient, torch.full((4, 4), 8.0))
+
+
+# ------------------------------------------------------------------------------------------------- gathered parameters
+
+
+def gradients_with_poisoned_ring(world: World, case: Case) -> dict[str, Tensor]:
+    """Overwrite the gather buffers between forward and backward, as other units would, and lend them in another order:
+    last in, first out, each block would get the very buffer back that it had in forward."""
+    model, engine = sharded(case, world)
+    loss = model(microbatch(case, world.rank, 0))
+    (ring,) = {id(unit.gather_ring): unit.gather_ring for unit in engine.units[1:]}.values()
+    for buffer in ring.buffers:
+        buffer.memory.fill_(0xFF)  # NaN in fp32
+    ring._free.reverse()
+    loss.backward()
+    return gathered_gradients(engine)
+
+
+def test_nothing_saved_for_backward_lives_in_the_ring() -> None:
+    case = Case(2, tied=False, transport="paired", seed=1, depth=4)
+    expected = reference_gradients(case)
+    for gradients in run_ranks(2, gradients_with_poisoned_ring, case):
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) <= 1e-6, name
+
+
+class TorchLinearTree(nn.Module):
+    """A block that falls into the trap: `nn.Linear` saves a transposed view of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+def run_torch_linear(world: World) -> str:
+    model = TorchLinearTree()
+    shard(model, list(model.blocks), world, ShardPolicy(), FP32)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.ones(3, 8, requires_grad=True))
+    return str(caught.value)
+
+
+def test_saving_a_view_of_a_gathered_parameter_is_refused() -> None:
+    for message in run_ranks(2, run_torch_linear):
+        assert "saved a view of a gathered parameter" in message and "(8, 8)" in message
+
+
+def placeholders_on_rank(world: World, case: Case) -> None:
+    model, engine = sharded(case, world)
+    shapes = {name: p.shape for name, p in Tree(case).named_parameters()}
+    model(microbatch(case, world.rank, 0)).backward()
+    with torch.no_grad():
+        model(microbatch(case, world.rank, 1))
+    gathered = {name for bucket in engine.buckets if not bucket.resident for name in bucket.params}
+    assert gathered == {name for name in shapes if case.transport == "paired" or "up" not in name}
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == shapes[name]
+        if name in gathered:
+            assert parameter.isnan().all()
+            assert parameter.untyped_storage().nbytes() == parameter.itemsize
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_between_steps_parameters_are_nan_and_hold_no_memory(transport: str) -> None:
+    """All but those that are frozen in memory that all ranks share, which stay readable."""
+    run_ranks(2, placeholders_on_rank, Case(2, frozen="up", transport=transport))
+
+
+def grad_memory_on_rank(world: World, case: Case) -> set[str]:
+    """Which weights' gradients were computed inside of the buffer that is reduced, and by the GEMM itself."""
+    model, engine = sharded(case, world)
+    written: set[str] = set()
+    original = torch.mm
+
+    def watching(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        result = original(a, b) if out is None else original(a, b, out=out)
+        for unit in engine.units:
+            for bucket in unit.trainable:
+                for span, slot in zip(bucket.layout.spans, bucket._slots, strict=False):
+                    if out is not None and slot.tensor.data_ptr() == out.data_ptr():
+                        written.add(span.name)
+        return result
+
+    torch.mm = watching
+    try:
+        model(microbatch(case, world.rank, 0)).backward()
+    finally:
+        torch.mm = original
+    return written
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "ddp"])
+def test_weight_gradients_are_computed_in_the_reduce_buffer(strategy: str) -> None:
+    case = Case(2, tied=False, policy=ShardPolicy(strategy=strategy))
+    expected = {"head.weight"} | {f"blocks.{i}.{name}.weight" for i in range(3) for name in ("up", "down")}
+    assert run_ranks(2, grad_memory_on_rank, case) == [expected] * 2
+
+
+def padding_on_rank(world: World, case: Case) -> float:
+    """Largest gradient outside of every parameter. Reduce buffers are shared: each unit finds another's values."""
+    model, engine = sharded(case, world)
+    run_microbatches(model, engine, case, world.rank)
+    largest = 0.0
+    for flat_shard in engine.trainable_shards():
+        outside = torch.ones_like(flat_shard.grad, dtype=torch.bool)
+        for r in flat_shard.ranges:
+            outside[r.start : r.stop] = False
+        largest = max([largest, *flat_shard.grad[outside].abs().tolist()])
+    return largest
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_padding_has_no_gradient(world_size: int, strategy: str) -> None:
+    case = Case(world_size, tied=False, microbatches=2, policy=ShardPolicy(strategy=strategy), depth=5)
+    assert run_ranks(world_size, padding_on_rank, case) == [0.0] * world_size
+
+
+def load_on_rank(world: World, case: Case) -> tuple[int, dict[str, Tensor]]:
+    """Meta construction; each rank asks for its own ranges only."""
+    values = {name: p.detach().reshape(-1) for name, p in Tree(case).named_parameters()}
+    with torch.device("meta"):
+        model = Tree(case, filled=False)
+    engine = shard(model, list(model.blocks), world, case.policy, FP32)
+    asked = 0
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        nonlocal asked
+        asked += stop - start
+        return values[name][start:stop]
+
+    engine.load(read)
+    return asked, {name: tensor.clone() for name, tensor in engine.full_tensors()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_meta_construction_reads_every_element_once(world_size: int) -> None:
+    case = Case(world_size, frozen="up", seed=5)
+    expected = {name: p.detach() for name, p in Tree(case).named_parameters()}
+    results = run_ranks(world_size, load_on_rank, case)
+    assert sum(asked for asked, _ in results) == sum(p.numel() for p in expected.values())
+    for _, tensors in results:
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[name]), name

@@ -1,0 +1,131 @@
+"""Bytes that the engine holds. Oracle: the closed form of `fsdp.sharded`, written again from the policy; and every
+tensor storage alive in the process, counted.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from minift.dist.process import World
+from minift.fsdp import ShardPolicy
+from minift.trace import Recorder
+from tests.fsdp.trees import BF16, FP32, Case, microbatch, run_microbatches, sharded
+from tests.ranks import run_ranks
+
+WIDTH, HIDDEN, DEPTH, VOCAB = 8, 64, 5, 32
+
+
+def storages() -> dict[int, int]:
+    """{address: bytes} of every tensor storage alive."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type == "cpu"]
+    return {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().nbytes()
+    }
+
+
+def held_on_rank(world: World, case: Case) -> tuple[dict[str, int], int]:
+    before = storages()
+    model, engine = sharded(case, world, BF16)
+    run_microbatches(model, engine, case, world.rank)
+    placeholders = sum(p.itemsize for bucket in engine.buckets for p in bucket.params.values())
+    after = storages()
+    grown = sum(size for address, size in after.items() if address not in before) - placeholders
+    return engine.held_bytes(), grown
+
+
+def closed_form(case: Case, shard_size: int) -> dict[str, int]:
+    """In bytes: bf16 wire, fp32 masters; `up` is frozen (weight and bias: both multiples of 32 elements: no gaps)."""
+    align = 32 * shard_size  # elements: 64 bytes of bf16 per rank
+
+    def padded(numel: int) -> int:
+        return -(-numel // align) * align
+
+    up = padded(HIDDEN * WIDTH + HIDDEN)
+    rest = padded(32 + WIDTH * HIDDEN)  # norm weight of 8 in 32 elements, down
+    root = padded(32 * WIDTH + 32)  # embedding = head, norm
+    alone, zero3 = shard_size == 1, case.policy.strategy == "zero3"
+    resident = alone or case.transport == "shared"  # the frozen bucket
+    trainable = DEPTH * rest + root
+    slots = DEPTH if not (zero3 and case.policy.reshard_after_forward) else 1 + case.policy.prefetch_units
+    shards = 4 * trainable // shard_size + (0 if resident else DEPTH * 2 * up // shard_size)
+    gathered = slots * (2 * rest + (0 if resident else 2 * up)) + 2 * root + (DEPTH * 2 * up if resident else 0)
+    if case.policy.step_in_backward:
+        gradients = 2 * 4 * rest // shard_size + 4 * root // shard_size + 2 * 2 * rest + 2 * root
+    elif alone or case.policy.strategy in ("ddp", "zero1"):
+        gradients = 4 * trainable
+    else:
+        gradients = 4 * trainable // shard_size + 2 * 2 * rest + 2 * root
+    return {"shards": shards, "gathered": gathered, "gradients": gradients}
+
+
+@pytest.mark.parametrize("transport", ["shared", "paired"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ShardPolicy(),
+        ShardPolicy(prefetch_units=0),
+        ShardPolicy(prefetch_units=2),
+        ShardPolicy(reshard_after_forward=False),
+        ShardPolicy(step_in_backward=True),
+        ShardPolicy(strategy="zero2"),
+        ShardPolicy(strategy="zero1"),
+        ShardPolicy(strategy="ddp"),
+    ],
+    ids=lambda p: f"{p.strategy}-{p.prefetch_units}-{p.reshard_after_forward}-{p.step_in_backward}",
+)
+def test_memory_is_the_closed_form(policy: ShardPolicy, world_size: int, transport: str) -> None:
+    case = Case(world_size, WIDTH, HIDDEN, DEPTH, VOCAB, tied=True, frozen="up", transport=transport, policy=policy)
+    shard_size = policy.shard_size(world_size)
+    expected = closed_form(case, shard_size)
+    for held, grown in run_ranks(world_size, held_on_rank, case):
+        assert held == expected
+        if transport == "paired" or shard_size == 1:
+            # Paired sends stage what the others send beside each reduce buffer (zero1: beside each bucket's).
+            reduce_bytes = expected["gradients"]
+            if policy.strategy != "zero1":
+                shares = DEPTH if not policy.step_in_backward else 2
+                rest, root = _grad_shares(case, shard_size)
+                reduce_bytes -= shares * rest + root
+            staging = 0 if shard_size == 1 else reduce_bytes * (shard_size - 1) // shard_size
+            assert grown == sum(expected.values()) + staging
+
+
+def _grad_shares(case: Case, shard_size: int) -> tuple[int, int]:
+    """Bytes of the gradient shard of a block, and of the root."""
+    align = 32 * shard_size
+    rest = -(-(32 + WIDTH * HIDDEN) // align) * align
+    root = -(-(32 * WIDTH + 32) // align) * align
+    return 4 * rest // shard_size, 4 * root // shard_size
+
+
+def levels_on_rank(world: World, case: Case) -> tuple[dict[str, int], dict[str, int]]:
+    """The most of each kind that was lent at a time, in a step; and what there is to lend."""
+    recorder = Recorder(world.rank, world.device)
+    model, engine = sharded(case, world, FP32, recorder)
+    run_microbatches(model, engine, case, world.rank)
+    recorder.start()
+    run_microbatches(model, engine, case, world.rank)
+    with torch.no_grad():
+        model(microbatch(case, world.rank, 0))
+    trace = recorder.stop()
+    most = {
+        kind: max(level.num_bytes for level in trace.levels if level.kind == kind) for kind in ("gathered", "gradients")
+    }
+    last = {level.kind: level.num_bytes for level in trace.levels}
+    assert last == {"gathered": 0, "gradients": 0}  # everything was given back
+    rings = {id(r): r for unit in engine.units for r in (unit.gather_ring, unit.reduce_ring)}.values()
+    there_is = {kind: sum(len(r.buffers) * r.num_bytes for r in rings if r.kind == kind) for kind in most}
+    return most, there_is
+
+
+@pytest.mark.parametrize("prefetch_units", [0, 1, 2])
+def test_all_of_the_buffers_are_used_and_no_more(prefetch_units: int) -> None:
+    case = Case(2, WIDTH, HIDDEN, DEPTH, VOCAB, policy=ShardPolicy(prefetch_units=prefetch_units))
+    for most, there_is in run_ranks(2, levels_on_rank, case):
+        assert most == there_is
