@@ -185,11 +185,14 @@ def sum_chunks_(out: Tensor, own: Tensor, others: list[Tensor], accumulate: bool
     `out` may be `own`: then it is summed up in place.
     """
     in_place = out.data_ptr() == own.data_ptr()
+    adds_at_once = not in_place and not accumulate and len(others) > 0 and own.dtype == out.dtype
     block = _SUM_BLOCK_ELEMENTS if own.device.type == "cpu" else max(1, out.numel())
     for start in range(0, out.numel(), block):
         here = slice(start, start + block)
-        if not in_place:
+        if adds_at_once:
+            torch.add(own[here], others[0][here], out=out[here])
+        elif not in_place:
             # With offloading, `out` is in host memory.
             out[here].add_(own[here].to(out.device)) if accumulate else out[here].copy_(own[here])
-        for other in others:
+        for other in others[1:] if adds_at_once else others:
             out[here].add_(other[here])

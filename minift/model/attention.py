@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from minift.model.blocked_attention import BlockedAttention
 from minift.model.cache import Append
@@ -83,6 +82,9 @@ def packed_attention(
     """
     if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
         lookback = -1 if window is None else window - 1
+        # Here and not above: it imports torch's compiler, two seconds and 100 MiB that a CPU process has no use for.
+        from torch.nn.attention.varlen import varlen_attn
+
         return varlen_attn(
             q_THE, k_TKE, v_TKE, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             window_size=(lookback, 0), **GROUPED_QUERIES,

@@ -102,10 +102,11 @@ def save_model(
     """Write a folder that `load_model` and transformers load; holds one tensor at a time, and a few MiB.
 
     `specs` announces every tensor as (dtype, shape); `tensors` then brings exactly those, in any order, from any
-    device, and in any dtype: it is cast to the announced one on the way. Each is let go before the next is asked for, so
-    an iterator may hand out views of what it gathered. Shards are filled greedily in the order of `specs`, as
-    transformers does. The head of a tied model is not written. Tokenizer files and generation_config.json are copied from `source_folder`. Weight files get their names
-    when all bytes are written. ValueError if the folder has weights already, or if tensors and specs disagree.
+    device, and in any dtype: it is cast to the announced one on the way. Each is let go before the next is asked for,
+    so an iterator may hand out views of what it gathered. Shards are filled greedily in the order of `specs`, as
+    transformers does. The head of a tied model is not written. Tokenizer files and generation_config.json are copied
+    from `source_folder`. Weight files get their names when all bytes are written. ValueError if the folder has weights
+    already, or if tensors and specs disagree.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -171,8 +171,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file with tensors of `specs`, (dtype, shape), one after the other in this order, and where in
-    the file each begins. The data begin at a multiple of 8."""
+    """The first bytes of a file with tensors of `specs`, (dtype, shape), one after the other in this order, and where
+    in the file each begins. The data begin at a multiple of 8."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     begins, position = {}, 0
     for name, (dtype, shape) in specs.items():
