@@ -42,6 +42,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import pss_bytes, spawn
+from smollm2 import VOCAB_SIZE, loss_of, make_model
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,19 +53,10 @@ from minift.checkpoint.manifest import Standing
 from minift.checkpoint.saver import Saver
 from minift.checkpoint.sharded import load_checkpoint
 from minift.dist.process import World
-from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.shard import FlatShard, ParamRange
-
-SMOLLM2_135M = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
-    "rope_theta": 100000.0, "tie_word_embeddings": True, "initializer_range": 0.02,
-}  # fmt: skip
-
 
 # -------------------------------------------------------------------------------------------------------- the variants
 
@@ -169,8 +162,8 @@ class Rank:
         store = dist.FileStore(str(job.folder / "store"), job.args.ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=job.args.ranks)
         self.world = World(rank, job.args.ranks, rank, torch.device("cpu"), "gloo", dist.group.WORLD)
-        self.model = CausalLM(ModelConfig.from_hf(SMOLLM2_135M | {"num_hidden_layers": job.args.layers}))
-        self.model.to(torch.bfloat16).init_weights(seed=0)
+        self.model = make_model(job.args.layers)
+        self.model.to(torch.bfloat16)
         self.variants = {name: MAKERS[name](self.model, self.world, self.folder, name) for name in job.variants}
         self.waited_s = 0.0
         for variant in self.variants.values():
@@ -188,17 +181,9 @@ class Rank:
 
     def steps(self, variant: Minift | Dcp) -> None:
         """Forward and backward of one document, and the update, several times."""
-        length = self.args.tokens
-        inputs_T, targets_T = torch.randint(SMOLLM2_135M["vocab_size"], (2, length))
+        tokens_T = torch.randint(VOCAB_SIZE, (self.args.tokens + 1,))
         for _ in range(self.args.steps):
-            loss = self.model(
-                inputs_T,
-                torch.arange(length),
-                torch.tensor([0, length], dtype=torch.int32),
-                length,
-                head=lambda hidden_TD, lm_head: linear_cross_entropy(hidden_TD, lm_head, targets_T),
-            )
-            loss.backward()
+            loss_of(self.model, tokens_T).backward()
             self.model.zero_grad(set_to_none=True)
             variant.optimizer.step(1.0)
 
@@ -289,28 +274,10 @@ def hold_rank(rank: int, job: Job, results: multiprocessing.Queue) -> None:
 
 
 
-def spawn(target: Callable, job: Job, environment: dict[str, str]) -> tuple[list, multiprocessing.Queue]:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    os.environ.update(environment)
-    processes = [context.Process(target=target, args=(rank, job, results)) for rank in range(job.args.ranks)]
-    for process in processes:
-        process.start()
-    for name in environment:
-        del os.environ[name]
-    return processes, results
-
-
-def pss_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no Pss line")
-
-
 def measure_time(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        processes, results = spawn(time_rank, Job(args, Path(folder), tuple(MAKERS)), {"OMP_NUM_THREADS": "1"})
+        job = Job(args, Path(folder), tuple(MAKERS))
+        processes, results = spawn(time_rank, args.ranks, job, {"OMP_NUM_THREADS": "1"})
         per_rank = sorted((results.get(timeout=1800) for _ in processes), key=lambda result: result[0])
         for process in processes:
             process.join()
@@ -321,7 +288,7 @@ def measure_memory(args: argparse.Namespace, variant: str) -> int:
     """Extra bytes of an asynchronous save, summed over the ranks."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-        processes, results = spawn(hold_rank, Job(args, Path(folder), (variant,)), environment)
+        processes, results = spawn(hold_rank, args.ranks, Job(args, Path(folder), (variant,)), environment)
         peaks, seen, phase = defaultdict(int), Counter(), "start"
         while seen["done"] == 0:
             peaks[phase] = max(peaks[phase], sum(pss_bytes(process.pid) for process in processes))

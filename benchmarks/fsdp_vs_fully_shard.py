@@ -28,27 +28,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from processes import pss_bytes, spawn
+from smollm2 import VOCAB_SIZE, loss_of, make_model
+from torch import Tensor
 
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy, shard
-from minift.model.config import ModelConfig
-from minift.model.decoder import CausalLM
-from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.shard import FlatShard, ParamRange
 from minift.precision import Precision
 
-SMOLLM2_135M = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
-    "rope_theta": 100000.0, "tie_word_embeddings": True, "initializer_range": 0.02,
-}  # fmt: skip
 OPTIM = OptimConfig(lr=1e-4, weight_decay=0.0, max_grad_norm=None)
 VARIANTS = ("minift", "fully_shard", "compute")
 Step = Callable[[Tensor], float]  # token ids -> this rank's mean loss
@@ -57,27 +50,8 @@ Step = Callable[[Tensor], float]  # token ids -> this rank's mean loss
 # -------------------------------------------------------------------------------------------------------- the variants
 
 
-def make_model(args: argparse.Namespace) -> CausalLM:
-    model = CausalLM(ModelConfig.from_hf(SMOLLM2_135M | {"num_hidden_layers": args.layers}))
-    model.init_weights(seed=0)
-    return model
-
-
-def loss_of(model: nn.Module, tokens_T: Tensor) -> Tensor:
-    """Sum of the losses of every token but the first."""
-    inputs_T, targets_T = tokens_T[:-1], tokens_T[1:]
-    length = len(inputs_T)
-    return model(
-        inputs_T,
-        torch.arange(length),
-        torch.tensor([0, length], dtype=torch.int32),
-        length,
-        head=lambda hidden_TD, lm_head: linear_cross_entropy(hidden_TD, lm_head, targets_T),
-    )
-
-
 def minift_step(args: argparse.Namespace, world: World) -> Step:
-    model = make_model(args)
+    model = make_model(args.layers)
     policy = ShardPolicy(**json.loads(args.policy))
     engine = shard(model, model.shard_units(), world, policy, Precision(wire=args.wire, reduce="float32"))
     optimizer = AdamW(engine.trainable_shards(), OPTIM)
@@ -97,7 +71,7 @@ def fully_shard_step(args: argparse.Namespace, world: World) -> Step:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    model = make_model(args)
+    model = make_model(args.layers)
     mesh = init_device_mesh("cpu", (world.size,))
     # No casting of inputs: the model makes its own, in the right dtypes.
     policy = MixedPrecisionPolicy(getattr(torch, args.wire), torch.float32, cast_forward_inputs=False)
@@ -119,7 +93,7 @@ def fully_shard_step(args: argparse.Namespace, world: World) -> Step:
 
 
 def compute_step(args: argparse.Namespace, world: World) -> Step:
-    model = make_model(args).to(getattr(torch, args.wire))
+    model = make_model(args.layers).to(getattr(torch, args.wire))
     local_numel = sum(p.numel() for p in model.parameters()) // world.size
     master, grad = torch.zeros(local_numel), torch.zeros(local_numel)
     everything = [ParamRange("all", 0, local_numel, 0, (local_numel,))]
@@ -159,7 +133,7 @@ def start(rank: int, job: Job) -> tuple[World, dict[str, Step]]:
 
 def tokens_for(world: World, step: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + world.rank)
-    return torch.randint(SMOLLM2_135M["vocab_size"], (length + 1,), generator=generator)
+    return torch.randint(VOCAB_SIZE, (length + 1,), generator=generator)
 
 
 def time_rank(rank: int, job: Job, results: multiprocessing.Queue) -> None:
@@ -198,28 +172,11 @@ def hold_rank(rank: int, job: Job, results: multiprocessing.Queue) -> None:
 # ---------------------------------------------------------------------------------------------------------- the parent
 
 
-def spawn(target: Callable, job: Job, environment: dict[str, str]) -> tuple[list, multiprocessing.Queue]:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    os.environ.update(environment)
-    processes = [context.Process(target=target, args=(rank, job, results)) for rank in range(job.args.ranks)]
-    for process in processes:
-        process.start()
-    for name in environment:
-        del os.environ[name]
-    return processes, results
-
-
-def pss_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no Pss line")
-
-
 def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
-        processes, results = spawn(time_rank, Job(args, f"{folder}/store", VARIANTS), {"OMP_NUM_THREADS": "1"})
+        processes, results = spawn(
+            time_rank, args.ranks, Job(args, f"{folder}/store", VARIANTS), {"OMP_NUM_THREADS": "1"}
+        )
         per_rank = sorted((results.get(timeout=1800) for _ in processes), key=lambda result: result[0])
         for process in processes:
             process.join()
@@ -236,7 +193,7 @@ def measure_memory(args: argparse.Namespace, variant: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         # Blocks above 64 KiB are mapped one by one, so that freeing gives them back.
         environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        processes, results = spawn(hold_rank, Job(args, f"{folder}/store", (variant,)), environment)
+        processes, results = spawn(hold_rank, args.ranks, Job(args, f"{folder}/store", (variant,)), environment)
         peak, held, between, done = 0, 0, 0, 0
         while done < len(processes):
             total = sum(pss_bytes(process.pid) for process in processes)

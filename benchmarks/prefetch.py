@@ -32,14 +32,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from smollm2 import loss_of, make_model
 from torch import Tensor
 
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy, shard
 from minift.fsdp.transport import Buffer, PairedSends, Pending
-from minift.model.config import ModelConfig
-from minift.model.decoder import CausalLM
-from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.precision import Precision
@@ -83,13 +81,7 @@ class Variant:
     """One engine and what it takes to step it."""
 
     def __init__(self, args: argparse.Namespace, world: World, prefetch_units: int) -> None:
-        model = CausalLM(ModelConfig.from_hf({
-            "model_type": "llama", "vocab_size": args.vocab, "hidden_size": 576, "intermediate_size": 1536,
-            "num_hidden_layers": args.layers, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True,
-            "initializer_range": 0.02,
-        }))  # fmt: skip
-        model.init_weights(seed=0)
+        model = make_model(args.layers, args.vocab)
         self.model = model
         self.recorder = Recorder(world.rank, world.device)
         self.engine = shard(
@@ -105,15 +97,8 @@ class Variant:
 
     def step(self, tokens_T: Tensor) -> float:
         """This rank's mean loss, before the update."""
-        inputs_T, targets_T = tokens_T[:-1], tokens_T[1:]
-        length = len(inputs_T)
-        loss = self.model(
-            inputs_T,
-            torch.arange(length),
-            torch.tensor([0, length], dtype=torch.int32),
-            length,
-            head=lambda hidden_TD, lm_head: linear_cross_entropy(hidden_TD, lm_head, targets_T),
-        )
+        length = len(tokens_T) - 1
+        loss = loss_of(self.model, tokens_T)
         (loss / (self.engine.world.size * length)).backward()
         with self.recorder.during("compute", "optimizer", ""):
             self.optimizer.step(1.0)

@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if claimed:
                 slot = slot_of(parameter)
                 assert slot is not None, "the backward of a forward whose gradient buffer was given away"
-                _scale_(slot.tensor, d_loss_sum)
+                _scale_into(slot.tensor, slot.tensor, d_loss_sum)
                 slot.finish()
             scaled.append(None if claimed else _scaled(d, d_loss_sum, parameter.dtype))
         return None, d_hidden_ND, None, None, None, None, *scaled
@@ -225,12 +225,16 @@ def _lies_in_slot(parameter: Tensor, gradient: Tensor) -> bool:
     return slot is not None and slot.tensor.data_ptr() == gradient.data_ptr()
 
 
-def _scale_(gradient_VD: Tensor, factor: Tensor) -> None:
-    """`_scaled` in place, a few rows at a time: no second tensor of this size."""
-    for rows_RD in gradient_VD.split(max(1, _SOFTMAX_BYTES[gradient_VD.device.type] // (4 * gradient_VD[0].numel()))):
-        rows_RD.copy_(_scaled(rows_RD, factor, rows_RD.dtype))
-
-
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product is formed in fp32: a bf16 factor, 1 / (tokens of the step), would be off by up to 2^-9 for all."""
-    return (gradient.to(factor.dtype) * factor).to(dtype)
+    """gradient · factor in `dtype`, see `_scale_into`."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    _scale_into(out, gradient, factor)
+    return out
+
+
+def _scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
+    """out = gradient · factor; `out` may be `gradient`. The product is formed in fp32, since a bf16 factor, 1 / (tokens
+    of the step), would be off by up to 2^-9 for all; and by few rows, since a head's gradient in fp32 is large."""
+    num_rows = max(1, _SOFTMAX_BYTES[gradient.device.type] // (4 * max(1, gradient[:1].numel())))
+    for out_rows, rows in zip(out.split(num_rows), gradient.split(num_rows), strict=True):
+        out_rows.copy_(rows.to(factor.dtype) * factor)
