@@ -548,7 +548,7 @@ def padding_on_rank(world: World, case: Case) -> float:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_padding_has_no_gradient(world_size: int, strategy: str) -> None:
-    case = Case(world_size, tied=False, microbatches=2, policy=ShardPolicy(strategy=strategy), depth=5)
+    case = Case(world_size, tied=False, microbatches=2, policy=ShardPolicy(strategy=strategy), depth=5, uneven=True)
     assert run_ranks(world_size, padding_on_rank, case) == [0.0] * world_size
 
 

@@ -31,6 +31,7 @@ class Case:
     width: int = 7
     hidden: int = 19
     depth: int = 3
+    uneven: bool = False  # every block is larger than the one before
     vocab: int = 11
     tied: bool = True
     frozen: str = ""  # parameter-name substring that is frozen; "" freezes nothing
@@ -59,7 +60,8 @@ class Tree(nn.Module):
     def __init__(self, case: Case, filled: bool = True) -> None:
         super().__init__()
         self.embed = Embedding(case.vocab, case.width)
-        self.blocks = nn.ModuleList(Block(case.width, case.hidden) for _ in range(case.depth))
+        sizes = [case.hidden + (5 * index if case.uneven else 0) for index in range(case.depth)]
+        self.blocks = nn.ModuleList(Block(case.width, size) for size in sizes)
         self.norm = RMSNorm(case.width, 1e-6)
         self.head = Linear(case.width, case.vocab)
         self.path = list(range(case.depth))  # the order in which blocks run
@@ -173,6 +175,7 @@ def cases(draw, max_world_size: int = 4, replicas: bool = False) -> Case:
         width=draw(st.integers(4, 9)),
         hidden=draw(st.integers(3, 21)),
         depth=depth,
+        uneven=draw(st.booleans()),
         vocab=draw(st.integers(2, 13)),
         tied=draw(st.booleans()),
         frozen=draw(st.sampled_from(["", "", "blocks", "up", "down.weight", "norm", "blocks.0", "blocks.1", "bias"])),
