@@ -154,6 +154,8 @@ class Hooks:
                 unit.state is UnitState.FULL and unit.keep is not Keep.UNTIL_UPDATE
             ):
                 self._post_backward(unit)
+            elif unit.state is UnitState.GATHERING and unit.keep is not Keep.UNTIL_UPDATE:
+                unit.abort_gather()  # gathered ahead, and then it did not run
         if self._reducing:
             self._finish_reductions(until=self._reducing[-1])
         if self.is_last_microbatch:
