@@ -31,7 +31,6 @@ class Case:
     width: int = 7
     hidden: int = 19
     depth: int = 3
-    uneven: bool = False  # every block is larger than the one before
     vocab: int = 11
     tied: bool = True
     frozen: str = ""  # parameter-name substring that is frozen; "" freezes nothing
@@ -40,6 +39,7 @@ class Case:
     transport: str = "shared"  # or "paired"
     policy: ShardPolicy = field(default_factory=ShardPolicy)
     seed: int = 0
+    uneven: bool = False  # every block is larger than the one before
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
