@@ -2,7 +2,8 @@
 
 Oracle for float16: the formula in fp64. Matrix products of fp16 are summed up in fp32 on every device, so with
 u32 = 2^-24 a sum of K terms is off by (K + 2) u32 of the sum of absolute terms, and then rounded once: by half a unit
-of fp16, 2^-11 of the value, or 2^-25 among the subnormals. (tests/ops has the compiled ops in all three dtypes.)
+of fp16, 2^-11 of the value, or 2^-25 among the subnormals. (The compiled ops in all three dtypes are in tests/ops,
+attention is in tests/model/test_blocked_attention.py.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minift.model.blocked_attention import BlockedAttention
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.embedding import Embedding
@@ -115,32 +115,6 @@ def test_embedding_sums_the_gradients_of_a_frequent_token_in_fp32():
     torch.nn.init.ones_(embedding.weight)
     embedding(torch.ones(2**15, dtype=torch.int64)).backward(torch.full((2**15, 2), 1.5).half())
     assert torch.equal(embedding.weight.grad, torch.tensor([[0.0] * 2, [49152.0] * 2, [0.0] * 2]).half())
-
-
-@pytest.mark.parametrize("window", [None, 60])
-def test_attention_is_rounded_only_at_the_end(window):
-    """Inside is fp32: the exact result rounded, plus fp32 noise (sums of at most 600 terms, below 1e-5 altogether)."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(200, heads, 16).half().requires_grad_() for heads in (6, 2, 2))
-    dout = torch.randn(200, 6, 16).half()
-    out = BlockedAttention.apply(q, k, v, [0, 200], [0, 200], window)
-    gradients = torch.autograd.grad(out, (q, k, v), dout)
-
-    exact_inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    exact = attention_by_formula(*exact_inputs, window)
-    exact_gradients = torch.autograd.grad(exact, exact_inputs, dout.double())
-    for ours, theirs in zip((out, *gradients), (exact, *exact_gradients), strict=True):
-        assert ours.dtype == torch.float16
-        torch.testing.assert_close(ours.double(), theirs, rtol=1.01 * U16, atol=1e-5)
-
-
-def attention_by_formula(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int | None) -> Tensor:
-    """Causal attention of one document by PyTorch, in fp64 with a full mask."""
-    age = torch.arange(len(q_THE)).unsqueeze(1) - torch.arange(len(q_THE))
-    visible = (age >= 0) & (age < (window or len(q_THE)))
-    group = q_THE.shape[1] // k_TKE.shape[1]
-    q, k, v = (x.transpose(0, 1) for x in (q_THE, k_TKE.repeat_interleave(group, 1), v_TKE.repeat_interleave(group, 1)))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(0, 1)
 
 
 @given(st.integers(1, 24), st.integers(1, 30), st.integers(0, 999))

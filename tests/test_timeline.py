@@ -27,7 +27,7 @@ from minift.timeline import COLOURS, chrome_trace, draw, draw_stacked, summary
 from minift.trace import Level, Span, Trace
 from minift.train import Run, TrainConfig
 from tests.ranks import run_ranks
-from tests.tiny import write_conversations, write_model
+from tests.tiny import write_inputs
 
 KINDS = {
     "compute": ["forward", "backward", "recompute", "optimizer", "wait"],
@@ -186,8 +186,7 @@ def config_for(inputs: Path, run_dir: Path, timeline_step: int) -> RunConfig:
 
 
 def test_a_run_draws_the_step_it_is_asked_for(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_conversations(tmp_path / "train.jsonl", 24)
+    write_inputs(tmp_path)
     run_ranks(2, run, config_for(tmp_path, tmp_path / "with", timeline_step=2))
     run_ranks(2, run, config_for(tmp_path, tmp_path / "without", timeline_step=0))
     assert not list((tmp_path / "without").glob("timeline*"))
@@ -215,7 +214,6 @@ def test_a_run_draws_the_step_it_is_asked_for(tmp_path: Path) -> None:
 def test_a_step_that_never_comes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="loop.timeline_step is -1; valid: 0 or more"):
         TrainConfig(examples_per_step=8, microbatch_tokens=512, timeline_step=-1)
-    write_model(tmp_path / "model")
-    write_conversations(tmp_path / "train.jsonl", 24)
+    write_inputs(tmp_path)
     with pytest.raises(RuntimeError, match=r"loop.timeline_step is 4; valid: 0 \(none\) to 3, the last optimizer step"):
         run_ranks(1, run, config_for(tmp_path, tmp_path / "run", timeline_step=4))

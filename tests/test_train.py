@@ -28,16 +28,14 @@ from minift.precision import Precision
 from minift.report import read_metrics
 from minift.train import NonFiniteError, Run, TrainConfig
 from tests.ranks import run_ranks
-from tests.tiny import write_conversations, write_model
+from tests.tiny import write_conversations, write_inputs
 
 FP32 = Precision(wire="float32")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_conversations(folder / "train.jsonl", 24)
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
     write_conversations(folder / "heldout.jsonl", 5)
     return folder
 

@@ -72,3 +72,10 @@ def write_conversations(file: Path, count: int) -> Path:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
             out.write(json.dumps({"messages": messages}) + "\n")
     return file
+
+
+def write_inputs(folder: Path) -> Path:
+    """What a run needs: `folder`/model and, as 24 conversations, `folder`/train.jsonl."""
+    write_model(folder / "model")
+    write_conversations(folder / "train.jsonl", 24)
+    return folder

@@ -11,9 +11,11 @@ Bytes held by a bucket on each of N ranks, with F = full_numel (see `flat`):
       while they are computed, F · (wire itemsize, or reduce itemsize if the transport adds in the dtype it sends),
       borrowed from a buffer; or, where the policy adds up microbatches before it reduces, F · 4 always instead of both
 
-A bucket is resident if gathering would only copy what all ranks can see already: storage and wire dtype are the same,
-and either there is one rank, or the bucket is frozen and the transport shares memory between ranks (then N ranks hold
-one copy together, 1/N each, and yet nothing has to be gathered). No schedule here: see `unit`.
+A bucket is resident if gathering would only copy what all ranks can see already: storage and wire dtype are the same
+(frozen, or trained in fp32 throughout), and there is one rank, or the transport shares memory between ranks. Then N
+ranks hold one copy together, 1/N each, and yet nothing has to be gathered. A rank updates its part of it when all have
+reduced their gradients, so have read it for the last time; they meet before they read it again (`weights_changed`).
+No schedule here: see `unit`.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ class Bucket:
         self.layout = FlatLayout.plan({n: p.shape for n, p in params.items()}, self.world.size, dtypes.wire.itemsize)
         self.arrived: set[str] = set()
         """Parameters that a backward has given a gradient since the beginning."""
-        shareable = self.world.size == 1 or (not trainable and transport.shares_memory)
-        self.resident = dtypes.storage == dtypes.wire and shareable and not offload
+        all_see_it = self.world.size == 1 or transport.shares_memory
+        self.resident = dtypes.storage == dtypes.wire and all_see_it and not offload
         self._transport = transport
         self._offload = offload
         self._views: dict[int, list[Tensor]] = {}  # buffer address -> one view per parameter

@@ -103,12 +103,14 @@ class ShardedModel:
         (any float dtype); it is asked only for what this rank keeps. Collective."""
         for bucket in self.buckets:
             bucket.load(read)
-        self.weights_changed()
+        self.hooks.free_updated()
         self._meet()
 
     def weights_changed(self) -> None:
-        """To be called after masters were written: by an optimizer, from a checkpoint."""
+        """To be called after masters were written: by an optimizer, from a checkpoint. Collective."""
         self.hooks.free_updated()
+        if any(bucket.resident and bucket.trainable for bucket in self.buckets):
+            self._meet()
 
     def full_tensors(self, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) in storage dtype, one bucket in memory at a time. Collective: all ranks iterate."""

@@ -19,15 +19,12 @@ from minift.precision import Precision
 from minift.report import read_metrics
 from minift.train import Run, TrainConfig
 from tests.ranks import run_ranks
-from tests.tiny import write_conversations, write_model
+from tests.tiny import write_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_conversations(folder / "train.jsonl", 24)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def config_for(inputs: Path, run_dir: Path, **loop: int) -> RunConfig:

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from minift.dist.collectives import sum_over_ranks
 from minift.dist.process import World
 from minift.fsdp.clip import clip_factor, local_square_sum
-from tests.fsdp.trees import (
-    Case,
-    cases,
-    gathered_gradients,
-    reference_gradients,
-    relative_error,
-    run_microbatches,
-    sharded,
-)
+from tests.fsdp.oracle import reference_gradients, relative_error
+from tests.fsdp.trees import Case, cases, gathered_gradients, run_microbatches, sharded
 from tests.ranks import run_ranks
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy
+from minift.precision import Precision
 from minift.trace import Recorder
 from tests.fsdp.trees import BF16, FP32, Case, microbatch, run_microbatches, sharded
 from tests.ranks import run_ranks
@@ -28,9 +29,9 @@ def storages() -> dict[int, int]:
     }
 
 
-def held_on_rank(world: World, case: Case) -> tuple[dict[str, int], int]:
+def held_on_rank(world: World, case: Case, precision: Precision) -> tuple[dict[str, int], int]:
     before = storages()
-    model, engine = sharded(case, world, BF16)
+    model, engine = sharded(case, world, precision)
     run_microbatches(model, engine, case, world.rank)
     placeholders = sum(p.itemsize for bucket in engine.buckets for p in bucket.params.values())
     after = storages()
@@ -38,33 +39,51 @@ def held_on_rank(world: World, case: Case) -> tuple[dict[str, int], int]:
     return engine.held_bytes(), grown
 
 
-def closed_form(case: Case, shard_size: int) -> dict[str, int]:
-    """In bytes: bf16 wire, fp32 masters; `up` is frozen (weight and bias: both multiples of 32 elements: no gaps)."""
-    align = 32 * shard_size  # elements: 64 bytes of bf16 per rank
+def sizes(w: int, shard_size: int) -> tuple[int, int, int]:
+    """Elements of `up` (frozen) and of the rest of a block, and of the root, with w bytes each on the wire: parameters
+    begin at multiples of 64 bytes, and so do the shards."""
 
-    def padded(numel: int) -> int:
-        return -(-numel // align) * align
+    def padded(*numels: int, to: int) -> int:
+        return sum(-(-numel // to) * to for numel in numels)
 
-    up = padded(HIDDEN * WIDTH + HIDDEN)
-    rest = padded(32 + WIDTH * HIDDEN)  # norm weight of 8 in 32 elements, down
-    root = padded(32 * WIDTH + 32)  # embedding = head, norm
+    up = padded(HIDDEN * WIDTH, HIDDEN, to=64 // w)
+    rest = padded(WIDTH, WIDTH * HIDDEN, to=64 // w)  # norm, down
+    root = padded(VOCAB * WIDTH, WIDTH, to=64 // w)  # embedding = head, norm
+    return tuple(padded(numel, to=64 // w * shard_size) for numel in (up, rest, root))
+
+
+def closed_form(case: Case, w: int, shard_size: int) -> dict[str, int]:
+    """In bytes, with fp32 masters and w bytes on the wire."""
+    up, rest, root = sizes(w, shard_size)
     alone, zero3 = shard_size == 1, case.policy.strategy == "zero3"
-    resident = alone or case.transport == "shared"  # the frozen bucket
+    all_see_it = alone or case.transport == "shared"
     trainable = DEPTH * rest + root
     slots = DEPTH if not (zero3 and case.policy.reshard_after_forward) else 1 + case.policy.prefetch_units
-    shards = 4 * trainable // shard_size + (0 if resident else DEPTH * 2 * up // shard_size)
-    gathered = slots * (2 * rest + (0 if resident else 2 * up)) + 2 * root + (DEPTH * 2 * up if resident else 0)
+    shards, gathered = 0, 0
+    for is_resident, master_bytes, block, rest_of_model in (
+        (all_see_it, w, up, 0),
+        (all_see_it and w == 4, 4, rest, root),
+    ):
+        if is_resident:
+            gathered += w * (DEPTH * block + rest_of_model)
+        else:
+            shards += master_bytes * (DEPTH * block + rest_of_model) // shard_size
+            gathered += w * (slots * block + rest_of_model)
     if case.policy.step_in_backward:
-        gradients = 2 * 4 * rest // shard_size + 4 * root // shard_size + 2 * 2 * rest + 2 * root
+        gradients = 2 * 4 * rest // shard_size + 4 * root // shard_size + 2 * w * rest + w * root
     elif alone or case.policy.strategy in ("ddp", "zero1"):
         gradients = 4 * trainable
     else:
-        gradients = 4 * trainable // shard_size + 2 * 2 * rest + 2 * root
+        gradients = 4 * trainable // shard_size + 2 * w * rest + w * root
     return {"shards": shards, "gathered": gathered, "gradients": gradients}
 
 
 @pytest.mark.parametrize("transport", ["shared", "paired"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("precision", "world_size"),
+    [(BF16, 1), (BF16, 2), (BF16, 3), (BF16, 4), (FP32, 1), (FP32, 3)],
+    ids=lambda value: value if isinstance(value, int) else value.wire,
+)
 @pytest.mark.parametrize(
     "policy",
     [
@@ -79,35 +98,27 @@ def closed_form(case: Case, shard_size: int) -> dict[str, int]:
     ],
     ids=lambda p: f"{p.strategy}-{p.prefetch_units}-{p.reshard_after_forward}-{p.step_in_backward}",
 )
-def test_memory_is_the_closed_form(policy: ShardPolicy, world_size: int, transport: str) -> None:
+def test_memory_is_the_closed_form(policy: ShardPolicy, world_size: int, transport: str, precision: Precision) -> None:
     case = Case(world_size, WIDTH, HIDDEN, DEPTH, VOCAB, tied=True, frozen="up", transport=transport, policy=policy)
-    shard_size = policy.shard_size(world_size)
-    expected = closed_form(case, shard_size)
-    for held, grown in run_ranks(world_size, held_on_rank, case):
+    shard_size, w = policy.shard_size(world_size), precision.wire_dtype.itemsize
+    expected = closed_form(case, w, shard_size)
+    for held, grown in run_ranks(world_size, held_on_rank, case, precision):
         assert held == expected
         if transport == "paired" or shard_size == 1:
             # Paired sends stage what the others send beside each reduce buffer (zero1: beside each bucket's).
             reduce_bytes = expected["gradients"]
             if policy.strategy != "zero1":
                 shares = DEPTH if not policy.step_in_backward else 2
-                rest, root = _grad_shares(case, shard_size)
-                reduce_bytes -= shares * rest + root
+                _, rest, root = sizes(w, shard_size)
+                reduce_bytes -= 4 * (shares * rest + root) // shard_size
             staging = 0 if shard_size == 1 else reduce_bytes * (shard_size - 1) // shard_size
             assert grown == sum(expected.values()) + staging
-
-
-def _grad_shares(case: Case, shard_size: int) -> tuple[int, int]:
-    """Bytes of the gradient shard of a block, and of the root."""
-    align = 32 * shard_size
-    rest = -(-(32 + WIDTH * HIDDEN) // align) * align
-    root = -(-(32 * WIDTH + 32) // align) * align
-    return 4 * rest // shard_size, 4 * root // shard_size
 
 
 def levels_on_rank(world: World, case: Case) -> tuple[dict[str, int], dict[str, int]]:
     """The most of each kind that was lent at a time, in a step; and what there is to lend."""
     recorder = Recorder(world.rank, world.device)
-    model, engine = sharded(case, world, FP32, recorder)
+    model, engine = sharded(case, world, BF16, recorder)
     run_microbatches(model, engine, case, world.rank)
     recorder.start()
     run_microbatches(model, engine, case, world.rank)

@@ -150,11 +150,10 @@ def test_a_reduction_is_finished_when_its_buffer_is_needed_and_not_before() -> N
         assert order(story, "reduce blocks.0", "reduced blocks.1", "reduced blocks.0", "reduced ")
 
 
-def recomputing(world: World, case: Case, policy: str) -> list[str]:
+def recomputing(world: World, case: Case) -> list[str]:
     model = Tree(case)
     link = Watching(world)
-    names = RecomputeConfig(policy=policy)
-    apply_recompute(model, list(model.blocks), names, Recorder(world.rank, world.device))
+    apply_recompute(model, list(model.blocks), case.recompute, Recorder(world.rank, world.device))
     shard(model, list(model.blocks), world, case.policy, FP32, connect=lambda world: link)
     for _ in range(3):
         link.log = []
@@ -162,10 +161,11 @@ def recomputing(world: World, case: Case, policy: str) -> list[str]:
     return [kind for kind, _ in link.log]
 
 
-@pytest.mark.parametrize("policy", ["none", "full", "offload"])
-def test_recomputation_gathers_nothing_more(policy: str) -> None:
+@pytest.mark.parametrize("policy", ["none", "full", "selective", "offload"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_recomputation_gathers_nothing_more(world_size: int, policy: str) -> None:
     """A block runs again while it is gathered for its backward: root once, blocks twice but for the last."""
-    for log in run_ranks(2, recomputing, Case(2, depth=4), policy):
+    for log in run_ranks(world_size, recomputing, Case(world_size, depth=4, recompute=RecomputeConfig(policy))):
         assert (log.count("gather"), log.count("reduce")) == (1 + 4 + 3, 5)
 
 

@@ -1,26 +1,34 @@
-"""Random module trees, their data, and the one-process gradients that the engine's tests compare with."""
+"""Random module trees, their data, and the engine that runs them: what tests of the engine draw."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minift.dist.collectives import gather_objects
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.fsdp.sharded import connect
 from minift.fsdp.shared_memory import SharedMemory
 from minift.fsdp.transport import PairedSends, Transport
+from minift.model.cheap import CheapOps
 from minift.model.embedding import Embedding
 from minift.model.linear import Linear
 from minift.model.norm import RMSNorm
 from minift.precision import Precision
+from minift.recompute import RecomputeConfig, apply_recompute
 from minift.trace import Recorder
 
 FP32 = Precision(master="float32", wire="float32", reduce="float32")
 BF16 = Precision(master="float32", wire="bfloat16", reduce="float32")
+FP16 = Precision(master="float32", wire="float16", reduce="float32")
+BF16_MASTERS = Precision(master="bfloat16", wire="bfloat16", reduce="bfloat16", stochastic_rounding=True)
+NARROW_MASTERS = Precision(master="bfloat16", wire="float32", reduce="float32", stochastic_rounding=True)
 
 
 @dataclass(frozen=True)
@@ -33,27 +41,32 @@ class Case:
     depth: int = 3
     vocab: int = 11
     tied: bool = True
-    frozen: str = ""  # parameter-name substring that is frozen; "" freezes nothing
+    frozen: str = ""  # parameters whose names contain one of these, separated by "|"; "" freezes nothing
     microbatches: int = 1
     paths: tuple[tuple[int, ...], ...] = ()  # which blocks each microbatch runs, in order; (): all
     transport: str = "shared"  # or "paired"
     policy: ShardPolicy = field(default_factory=ShardPolicy)
     seed: int = 0
     uneven: bool = False  # every block is larger than the one before
+    precision: Precision = FP32
+    recompute: RecomputeConfig = RecomputeConfig()
+    dropout: float = 0.0
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+class Block(CheapOps):
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.norm = RMSNorm(width, 1e-6)
         self.up = Linear(width, hidden, bias=True)
         self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+        hidden = self.cheap(torch.tanh, self.up(self.cheap(self.norm, x)))
+        return x + F.dropout(self.down(hidden), self.dropout)
 
 
 class Tree(nn.Module):
@@ -61,17 +74,18 @@ class Tree(nn.Module):
         super().__init__()
         self.embed = Embedding(case.vocab, case.width)
         sizes = [case.hidden + (5 * index if case.uneven else 0) for index in range(case.depth)]
-        self.blocks = nn.ModuleList(Block(case.width, size) for size in sizes)
+        self.blocks = nn.ModuleList(Block(case.width, size, case.dropout) for size in sizes)
         self.norm = RMSNorm(case.width, 1e-6)
         self.head = Linear(case.width, case.vocab)
         self.path = list(range(case.depth))  # the order in which blocks run
         if case.tied:
             self.head.weight = self.embed.weight
+        frozen = [part for part in case.frozen.split("|") if part]
         generator = torch.Generator().manual_seed(case.seed)
         for name, parameter in self.named_parameters():
             if filled:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            parameter.requires_grad = not (case.frozen and case.frozen in name)
+            parameter.requires_grad = not any(part in name for part in frozen)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -86,22 +100,15 @@ def microbatch(case: Case, rank: int, index: int) -> Tensor:
     return torch.randint(case.vocab, (1 + (3 * rank + 5 * index) % 7,), generator=generator)
 
 
-def reference_gradients(case: Case) -> dict[str, Tensor]:
-    """Of all microbatches of all ranks, on one process, without the engine."""
-    model = Tree(case)
-    for rank in range(case.world_size):
-        for index in range(case.microbatches):
-            set_path(model, case, index)
-            model(microbatch(case, rank, index)).backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
 def set_path(model: Tree, case: Case, index: int) -> None:
     model.path = list(case.paths[index] if case.paths else range(case.depth))
+
+
+def loss_of(model: Tree, case: Case, rank: int, index: int) -> Tensor:
+    """Of a microbatch. What dropout drops is a function of (rank, index) too."""
+    set_path(model, case, index)
+    torch.manual_seed(1000 * rank + index)
+    return model(microbatch(case, rank, index))
 
 
 def connect_by(transport: str, world: World) -> Transport:
@@ -116,35 +123,35 @@ def connect_by(transport: str, world: World) -> Transport:
 
 
 def sharded(
-    case: Case, world: World, precision: Precision = FP32, recorder: Recorder | None = None
+    case: Case, world: World, precision: Precision | None = None, recorder: Recorder | None = None
 ) -> tuple[Tree, ShardedModel]:
+    """Assembled in the order of minift/build.py. precision: instead of the case's."""
     model = Tree(case)
+    recorder = recorder or Recorder(world.rank, world.device)
+    apply_recompute(model, list(model.blocks), case.recompute, recorder)
 
     def connect(world: World) -> Transport:
         return connect_by(case.transport, world)
 
-    return model, shard(model, list(model.blocks), world, case.policy, precision, recorder, connect)
+    return model, shard(model, list(model.blocks), world, case.policy, precision or case.precision, recorder, connect)
 
 
 def run_microbatches(model: Tree, engine: ShardedModel, case: Case, rank: int) -> None:
     """Forward and backward of one step."""
     for index in range(case.microbatches):
         engine.expect_microbatch(is_last=index == case.microbatches - 1)
-        set_path(model, case, index)
-        model(microbatch(case, rank, index)).backward()
+        loss_of(model, case, rank, index).backward()
 
 
 def gathered_gradients(engine: ShardedModel) -> dict[str, Tensor]:
-    """Full gradients, by moving them through the masters' own gather."""
+    """Full gradients, put together from the shards of all ranks."""
+    gradients = {}
     for bucket in engine.buckets:
         if bucket.trainable:
-            bucket.shard.copy_(bucket.grad)
-    return {name: tensor.clone() for name, tensor in engine.full_tensors(trainable_only=True)}
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over largest value."""
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+            full = torch.cat(gather_objects(bucket.grad.clone(), engine.shard_world))
+            views = zip(bucket.layout.spans, bucket.layout.views(full), strict=True)
+            gradients |= {span.name: view for span, view in views}
+    return gradients
 
 
 @st.composite
@@ -162,8 +169,15 @@ def policies(draw, world_size: int, replicas: bool = False) -> ShardPolicy:
     )
 
 
+# With a frozen embedding one trained block has inputs that need no gradient, the first. Something is always trained.
+FROZEN = ["", "", "blocks", "up", "down.weight", "norm", "blocks.0", "blocks.1", "bias", "embed", "embed|blocks.0"]
+RECOMPUTES = st.builds(
+    RecomputeConfig, policy=st.sampled_from(["none", "full", "selective", "offload"]), every=st.integers(1, 3)
+)
+
+
 @st.composite
-def cases(draw, max_world_size: int = 4, replicas: bool = False) -> Case:
+def cases(draw, max_world_size: int = 4, replicas: bool = False, precisions: Sequence[Precision] = (FP32,)) -> Case:
     world_size = draw(st.integers(1, max_world_size))
     depth = draw(st.integers(0, 4))
     microbatches = draw(st.integers(1, 3))
@@ -178,9 +192,12 @@ def cases(draw, max_world_size: int = 4, replicas: bool = False) -> Case:
         uneven=draw(st.booleans()),
         vocab=draw(st.integers(2, 13)),
         tied=draw(st.booleans()),
-        frozen=draw(st.sampled_from(["", "", "blocks", "up", "down.weight", "norm", "blocks.0", "blocks.1", "bias"])),
+        frozen=draw(st.sampled_from(FROZEN)),
         microbatches=microbatches,
         transport=draw(st.sampled_from(["shared", "paired"])),
         policy=draw(policies(world_size, replicas)),
         seed=draw(st.integers(0, 10_000)),
+        precision=draw(st.sampled_from(precisions)),
+        recompute=draw(RECOMPUTES),
+        dropout=draw(st.sampled_from([0.0, 0.3])),
     )

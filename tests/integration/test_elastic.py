@@ -28,7 +28,7 @@ from minift.dist.signals import StopRequest
 from minift.report import read_metrics
 from minift.train import Run
 from tests.ranks import run_ranks
-from tests.tiny import write_conversations, write_model
+from tests.tiny import write_inputs
 
 STEPS = 40
 KILL_AFTER_STEP = 12
@@ -47,10 +47,7 @@ device: cpu
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_conversations(folder / "train.jsonl", 24)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def recipe(folder: Path, inputs: Path, name: str, dropout: float) -> Path:
