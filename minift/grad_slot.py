@@ -32,6 +32,7 @@ class GradSlot:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.state = GradSlot.State.EMPTY
+        self._claimed: Tensor | None = None  # the memory as it was handed out
         self._waiting: Tensor | None = None  # came while the memory was claimed
 
     def add(self, grad: Tensor) -> None:
@@ -69,13 +70,16 @@ class GradSlot:
         if self.state is not GradSlot.State.EMPTY or self.tensor.dtype != dtype:
             return None
         self.state = GradSlot.State.CLAIMED
-        return self.tensor
+        self._claimed = self.tensor.detach()
+        return self._claimed
 
-    def finish(self) -> None:
+    def holds(self, claimed: Tensor) -> bool:
+        """Whether `claimed`, the very tensor that `claim` returned, still is the gradient in the making."""
+        return self.state is GradSlot.State.CLAIMED and self._claimed is claimed
+
+    def finish(self, claimed: Tensor) -> None:
         """What was claimed is a gradient now."""
-        assert self.state is GradSlot.State.CLAIMED, (
-            "the backward of a forward whose claim was given up for a later one"
-        )
+        assert self.holds(claimed)
         self.state = GradSlot.State.FULL
         self._take_waiting()
 

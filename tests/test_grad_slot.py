@@ -22,7 +22,7 @@ def test_a_slot_holds_the_sum_of_what_came(ways: list[str], dtype: torch.dtype, 
     torch.manual_seed(seed)
     slot = GradSlot(torch.full((5, 3), float("nan")))
     total = torch.zeros(5, 3, dtype=torch.float64)
-    claimed = False
+    claimed = None
     for way in ways:
         if way == "add":
             grad = torch.randn(5, 3, dtype=dtype)
@@ -42,10 +42,10 @@ def test_a_slot_holds_the_sum_of_what_came(ways: list[str], dtype: torch.dtype, 
                 continue
             grad = torch.randn(5, 3)
             memory.copy_(grad)
-            claimed = True
+            claimed = memory
         total += grad.double()
-    if claimed:
-        slot.finish()
+    if claimed is not None:
+        slot.finish(claimed)
     assert slot.close()
     assert (slot.tensor - total).abs().max() < 1e-5
 
@@ -64,12 +64,16 @@ def test_an_unfinished_claim_is_void() -> None:
 def test_who_may_claim() -> None:
     slot = GradSlot(torch.empty(2, 2))
     assert slot.claim(torch.bfloat16) is None
-    assert slot.claim(torch.float32) is slot.tensor
+    first = slot.claim(torch.float32)
+    assert first.data_ptr() == slot.tensor.data_ptr() and slot.holds(first)
     assert slot.claim(torch.float32) is None
-    slot.finish()
-    assert slot.claim(torch.float32) is None
+    slot.finish(first)
+    assert slot.claim(torch.float32) is None and not slot.holds(first)
+    slot.clear()
+    second = slot.claim(torch.float32)
+    assert slot.holds(second) and not slot.holds(first), "a forward after clearing has taken the claim over"
     with pytest.raises(AssertionError):
-        slot.finish()
+        slot.finish(first)
 
 
 def test_a_parameter_without_a_slot_gets_its_gradient_from_autograd() -> None:

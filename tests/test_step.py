@@ -178,3 +178,21 @@ def infinite_loss(world: World) -> None:
 
 def test_a_loss_that_is_no_number_stops_all_ranks() -> None:
     run_ranks(2, infinite_loss)
+
+
+def cleared_before_backward(world: World, strategy: str) -> str:
+    model = CausalLM(ModelConfig.from_hf(CONFIG))
+    model.init_weights(seed=3)
+    engine = shard(model, model.shard_units(), world, ShardPolicy(strategy=strategy), FP32)
+    losses = [SupervisedTokens()(model, batch([world.rank], 0)).loss_sum]
+    engine.clear_gradients()
+    losses.append(SupervisedTokens()(model, batch([world.rank], 1)).loss_sum)
+    with pytest.raises(RuntimeError) as caught:
+        losses[0].backward()  # the head's memory is that of the second loss now
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "ddp"])
+def test_a_head_gradient_that_was_overwritten_is_not_taken_for_another(strategy: str) -> None:
+    for message in run_ranks(2, cleared_before_backward, strategy):
+        assert "the gradient of the LM head, computed in forward, is gone" in message

@@ -89,8 +89,8 @@ def trace_on_rank(world: World, case: Case, record: bool = True) -> tuple[Trace,
 def closed_form(engine: ShardedModel) -> dict[str, int]:
     """Most bytes in buffers that are lent, by the formulas in minift/fsdp/sharded.py."""
     policy, root, blocks = engine.policy, engine.units[0], engine.units[1:]
-    full = {unit: sum(aligned(bucket.full_bytes) for bucket in unit.buckets) for unit in engine.units}
-    grads = {unit: sum(aligned(bucket.full_grad_bytes) for bucket in unit.trainable) for unit in engine.units}
+    full = {unit: sum(aligned(bucket.gather_bytes) for bucket in unit.buckets) for unit in engine.units}
+    grads = {unit: sum(aligned(bucket.reduce_bytes) for bucket in unit.trainable) for unit in engine.units}
     if policy.strategy != "zero3":
         gathered = sum(full.values())
     else:

@@ -12,10 +12,10 @@ Bytes held by a bucket on each of N ranks, with F = full_numel (see `flat`):
       borrowed from a buffer; or, where the policy adds up microbatches before it reduces, F · 4 always instead of both
 
 A bucket is resident if gathering would only copy what all ranks can see already: storage and wire dtype are the same
-(frozen, or trained in fp32 throughout), and there is one rank, or the transport shares memory between ranks. Then N
-ranks hold one copy together, 1/N each, and yet nothing has to be gathered. A rank updates its part of it when all have
-reduced their gradients, so have read it for the last time; they meet before they read it again (`weights_changed`).
-No schedule here: see `unit`.
+(frozen, or trained in fp32 throughout), and there is one rank, or the transport shares memory between ranks and has
+room. Then N ranks hold one copy together, 1/N each, and yet nothing has to be gathered. A rank updates its part of it
+when all have reduced their gradients, so have read it in backward for the last time; they meet before they read it
+again (`ShardedModel.weights_changed`), and around a forward that comes in between. No schedule here: see `unit`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from minift.dist.process import World
 from minift.fsdp.flat import FlatLayout
-from minift.fsdp.transport import Buffer, Transport
+from minift.fsdp.transport import Buffer, NoRoomError, Transport
 from minift.grad_slot import GradSlot, lay_slot, slot_of
 from minift.optim.shard import FlatShard
 
@@ -53,7 +53,7 @@ class Bucket:
         trainable: bool,
         transport: Transport,
         *,
-        keeps_full_grad: bool,
+        keeps_full_grads: bool,
         offload: bool,
     ) -> None:
         self.name = name
@@ -78,38 +78,43 @@ class Bucket:
         self._full_grad: Tensor | None = None  # 1-D, full_numel
         self.kept_buffer: Buffer | None = None  # where the full gradient lies, if it is kept
         self._flat_shard: FlatShard | None = None
-        self.keeps_full_grad = keeps_full_grad and trainable
+        self.keeps_full_grads = keeps_full_grads and trainable
         if trainable:
-            for parameter in params.values():
-                parameter.register_post_accumulate_grad_hook(_into_slot)
+            for parameter_name, parameter in params.items():
+                parameter.register_post_accumulate_grad_hook(_into_slot_of(parameter_name))
 
     def _make_shard(self) -> Tensor:
         """Zeros, because padding is gathered and summed into norms along with everything else."""
         numel, dtype = self.layout.shard_numel, self.dtypes.storage
         if self.resident:
-            (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * dtype.itemsize)
-            self._full = buffer.memory.view(dtype)
-            self.expose()
-            return self.layout.chunk(self._full, self.world.rank).zero_()
+            try:
+                (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * dtype.itemsize)
+            except NoRoomError:
+                self.resident = False
+            else:
+                self._full = buffer.memory.view(dtype)
+                self.expose()
+                return self.layout.chunk(self._full, self.world.rank).zero_()
         self.hide()
         if self._offload:
             return _host_zeros(numel, dtype, self.world.device)
         return torch.zeros(numel, dtype=dtype, device=self.world.device)
 
     @property
-    def full_bytes(self) -> int:
+    def gather_bytes(self) -> int:
         """Bytes this bucket needs in a gather buffer."""
         return 0 if self.resident else self.layout.full_numel * self.dtypes.wire.itemsize
 
     @property
-    def full_grad_bytes(self) -> int:
+    def reduce_bytes(self) -> int:
         """Bytes this bucket needs in a reduce buffer."""
-        return self.layout.full_numel * self.dtypes.grad.itemsize if self.trainable else 0
+        borrows = self.trainable and not self.keeps_full_grads
+        return self.layout.full_numel * self.dtypes.grad.itemsize if borrows else 0
 
     # Gathering #
 
     def place(self, memory: Tensor) -> Tensor:
-        """Take `memory` (1-D uint8, full_bytes long), cast the own shard into its place, return the full tensor."""
+        """Take `memory` (1-D uint8, gather_bytes long), cast the own shard into its place, return the full tensor."""
         self._full = memory.view(self.dtypes.wire)
         self.layout.chunk(self._full, self.world.rank).copy_(self.shard, non_blocking=True)
         return self._full
@@ -141,7 +146,7 @@ class Bucket:
     def make_grads(self, scratch: Tensor | None) -> None:
         """Allocate what gradients are added up in; or, if it is given, begin with `scratch` as in `use_scratch`."""
         numel = self.layout.shard_numel
-        if self.keeps_full_grad:
+        if self.keeps_full_grads:
             (self.kept_buffer,) = self._transport.reduce_buffers(1, self.layout.full_numel * 4)
             self.kept_buffer.acquire()
             self._full_grad = self.kept_buffer.memory.view(torch.float32).zero_()
@@ -156,8 +161,8 @@ class Bucket:
         self._flat_shard = FlatShard(self.name, self.shard, self.grad, self.layout.local_ranges(self.world.rank))
 
     def open_slots(self, memory: Tensor | None) -> None:
-        """Lay a slot on every parameter: in `memory` (1-D uint8, full_grad_bytes long), or in the gradients kept."""
-        if not self.keeps_full_grad:
+        """Lay a slot on every parameter: in `memory` (1-D uint8, reduce_bytes long), or in the gradients kept."""
+        if not self.keeps_full_grads:
             assert memory is not None
             self._full_grad = memory.view(self.dtypes.grad)
             for gap in self.layout.gaps():  # the memory still holds another unit's values
@@ -197,6 +202,7 @@ class Bucket:
         """Gather the *storage* (fp32 masters, not their wire copy) and yield (name, tensor). Collective.
 
         Holds one temporary of full_numel storage elements; the yielded tensors are views of it, valid until the next.
+        A copy also of what is resident: other ranks may go on, and update that, before this one has used it.
         """
         (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * self.shard.itemsize)
         buffer.acquire()
@@ -212,12 +218,22 @@ class Bucket:
         return self._flat_shard
 
 
-def _into_slot(parameter: nn.Parameter) -> None:
-    """Move an ordinary `.grad` to where gradients are reduced, as soon as autograd has finished it."""
-    slot = slot_of(parameter)
-    if slot is not None and parameter.grad is not None:  # None: the function has put it there itself
+def _into_slot_of(name: str) -> Callable[[Tensor], None]:
+    """Moves an ordinary `.grad` to where gradients are reduced, as soon as autograd has finished it."""
+
+    def into_slot(parameter: Tensor) -> None:
+        if parameter.grad is None:  # the function has put it there itself
+            return
+        slot = slot_of(parameter)
+        if slot is None:
+            raise RuntimeError(
+                f"{name} got a gradient outside of the backward of its unit, where nothing would reduce it; use the "
+                "parameter inside of the forward of the module that it belongs to"
+            )
         slot.add(parameter.grad)
         parameter.grad = None
+
+    return into_slot
 
 
 def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

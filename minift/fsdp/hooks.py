@@ -8,30 +8,31 @@
                     (`_BackwardDone.backward`)
     end of backward the same for what is left: the root, and units whose inputs need no gradient; finish all reductions
 
-At most as many reductions are under way as there are reduce buffers; the oldest is finished when its buffer is needed.
+At most as many reductions are under way as there are reduce buffers, or REDUCTIONS_IN_FLIGHT where gradients need none;
+the oldest is finished when its buffer is needed.
 The unit that ended the forward begins the backward: it is not freed in between.
 
 [Note: what autograd may save] A gather buffer is overwritten between a unit's forward and its backward, so nothing that
 autograd saves may point into it. minift's own operations keep the `Parameter` object, which by then has been gathered
 again, and never a view of its data. An operation that does save such a view (`F.linear` saves `weight.t()`) would
-silently compute wrong gradients; `guard_saved_tensors` watches the first forward and refuses it by name.
+silently compute wrong gradients; `guard_saved_tensors` watches the first forward of every unit and refuses it by name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from minift.fsdp.bucket import Bucket
+from minift.fsdp.nested import map_tensors, tensors_in
 from minift.fsdp.schedule import Order
-from minift.fsdp.unit import GradState, Keep, Ring, Unit, UnitState
+from minift.fsdp.unit import REDUCTIONS_IN_FLIGHT, GradState, Keep, Ring, Unit, UnitState
 from minift.trace import Mark, Recorder
 
 
@@ -39,7 +40,9 @@ class Hooks:
     """Drives the units of one model through forward and backward. The first unit is the root, which holds what no other
     unit does and stays FULL from the start of forward to the end of backward."""
 
-    def __init__(self, units: list[Unit], prefetch_units: int, recorder: Recorder) -> None:
+    def __init__(
+        self, units: list[Unit], prefetch_units: int, recorder: Recorder, meet_around_update: Callable[[], None]
+    ) -> None:
         self.units = units
         self.root = units[0]
         self.forward_order, self.backward_order = Order(), Order()
@@ -50,12 +53,16 @@ class Hooks:
         """Called as soon as the gradients of a unit are complete, in the last microbatch."""
         self._prefetch_units = prefetch_units
         self._recorder = recorder
+        self._meet_around_update = meet_around_update
         self._reducing: deque[Unit] = deque()
         self._replica_sums: deque[tuple[Unit, list[dist.Work], Mark | None]] = deque()
         self._held: Unit | None = None  # FULL after its forward, because its backward is expected next
-        self._marks: dict[str, Any] = {}
-        self._guard = contextlib.ExitStack()  # open during the first forward that is trained on
-        self._guarded = False
+        self._forward_marks: dict[str, Mark | None] = {}
+        self._backward_marks: dict[str, Mark | None] = {}
+        self._guard = contextlib.ExitStack()  # open during forward
+        self._unguarded = {
+            unit.name for unit in units if unit.keep is Keep.UNTIL_FORWARD_ENDS
+        }  # not yet seen to be safe
         for unit in units:
             unit.module.register_forward_pre_hook(self._pre_forward_of(unit), prepend=True, with_kwargs=True)
             unit.module.register_forward_hook(self._post_forward_of(unit))
@@ -73,7 +80,7 @@ class Hooks:
                 self.forward_order.begin()
                 self._begin_guard()
             self._gather(unit, self.forward_order)
-            self._marks[unit.name] = self._recorder.mark()
+            self._forward_marks[unit.name] = self._recorder.mark()
             if not torch.is_grad_enabled():
                 return None
             if unit is self.root:
@@ -91,10 +98,13 @@ class Hooks:
         def post_forward(module: nn.Module, args: tuple, output: Any) -> None:
             if self.in_backward:
                 return
-            self._recorder.span("compute", "forward", unit.name, self._marks[unit.name])
+            self._recorder.span("compute", "forward", unit.name, self._forward_marks[unit.name])
+            if torch.is_grad_enabled():
+                self._unguarded.discard(unit.name)
             if unit is self.root:
                 self.forward_order.end()
-                self._end_guard()
+                self._guard.close()
+                self._meet_before_update()
             needs_backward = False
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
@@ -115,7 +125,8 @@ class Hooks:
             self.in_backward = True
             self.backward_order.begin()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        if unit.is_complete and (unit.sums_once or self.on_reduced is not None):
+        is_second = unit.takes_turns and not all(bucket.grad_is_empty for bucket in unit.trainable)
+        if is_second or (unit.is_complete and (unit.sums_once or self.on_reduced is not None)):
             raise RuntimeError(
                 f"a second backward reached unit {unit.name!r} after its gradients of this step had been summed up (or "
                 "its weights updated); say engine.expect_microbatch(is_last=False) before each microbatch but the last "
@@ -125,25 +136,30 @@ class Hooks:
             self._finish_reductions(until=unit)
         elif unit.lacks_reduce_buffer:
             if not self._reducing:
-                holders = [other.name for other in self.units if other.grad_state is GradState.OPEN]
-                raise RuntimeError(
-                    f"unit {unit.name!r} has nowhere to put its gradients: the backward of {holders} has begun and not "
-                    "ended, which nobody notices when the inputs of a unit need no gradient. One such unit is fine "
-                    "(the first of a model); for more, let their inputs require one"
-                )
+                self._refuse_open_backwards(unit, "gradients")
             self._finish_reductions(until=self._reducing[0])
+        if unit.takes_turns and self.on_reduced is None:
+            raise RuntimeError(
+                "fsdp.step_in_backward gives gradients memory until the update in backward only; say what updates with "
+                "engine.update_in_backward() before the backward"
+            )
         self._gather(unit, self.backward_order)
         unit.open_gradients()
-        self._marks[unit.name] = self._recorder.mark()
+        self._backward_marks[unit.name] = self._recorder.mark()
 
     def _post_backward(self, unit: Unit) -> None:
-        self._recorder.span("compute", "backward", unit.name, self._marks[unit.name])
+        if unit.name in self._backward_marks:  # else only its forward ran, or its output was not used
+            self._recorder.span("compute", "backward", unit.name, self._backward_marks.pop(unit.name))
         unit.pending_backwards = max(0, unit.pending_backwards - 1)
         # Gradients that are kept whole can be reduced once; after two forwards, a second backward of the unit comes.
         waits = unit.keeps_full_grads and unit.pending_backwards > 0
         if unit.grad_state is GradState.OPEN and not waits:
             unit.start_reduce(self.is_last_microbatch)
             self._reducing.append(unit)
+            if unit.reduces_alone:
+                self._finish_reductions(until=unit)  # which has nobody to wait for; sums over replicas can begin
+            elif unit.keeps_full_grads and len(self._reducing) > REDUCTIONS_IN_FLIGHT:
+                self._finish_reductions(until=self._reducing[0])
         if unit.keep is not Keep.UNTIL_UPDATE:
             unit.free()
 
@@ -164,6 +180,7 @@ class Hooks:
         while self._replica_sums:
             self._finish_replica_sum()
         self.backward_order.end()
+        self._backward_marks.clear()
         self.in_backward = False
 
     def _complete(self, unit: Unit) -> None:
@@ -214,6 +231,8 @@ class Hooks:
         if unit.state is UnitState.SHARDED:
             if not unit.gather_ring.has_free:
                 self._drop_prefetched(unit.gather_ring)
+            if not unit.gather_ring.has_free:
+                self._refuse_open_backwards(unit, "parameters")
             unit.start_gather()
         if unit.state is UnitState.GATHERING:
             unit.wait_gather()
@@ -228,6 +247,14 @@ class Hooks:
                 unit.abort_gather()
         self._held = None
 
+    def _refuse_open_backwards(self, unit: Unit, what: str) -> NoReturn:
+        holders = [other.name for other in self.units if other is not self.root and other.grad_state is GradState.OPEN]
+        raise RuntimeError(
+            f"unit {unit.name!r} has nowhere to put its {what}: the backward of {holders} has begun and not ended, "
+            "which nobody notices when the inputs of a unit need no gradient. Only one such unit is sure to work (the "
+            "first of a model); for more, let their inputs require one"
+        )
+
     def free_updated(self) -> None:
         """The masters have changed: gathered copies that outlive a step are worthless now."""
         for unit in self.units:
@@ -241,11 +268,21 @@ class Hooks:
         for unit in self.units:
             if unit.keep is not Keep.UNTIL_UPDATE and unit.state is not UnitState.SHARDED:
                 unit.abort_gather()
+        self._held = None
+        self._meet_before_update()
+
+    def _meet_before_update(self) -> None:
+        """A forward that comes when gradients are complete: no rank may be updating when it begins, or begin to update
+        before all have ended it. (Any other is followed by reductions, for which ranks wait.)"""
+        if any(unit.is_complete for unit in self.units):
+            self._meet_around_update()
 
     def reset(self) -> None:
         """Leave a step that failed: nothing gathered, nothing being reduced."""
         self.in_backward = False
+        self.is_last_microbatch = True
         self._guard.close()
+        self._backward_marks.clear()
         self._reducing.clear()
         for _, works, _ in self._replica_sums:
             for work in works:
@@ -256,15 +293,10 @@ class Hooks:
             unit.abort()
 
     def _begin_guard(self) -> None:
-        if not self._guarded and torch.is_grad_enabled():
+        if self._unguarded and torch.is_grad_enabled():
             passing = [unit.gather_ring for unit in self.units if unit.keep is Keep.UNTIL_FORWARD_ENDS]
             rings = list({id(ring): ring for ring in passing}.values())
             self._guard.enter_context(guard_saved_tensors(rings))
-
-    def _end_guard(self) -> None:
-        if not self._guarded:
-            self._guarded = torch.is_grad_enabled()
-            self._guard.close()
 
 
 class _BackwardDone(torch.autograd.Function):
@@ -280,47 +312,6 @@ class _BackwardDone(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.done()
         return (None, *grads)
-
-
-# Tensors in nested arguments #
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors inside tensors, tuples, lists, dicts and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-    elif dataclasses.is_dataclass(value):  # what an objective returns
-        yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
-
-
-def map_tensors(container: Any, function: Callable[[list[Tensor]], tuple[Tensor, ...]]) -> Any:
-    """`container` (tuple, list or dict) with its tensors that require grad replaced by `function` of all of them."""
-    inputs: list[Tensor] = []
-    replaced: dict[int, Tensor] = {}
-
-    def rebuild(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.requires_grad and not replaced:
-                inputs.append(value)
-            return replaced.get(id(value), value)
-        if isinstance(value, tuple) and type(value) is not tuple:  # a named one
-            return type(value)(*(rebuild(item) for item in value))
-        if isinstance(value, tuple | list):
-            return type(value)(rebuild(item) for item in value)
-        if isinstance(value, dict):
-            return {key: rebuild(item) for key, item in value.items()}
-        return value
-
-    rebuild(container)
-    if not inputs:
-        return container
-    replaced = {id(old): new for old, new in zip(inputs, function(inputs), strict=True)}
-    return rebuild(container)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ class ShardPolicy:
         """Whether zero3 leaves this block gathered between its forward and its backward."""
         return not self.reshard_after_forward or any(re.search(p, unit_name) for p in self.keep_gathered)
 
-    def accumulates_full_gradients(self, shard_size: int) -> bool:
+    def keeps_full_gradients(self, shard_size: int) -> bool:
         """Whether gradients of several microbatches are added up before they are reduced: in buffers of the whole size,
         which a group of one has anyway (unless it updates in backward, or keeps gradients in host memory)."""
         return self.strategy in ("ddp", "zero1") or (shard_size == 1 and not (self.step_in_backward or self.offload))

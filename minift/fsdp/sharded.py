@@ -33,12 +33,10 @@ from minift.fsdp.policy import ShardPolicy
 from minift.fsdp.shared_memory import SharedMemory
 from minift.fsdp.streams import Lane
 from minift.fsdp.transport import NcclTransport, PairedSends, Transport
-from minift.fsdp.unit import Keep, Links, Ring, Unit, aligned
+from minift.fsdp.unit import REDUCTIONS_IN_FLIGHT, Keep, Links, Ring, Unit, aligned
 from minift.optim.shard import FlatShard
 from minift.precision import Precision
 from minift.trace import Recorder
-
-REDUCTIONS_IN_FLIGHT = 2  # one buffer is being filled while the one before it is being reduced
 
 
 def connect(world: World) -> Transport:
@@ -73,7 +71,9 @@ class ShardedModel:
         groups = assign_parameters(module, unit_modules)
         buckets = {group.name: self._make_buckets(group, precision) for group in groups}
         self.units = self._make_units(groups, buckets)
-        self.hooks = Hooks(self.units, policy.prefetch_units, recorder)
+        self._has_live_weights = any(bucket.resident and bucket.trainable for bucket in self.buckets)
+        """Whether updates of one rank are seen by others at once, so that they must not read meanwhile."""
+        self.hooks = Hooks(self.units, policy.prefetch_units, recorder, self._meet_around_update)
         self._meet()
 
     @property
@@ -101,16 +101,20 @@ class ShardedModel:
     def load(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Fill every shard. `read(name, start, stop)` returns elements [start, stop) of the flattened parameter `name`
         (any float dtype); it is asked only for what this rank keeps. Collective."""
+        self._meet()
         for bucket in self.buckets:
             bucket.load(read)
         self.hooks.free_updated()
         self._meet()
 
     def weights_changed(self) -> None:
-        """To be called after masters were written: by an optimizer, from a checkpoint. Collective."""
+        """To be called after masters were written: by an optimizer, from a checkpoint. Collective.
+
+        Masters may be written when a backward has ended that completed the gradients of the step, or at the start: then
+        no rank is reading them.
+        """
         self.hooks.free_updated()
-        if any(bucket.resident and bucket.trainable for bucket in self.buckets):
-            self._meet()
+        self._meet_around_update()
 
     def full_tensors(self, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) in storage dtype, one bucket in memory at a time. Collective: all ranks iterate."""
@@ -147,10 +151,12 @@ class ShardedModel:
     def reset(self) -> None:
         """Return to the state between steps after an exception in forward or backward: nothing gathered, no gradient.
 
-        Every rank must have failed alike; a rank that failed alone leaves the others waiting in a collective.
+        Every rank must have failed alike; a rank that failed alone leaves the others waiting in a collective. With
+        policy.step_in_backward some weights may have been updated already, and stay so: go back to a checkpoint.
         """
         self.hooks.reset()
         self.clear_gradients()
+        self._meet_around_update()
 
     # Memory #
 
@@ -167,7 +173,7 @@ class ShardedModel:
                 held["shards"] += bucket.shard.nbytes
             if bucket.grad is not None and not _shares_storage(bucket.grad, self._scratch):
                 held["gradients"] += 4 * (
-                    bucket.layout.full_numel if bucket.keeps_full_grad else bucket.layout.shard_numel
+                    bucket.layout.full_numel if bucket.keeps_full_grads else bucket.layout.shard_numel
                 )
         return held | {"gradients": held["gradients"] + self._scratch.nbytes}
 
@@ -201,14 +207,14 @@ class ShardedModel:
         buckets = []
         for (dtypes, trainable), params in grouped.items():
             kind = "trainable" if trainable else "frozen"
-            name = f"{group.name or 'root'}:{kind}:{str(dtypes.wire).removeprefix('torch.')}"
+            name = f"{group.name or '(root)'}:{kind}:{str(dtypes.wire).removeprefix('torch.')}"
             bucket = Bucket(
                 name,
                 params,
                 dtypes,
                 trainable,
                 transport,
-                keeps_full_grad=self.policy.accumulates_full_gradients(self.mesh.shard.size),
+                keeps_full_grads=self.policy.keeps_full_gradients(self.mesh.shard.size),
                 offload=self.policy.offload,
             )
             assert len(real.keys() & params.keys()) in (0, len(params)), f"{name}: some parameters are meta, not all"
@@ -240,7 +246,8 @@ class ShardedModel:
         )
         reduce_bytes = {name: _reduce_bytes(members) for name, members in buckets.items()}
         reduced = [name for name in blocks if reduce_bytes[name]]
-        scratch = self._make_grads([buckets[name] for name in blocks], buckets[""])
+        self._make_grads([buckets[name] for name in blocks], buckets[""])
+        scratch = self._scratch if self.policy.step_in_backward else None
         count = min(REDUCTIONS_IN_FLIGHT, len(reduced))
         block_reduce = self._reduce_ring(count, max((reduce_bytes[name] for name in reduced), default=0), scratch)
         root_reduce = self._reduce_ring(1, reduce_bytes[""])
@@ -260,9 +267,9 @@ class ShardedModel:
             )
         return units
 
-    def _make_grads(self, blocks: list[list[Bucket]], root: list[Bucket]) -> Tensor | None:
-        """Gradient shards. When weights are updated in backward, blocks take turns with as many as can be under way,
-        which are returned: (reductions in flight, largest block)."""
+    def _make_grads(self, blocks: list[list[Bucket]], root: list[Bucket]) -> None:
+        """Gradient shards. When weights are updated in backward, blocks take turns with as many as can be under way:
+        `_scratch`, (reductions in flight, largest block)."""
         self._scratch = torch.empty(0)
         if self.policy.step_in_backward:
             numel = max((sum(b.layout.shard_numel for b in block if b.trainable) for block in blocks), default=0)
@@ -272,7 +279,6 @@ class ShardedModel:
             for bucket in (b for b in block if b.trainable):
                 takes_turns = self.policy.step_in_backward and block is not root
                 bucket.make_grads(self._scratch[0] if takes_turns else None)
-        return self._scratch if self.policy.step_in_backward else None
 
     def _gather_ring(self, count: int, num_bytes: int) -> Ring:
         buffers = self._links.gather.gather_buffers(count, num_bytes)
@@ -282,6 +288,11 @@ class ShardedModel:
         buffers = self._links.reduce.reduce_buffers(count, num_bytes)
         return Ring("gradients", buffers, num_bytes, self._links.recorder, scratch)
 
+    def _meet_around_update(self) -> None:
+        """Before and after updates are seen by other ranks that might be reading."""
+        if self._has_live_weights:
+            self._meet()
+
     def _meet(self) -> None:
         """Resident buckets are read without being gathered: nobody may start before everybody has written."""
         if self._links.gather.shares_memory:
@@ -289,11 +300,11 @@ class ShardedModel:
 
 
 def _gather_bytes(buckets: list[Bucket]) -> int:
-    return sum(aligned(bucket.full_bytes) for bucket in buckets)
+    return sum(aligned(bucket.gather_bytes) for bucket in buckets)
 
 
 def _reduce_bytes(buckets: list[Bucket]) -> int:
-    return sum(aligned(bucket.full_grad_bytes) for bucket in buckets if not bucket.keeps_full_grad)
+    return sum(aligned(bucket.reduce_bytes) for bucket in buckets)
 
 
 def _shares_storage(a: Tensor, b: Tensor) -> bool:

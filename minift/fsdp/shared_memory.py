@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minift.dist.collectives import gather_objects
 from minift.dist.process import World
-from minift.fsdp.transport import Buffer, Pending, Transport, sum_chunks_
+from minift.fsdp.transport import Buffer, NoRoomError, Pending, Transport, sum_chunks_
 from minift.ops.flags import AVAILABLE, set_flag, wait_flags
 
 _FOLDER = Path("/dev/shm")
@@ -101,7 +101,7 @@ class SharedMemory(Transport):
             return [Buffer(torch.empty(0, dtype=torch.uint8)) for _ in range(count)]
         segment = self._map(count * buffer_bytes)
         if segment is None:
-            raise RuntimeError(
+            raise NoRoomError(
                 f"{_FOLDER} has no room for {count * buffer_bytes / 2**20:.0f} MiB of shared buffers; make it larger "
                 "(in a container: --shm-size)"
             )

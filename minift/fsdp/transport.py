@@ -30,6 +30,10 @@ from minift.dist.process import World
 _SUM_BLOCK_ELEMENTS = 1 << 16  # summed chunk by chunk inside of a core's cache
 
 
+class NoRoomError(RuntimeError):
+    """A transport has no memory of the kind that it needs; on all ranks alike."""
+
+
 class Buffer:
     """Bytes in which tensors are gathered or reduced; lent from `acquire` until `release`."""
 

@@ -25,6 +25,9 @@ from minift.fsdp.streams import Lane, wait_for
 from minift.fsdp.transport import DONE, Buffer, Pending, Transport
 from minift.trace import Mark, Recorder
 
+REDUCTIONS_IN_FLIGHT = 2
+"""One buffer is being filled while the one before it is being reduced."""
+
 
 class UnitState(enum.Enum):
     """What memory is alive for parameters, beside the shards (which always are)."""
@@ -89,9 +92,10 @@ class Ring:
         self._free.append(buffer)
         self._recorder.change_level(self.kind, -self.num_bytes)
 
-    def scratch_of(self, buffer: Buffer) -> Tensor | None:
-        """The row of `scratch` that goes with `buffer`, if there is any."""
-        return None if self.scratch is None else self.scratch[self.buffers.index(buffer)]
+    def scratch_of(self, buffer: Buffer) -> Tensor:
+        """The row of `scratch` that goes with `buffer`."""
+        assert self.scratch is not None
+        return self.scratch[self.buffers.index(buffer)]
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in one of the buffers."""
@@ -134,16 +138,17 @@ class Unit:
         self.gather_ring = gather_ring
         self.reduce_ring = reduce_ring
         self._links = links
-        self._gathered = [bucket for bucket in buckets if not bucket.resident]
-        self.keeps_full_grads = any(bucket.keeps_full_grad for bucket in self.trainable)
+        self._to_gather = [bucket for bucket in buckets if not bucket.resident]
+        self.keeps_full_grads = any(bucket.keeps_full_grads for bucket in self.trainable)
         self.pending_backwards = 0
         """Forwards since the last backward, that a backward may still go through."""
         self.is_complete = False
         """The gradients of this step were summed up for good: one more backward would come too late."""
-        self.is_replicated = links.replica.size > 1
-        self.sums_once = self.is_replicated or (self.keeps_full_grads and links.reduce.world.size > 1)
+        self.reduces_alone = links.reduce.world.size == 1
+        self.sums_once = links.replica.size > 1 or (self.keeps_full_grads and not self.reduces_alone)
         """Whether gradients are, in part, summed up once a step only, in the last microbatch."""
-        self._reduced_together = [] if self.keeps_full_grads else self.trainable
+        self.takes_turns = reduce_ring.scratch is not None and bool(self.trainable)
+        """Whether its gradients live only until the update that follows (policy.step_in_backward)."""
         self._buffer: Buffer | None = None
         self._grad_buffer: Buffer | None = None
         self._gathering = self._reducing = DONE
@@ -159,15 +164,15 @@ class Unit:
         """Borrow a buffer and start filling it with this unit's parameters."""
         self._assert_state(UnitState.SHARDED)
         self.state = UnitState.GATHERING
-        if not self._gathered:
+        if not self._to_gather:
             return
         self._buffer = self.gather_ring.acquire()
         with self._links.gather_lane.run():
             started = self._links.recorder.mark()
             fulls, offset = [], 0
-            for bucket in self._gathered:
-                fulls.append(bucket.place(self._buffer.memory[offset : offset + bucket.full_bytes]))
-                offset += aligned(bucket.full_bytes)
+            for bucket in self._to_gather:
+                fulls.append(bucket.place(self._buffer.memory[offset : offset + bucket.gather_bytes]))
+                offset += aligned(bucket.gather_bytes)
             self._gathering = self._links.gather.all_gather(self._buffer, fulls)
             self._gather_time = started, self._links.gather_lane.clock(self._links.recorder)
         self._gather_mark = self._links.gather_lane.mark()
@@ -175,13 +180,13 @@ class Unit:
     def wait_gather(self) -> None:
         """Parameters become readable."""
         self._assert_state(UnitState.GATHERING)
-        if self._gathered:
+        if self._to_gather:
             recorder = self._links.recorder
             with recorder.during("compute", "wait", self.name):
                 self._gathering.wait()
                 wait_for(self._gather_mark)
             recorder.span("all-gather", "all-gather", self.name, *self._gather_time)
-            for bucket in self._gathered:
+            for bucket in self._to_gather:
                 bucket.expose()
         self._gathering = DONE
         self.state = UnitState.FULL
@@ -189,7 +194,7 @@ class Unit:
     def free(self) -> None:
         """Return the buffer; parameters become placeholders."""
         self._assert_state(UnitState.FULL)
-        for bucket in self._gathered:
+        for bucket in self._to_gather:
             bucket.hide()
         if self._buffer is not None:
             self.gather_ring.release(self._buffer)
@@ -201,7 +206,7 @@ class Unit:
     @property
     def lacks_reduce_buffer(self) -> bool:
         """Whether `open_gradients` has to wait for a buffer that is lent to another unit."""
-        borrows = len(self._reduced_together) > 0 and self.grad_state is GradState.CLOSED
+        borrows = len(self.trainable) > 0 and not self.keeps_full_grads and self.grad_state is GradState.CLOSED
         return borrows and not self.reduce_ring.has_free
 
     def open_gradients(self) -> None:
@@ -209,15 +214,14 @@ class Unit:
         if self.grad_state is GradState.OPEN or not self.trainable:
             return
         assert self.grad_state is GradState.CLOSED, f"unit {self.name!r} is still being reduced"
-        if self._reduced_together:
+        if not self.keeps_full_grads:
             self._grad_buffer = self.reduce_ring.acquire()
         offset = 0
         for bucket in self.trainable:
             memory = None
-            if not bucket.keeps_full_grad:
-                assert self._grad_buffer is not None
-                memory = self._grad_buffer.memory[offset : offset + bucket.full_grad_bytes]
-                offset += aligned(bucket.full_grad_bytes)
+            if self._grad_buffer is not None:
+                memory = self._grad_buffer.memory[offset : offset + bucket.reduce_bytes]
+                offset += aligned(bucket.reduce_bytes)
             bucket.open_slots(memory)
         self.grad_state = GradState.OPEN
 
@@ -226,11 +230,10 @@ class Unit:
         assert self.grad_state is GradState.OPEN, f"unit {self.name!r} has no gradients to reduce"
         self.grad_state = GradState.REDUCING
         fulls = [bucket.close_slots() for bucket in self.trainable]
-        is_sent = not self.keeps_full_grads or (is_last_microbatch and self._links.reduce.world.size > 1)
+        is_sent = not self.keeps_full_grads or (is_last_microbatch and not self.reduces_alone)
         with self._links.reduce_lane.run():
             started = self._links.recorder.mark() if is_sent else None
-            if self._reduced_together:
-                assert self._grad_buffer is not None
+            if self._grad_buffer is not None:
                 self._take_scratch(self._grad_buffer)
                 accumulate = not self.trainable[0].grad_is_empty
                 outs = [bucket.grad for bucket in self.trainable]
@@ -253,23 +256,19 @@ class Unit:
         wait_for(self._reduce_mark)
         self._reducing = DONE
         self._links.recorder.span("reduce-scatter", "reduce-scatter", self.name, *self._reduce_time)
-        if self._grad_buffer is not None:
-            self.reduce_ring.release(self._grad_buffer)
-            self._grad_buffer = None
-        self.grad_state = GradState.CLOSED
+        self._give_buffer_back()
 
     def _take_scratch(self, buffer: Buffer) -> None:
         """Where gradients live only until the update that follows, their memory goes with the reduce buffer."""
-        scratch = self.reduce_ring.scratch_of(buffer)
-        if scratch is not None:
+        if self.takes_turns:
             start = 0
             for bucket in self.trainable:
-                bucket.use_scratch(scratch[start:])
+                bucket.use_scratch(self.reduce_ring.scratch_of(buffer)[start:])
                 start += bucket.layout.shard_numel
 
     def zero_gradients(self) -> None:
-        """No backward of this step came here: the gradient is zero."""
-        if self._reduced_together and self.reduce_ring.scratch_of(self.reduce_ring.buffers[0]) is not None:
+        """No backward of this step came here: the gradient is zero. Nothing may be under way."""
+        if self.trainable and not self.keeps_full_grads:
             self._take_scratch(self.reduce_ring.buffers[0])
         for bucket in self.trainable:
             assert bucket.grad is not None
@@ -288,6 +287,9 @@ class Unit:
     def _close_gradients(self) -> None:
         for bucket in self.trainable:
             bucket.close_slots()
+        self._give_buffer_back()
+
+    def _give_buffer_back(self) -> None:
         if self._grad_buffer is not None:
             self.reduce_ring.release(self._grad_buffer)
             self._grad_buffer = None

@@ -77,8 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         ctx.trainable = trainable
         # What was claimed stays in its slot: saved, it would be a view of memory that is not autograd's.
-        ctx.claimed = [_lies_in_slot(parameter, d) for parameter, d in zip(trainable, gradients[1:], strict=True)]
-        kept = [None if claimed else d for claimed, d in zip(ctx.claimed, gradients[1:], strict=True)]
+        of_trainable = zip(trainable, gradients[1:], strict=True)
+        ctx.claimed = [d if _is_claimed(parameter, d) else None for parameter, d in of_trainable]
+        kept = [d if claimed is None else None for claimed, d in zip(ctx.claimed, gradients[1:], strict=True)]
         ctx.save_for_backward(rows_M, gradients[0], *kept)
         ctx.hidden_shape = hidden_ND.shape
         return loss_sum
@@ -93,12 +94,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden_ND[rows_M] = _scaled(d_hidden_MD, d_loss_sum, d_hidden_MD.dtype)
         scaled: list[Tensor | None] = []
         for parameter, claimed, d in zip(ctx.trainable, ctx.claimed, d_trainable, strict=True):
-            if claimed:
-                slot = slot_of(parameter)
-                assert slot is not None, "the backward of a forward whose gradient buffer was given away"
-                _scale_into(slot.tensor, slot.tensor, d_loss_sum)
-                slot.finish()
-            scaled.append(None if claimed else _scaled(d, d_loss_sum, parameter.dtype))
+            if claimed is not None:
+                if not _is_claimed(parameter, claimed):
+                    raise RuntimeError(
+                        "the gradient of the LM head, computed in forward, is gone: gradients were cleared between a "
+                        "forward and its backward, or this is the second backward over one graph"
+                    )
+                _scale_into(claimed, claimed, d_loss_sum)
+                slot_of(parameter).finish(claimed)
+            scaled.append(None if claimed is not None else _scaled(d, d_loss_sum, parameter.dtype))
         return None, d_hidden_ND, None, None, None, None, *scaled
 
 
@@ -220,9 +224,10 @@ def _total(totals: dict[Tensor, Tensor], parameter: Tensor) -> Tensor:
     return totals[parameter] if parameter in totals else torch.zeros_like(parameter)  # no chunk: nothing supervised
 
 
-def _lies_in_slot(parameter: Tensor, gradient: Tensor) -> bool:
+def _is_claimed(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether `gradient` is memory that this backward's forward has claimed."""
     slot = slot_of(parameter)
-    return slot is not None and slot.tensor.data_ptr() == gradient.data_ptr()
+    return slot is not None and slot.holds(gradient)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -424,30 +424,6 @@ def test_no_strategy_reads_weights_of_before_the_update(way: dict) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
 
 
-class LocalLosses(nn.Module):
-    """Three units whose inputs need no gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Linear(4, 4) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sum(block(x).sum() for block in self.blocks)
-
-
-def local_losses_on_rank(world: World) -> str:
-    model = LocalLosses()
-    shard(model, list(model.blocks), world, ShardPolicy(), FP32)
-    with pytest.raises(RuntimeError) as caught:
-        model(torch.ones(2, 4)).backward()
-    return str(caught.value)
-
-
-def test_units_whose_end_nobody_notices_are_named() -> None:
-    for message in run_ranks(2, local_losses_on_rank):
-        assert "has nowhere to put its gradients" in message
-
-
 class Pair(NamedTuple):
     left: Tensor
     right: Tensor

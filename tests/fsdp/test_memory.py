@@ -32,6 +32,8 @@ def storages() -> dict[int, int]:
 def held_on_rank(world: World, case: Case, precision: Precision) -> tuple[dict[str, int], int]:
     before = storages()
     model, engine = sharded(case, world, precision)
+    if case.policy.step_in_backward:
+        engine.update_in_backward(lambda shard: None)
     run_microbatches(model, engine, case, world.rank)
     placeholders = sum(p.itemsize for bucket in engine.buckets for p in bucket.params.values())
     after = storages()
