@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(minift, m) {
       "nf4_dequantize(Tensor(a!) out, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset, Tensor? nested_map,"
       " int block_size, int start) -> ()");
 
+  // minift/ops/dropout.py. The mask is a function of seed and element index alone.
+  m.def("dropout(Tensor x, int seed, int num_dropped) -> Tensor");
+
   // minift/ops/flags.py
   m.def("set_flag(Tensor(a!) flags, int index, int value) -> ()");
   m.def("wait_flags(Tensor flags, int value, int timeout_ms) -> bool");

@@ -8,8 +8,8 @@ an element, D hidden_size, Q = heads · head_dim, K = kv_heads · head_dim, F in
     full         b·T·D                                 its input
     offload      0; b·T·D in host memory               its input, on the other side of the bus
 
-Rank-r LoRA on all seven projections instead: none and selective keep 7·b·T·r more, and T·(5·D + Q + F) of masks if it
-has dropout. Queries and keys with norms of their own cost 4·T·(heads + kv_heads) more, and none keeps b·T·(Q + K) more.
+Rank-r LoRA on all seven projections instead: none and selective keep 7·b·T·r more, with dropout or without. Queries and
+keys with norms of their own cost 4·T·(heads + kv_heads) more, and none keeps b·T·(Q + K) more.
 CUDA's attention keeps its log-sum-exp, 4·T·heads. Beside these, `full` and `offload` keep 5 KB of generator state.
 
 `full` runs the unit's forward without a graph, and in backward once more with one: a third more arithmetic, or half

@@ -177,7 +177,9 @@ def write_report(run_dir: str | Path, facts: RunFacts) -> Path:
     parts += ["## Time and memory", _time_and_memory(facts, training)]
     parts += ["## Where things are", _files(run_dir), "## What to do next", _commands(run_dir, facts)]
     path = run_dir / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished.md")  # a report that is there is a run that is finished
+    unfinished.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minift.build import BuiltModel, ModelSource, base_fingerprint, build_model
@@ -249,9 +250,11 @@ class Run:
         with self.saver, Progress(self.total_steps, self.step, enabled=world.is_main) as self.progress:
             for note in self.notes:
                 self.progress.say(note)
-            if self.step == self.total_steps and self.is_exported():
+            if self.step == self.total_steps and self.is_finished():
                 self.progress.say(f"finished already; see {self.run_dir / 'report.md'}")
                 return
+            if world.is_main:
+                (self.run_dir / "report.md").unlink(missing_ok=True)  # of a state that is left now
             # -1: a run that died before its first checkpoint begins anew, validation before the first step included
             metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step or -1) if world.is_main else None
             if self.step:
@@ -322,23 +325,32 @@ class Run:
                 recorder=self.recorder,
             )
         except NonFiniteError as error:
-            dump = self.run_dir / "nonfinite" / f"step-{self.step + 1:08d}-rank-{self.world.rank:05d}.safetensors"
-            dump.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {
-                    f"{index}/{name}": tensor.contiguous()
-                    for index, batch in enumerate(microbatches)
-                    for name, tensor in asdict(batch).items()
-                    if isinstance(tensor, torch.Tensor)
-                },
-                dump,
-            )
-            self.saver.wait()
+            dumped, also = self.dump(microbatches), ""
+            try:
+                self.saver.wait()
+            except OSError as lost:  # the same full disk, perhaps: it must not hide what happened here
+                also = f". {lost}"
             kept = list_checkpoints(self.run_dir / "checkpoints")
             where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
             raise NonFiniteError(
-                f"step {self.step + 1}: {error}. {self.what_was_updated}; this rank's batch is in {dump}; {where}"
+                f"step {self.step + 1}: {error}. {self.what_was_updated}; {dumped}; {where}{also}"
             ) from None
+
+    def dump(self, microbatches: list[Batch]) -> str:
+        """Leave this rank's part of a step on disk; says where, or why not."""
+        path = self.run_dir / "nonfinite" / f"step-{self.step + 1:08d}-rank-{self.world.rank:05d}.safetensors"
+        tensors = {
+            f"{index}/{name}": tensor.contiguous()
+            for index, batch in enumerate(microbatches)
+            for name, tensor in asdict(batch).items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:
+            return f"this rank's batch could not be written ({error})"
+        return f"this rank's batch is in {path}"
 
     def draw_timeline(self) -> None:
         """Leave what was recorded of the step just taken in timeline.png and timeline.json."""
@@ -385,9 +397,10 @@ class Run:
             self.saver.start(Standing(self.step, asdict(self.loader_state), self.base, extra))
         self.saved_step = self.step
 
-    def is_exported(self) -> bool:
-        """Whether this run's export is there (exports appear whole or not at all); the same answer on every rank."""
-        return bool(max_over_ranks(float((self.run_dir / "export").is_dir()), self.world))
+    def is_finished(self) -> bool:
+        """Whether the export is there and the report, which is written last; the same answer on every rank."""
+        has_export = any((self.run_dir / "export" / kind).is_dir() for kind in ("adapter", "model"))
+        return bool(max_over_ranks(float(has_export and (self.run_dir / "report.md").is_file()), self.world))
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks must leave the loop at the same step. OSError, likewise, if a
@@ -449,4 +462,3 @@ class Run:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-

@@ -7,9 +7,12 @@ resume (bitwise); PEFT's file format for what is exported.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +29,8 @@ from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
 from minift.report import read_metrics
-from minift.train import NonFiniteError, Run, TrainConfig
+from minift.train import NonFiniteError, Run, TrainConfig, train
+from tests.checkpoint.kills import killed_before
 from tests.ranks import run_ranks
 from tests.tiny import write_conversations, write_inputs
 
@@ -194,7 +198,91 @@ def test_a_non_finite_loss_stops_all_ranks_and_leaves_the_batch(inputs: Path, tm
     assert json.loads((kept[-1] / "manifest.json").read_text())["standing"]["step"] == failed_step - 1
 
 
-def test_a_finished_run_is_left_alone(inputs: Path, tmp_path: Path) -> None:
+def run_out_of_disk(world: World, config: RunConfig, can_dump: bool) -> str:
+    """The checkpoint before the step that is not finite cannot be written, and perhaps the batch neither."""
+    this = Run(config, world, StopRequest())
+    this.objective = objective = InfiniteOnRank0(world.rank)
+    wait = this.saver.wait
+
+    def wait_or_fail() -> Path | None:
+        folder = wait()
+        if objective.num_calls > 4:
+            raise OSError("no checkpoint was written: the disk is full")
+        return folder
+
+    this.saver.wait = wait_or_fail
+    if not can_dump and world.is_main:
+        (this.run_dir / "nonfinite").touch()
+    with pytest.raises(NonFiniteError) as caught:
+        this.go()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("can_dump", [True, False])
+def test_a_full_disk_does_not_hide_a_non_finite_loss(inputs: Path, tmp_path: Path, can_dump: bool) -> None:
+    config = config_for(inputs, tmp_path, microbatch_tokens=1024, checkpoint_every_steps=1)
+    for message in run_ranks(2, run_out_of_disk, config, can_dump):
+        assert "loss inf" in message and "the disk is full" in message and "last good checkpoint is" in message
+        if can_dump:
+            (dump,) = (path for path in (tmp_path / "nonfinite").iterdir() if str(path) in message)
+            assert "0/tokens_T" in load_file(dump)
+        else:
+            assert "batch could not be written" in message and "nonfinite" in message
+
+
+def in_the_export(event: str, arguments: tuple[Any, ...]) -> bool:
+    return event == "open" and str(arguments[0]).endswith("adapter_config.json")
+
+
+def before_a_rename_in_the_export(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Three: the new adapter is complete; the old one goes aside, if there is one; the new one gets its name."""
+    return event == "os.rename" and "/export/" in str(arguments[0])
+
+
+def before_the_report(event: str, arguments: tuple[Any, ...]) -> bool:
+    name = Path(str(arguments[0])).name if arguments else ""
+    return event == "open" and name.startswith("report") and name.endswith(".md")
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_killed_while_it_ends_is_ended_by_the_same_command(inputs: Path, tmp_path: Path) -> None:
+    """All steps are done, and a checkpoint says so: that is not yet a finished run. Oracle: a run nobody killed."""
+    straight, config = (config_for(inputs, tmp_path / name, max_steps=2) for name in ("straight", "killed"))
+    assert train(straight) == 0
+    run_dir = tmp_path / "killed"
+
+    def kill(when: Callable[[str, tuple[Any, ...]], bool], index: int = 0) -> None:
+        assert killed_before(when, index, train, config)
+        assert not (run_dir / "report.md").exists()
+        assert [p.name for p in list_checkpoints(run_dir / "checkpoints")] == ["step-00000002"]
+
+    kill(before_the_report)
+    assert exported(run_dir).keys() == exported(tmp_path / "straight").keys()
+    shutil.rmtree(run_dir / "export")
+    kill(in_the_export)
+    assert not (run_dir / "export" / "adapter").exists()
+    for index in (1, 1, 2, 1, 0):  # the first time there is nothing that would have to go aside
+        kill(before_a_rename_in_the_export, index)
+    assert train(config) == 0
+    assert files_below(run_dir) == files_below(tmp_path / "straight")
+    assert losses(run_dir) == losses(tmp_path / "straight")
+    ours, theirs = exported(run_dir), exported(tmp_path / "straight")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_report_of_an_earlier_end_is_no_sign_of_this_one(inputs: Path, tmp_path: Path) -> None:
+    assert train(config_for(inputs, tmp_path, max_steps=2)) == 0
+    longer = config_for(inputs, tmp_path, max_steps=4)
+    assert killed_before(before_the_report, 0, train, longer)
+    assert train(longer) == 0
+    assert "4 optimizer steps" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("run", [run, full_run])
+def test_a_finished_run_is_left_alone(inputs: Path, tmp_path: Path, run: Callable[..., None]) -> None:
     run_ranks(2, run, config_for(inputs, tmp_path))
 
     def files() -> dict[Path, int]:

@@ -2,12 +2,14 @@
 
 What was trained is gathered from the masters, one bucket at a time, and written from there; what was not is copied from
 the base folder, so that its bits do not depend on the dtype it was computed in. So no rank ever needs more memory,
-beside what training holds, than the largest bucket in master dtype and a few MiB. An export appears whole or not there.
+beside what training holds, than the largest bucket in master dtype and a few MiB.
+
+An export appears whole or not there, and one of an earlier state stays until the new one can take its place. For that
+the disk must have room for both.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minift.checkpoint.adapters import save_adapter
-from minift.checkpoint.atomic import atomic_folder
+from minift.checkpoint.atomic import atomic_folder, swap_in
 from minift.fsdp.sharded import ShardedModel
 from minift.model.config import ModelConfig
 from minift.model.hf import save_model
@@ -31,13 +33,16 @@ def export_run(
     Weights of a whole model get the dtypes of the base folder. What an earlier export of this run left is replaced.
     """
     target = folder / ("model" if adapter is None else "adapter")
+    fresh = target.with_name(f".{target.name}.new")
     is_main = engine.world.is_main
+    if is_main:
+        swap_in(fresh, target)  # what an export that was killed at the last moment had ready
     if adapter is not None:
         trained = engine.full_tensors(trainable_only=True)
         tensors = {name: tensor.cpu().clone() for name, tensor in trained if is_main}
         if is_main:
-            shutil.rmtree(target, ignore_errors=True)
-            save_adapter(target, adapter, tensors, base_model=str(Path(base_folder).resolve()))
+            save_adapter(fresh, adapter, tensors, base_model=str(Path(base_folder).resolve()))
+            swap_in(fresh, target)
         return str(target), None
 
     reader = WeightReader(base_folder)
@@ -51,9 +56,9 @@ def export_run(
                 yield name, reader.read(name)
 
     if is_main:
-        shutil.rmtree(target, ignore_errors=True)
-        with atomic_folder(target) as temporary:
+        with atomic_folder(fresh) as temporary:
             save_model(tensors_to_save(), config, temporary, specs, source_folder=base_folder)
+        swap_in(fresh, target)
     else:
         deque(engine.full_tensors(trainable_only=True), maxlen=0)  # take part in the gathers, keep nothing
     return None, str(target)

@@ -3,19 +3,14 @@
 One tensor at a time: W is read, W + ΔW is computed in fp32, rounded once to the output dtype and written. Memory is the
 adapter, and a few copies of the largest weight in fp32; no model is ever built.
 
-What a merge costs in accuracy is the rounding: in bf16 a weight keeps 8 significant bits, and an update smaller than
-that is lost. The report gives the rounding error of each written weight W' in units of its update, in Frobenius norms:
-
-    lost_ratio = ‖W' - (W + ΔW)‖ / ‖ΔW‖
-
-0.01 means that 1 % of the update was replaced by noise; 0 that nothing was rounded after the fp32 sum. It says nothing
-about logits; for those, run both models.
+What a merge costs in accuracy is rounding: in bf16 a weight keeps 8 significant bits, and an update smaller than that
+is lost. The report has it for every weight; `peft.drift` defines it, and the three targets that a merge may have if the
+adapter was trained over a quantized base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,48 +23,31 @@ from minift.model.decoder import CausalLM
 from minift.model.hf import load_config, save_model
 from minift.model.weights import WeightReader
 from minift.peft.adapter import Adapter
+from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, check_target, measure_drift
 from minift.peft.inject import adapter_parameters, adapters, inject
 
 
-@dataclass(frozen=True)
-class WeightDrift:
-    """What rounding did to one merged weight; Frobenius norms."""
-
-    name: str
-    update_norm: float
-    rounding_norm: float
-
-    @property
-    def lost_ratio(self) -> float:
-        """Rounding error in units of the update; 0 if nothing was rounded away, even from an update of zero."""
-        if self.rounding_norm == 0.0:
-            return 0.0
-        return self.rounding_norm / self.update_norm if self.update_norm > 0.0 else float("inf")
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """One `WeightDrift` per merged weight, in the order of the file."""
-
-    drifts: tuple[WeightDrift, ...]
-
-    def __str__(self) -> str:
-        worst = max(self.drifts, key=lambda drift: drift.lost_ratio)
-        mean = sum(drift.lost_ratio for drift in self.drifts) / len(self.drifts)
-        return (
-            f"merged {len(self.drifts)} weights; rounding error / update: mean {mean:.2%}, "
-            f"largest {worst.lost_ratio:.2%} ({worst.name})"
-        )
-
-
 def merge_adapter(
-    base_folder: str | Path, adapter_folder: str | Path, out_folder: str | Path, dtype: torch.dtype | None = None
+    base_folder: str | Path,
+    adapter_folder: str | Path,
+    out_folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    target: MergeTarget = "original",
+    as_trained: Callable[[Tensor], Tensor] | None = None,
 ) -> MergeReport:
     """Write the merged model to `out_folder`, which must be new or empty; it appears only when complete.
 
-    `dtype` of all weights written; None keeps each one's own. ValueError if the adapter does not fit the base (names,
-    shapes), or adapts an LM head whose weight is the embedding's: the format has no place for two different ones.
+    dtype: of all weights written; None keeps each one's own.
+    as_trained: what became of a base weight for training, dequantize(quantize(W)), the same shape and dtype; None: it
+        was used as it is. Into this are merged "dequantized" and "requantized", and the latter is passed through it
+        once more: weights that lie on the quantizer's grid, in a dense file.
+
+    ValueError if the adapter does not fit the base (names, shapes), or adapts an LM head whose weight is the
+    embedding's: the format has no place for two different ones.
     """
+    check_target(target)
+    as_trained = as_trained or (lambda weight: weight)
     config = load_config(base_folder)
     reader = WeightReader(base_folder)
     targets = _load_adapters(config, adapter_folder)
@@ -86,15 +64,21 @@ def merge_adapter(
         for name in names:
             tensor, out_dtype = reader.read(name), specs[name][0]
             if name in targets:
-                exact = targets[name].exact_weight(tensor)
-                merged = exact.to(out_dtype)
-                drifts.append(WeightDrift(name, _distance(exact, tensor), _distance(merged, exact)))
+                trained = as_trained(tensor)
+                exact = targets[name].exact_weight(trained)
+                if target == "original":
+                    merged = targets[name].exact_weight(tensor).to(out_dtype)
+                elif target == "dequantized":
+                    merged = exact.to(out_dtype)
+                else:
+                    merged = as_trained(exact.to(tensor.dtype)).to(out_dtype)
+                drifts.append(measure_drift(name, merged, exact, trained))
                 tensor = merged
             yield name, tensor.to(out_dtype)
 
     with atomic_folder(Path(out_folder)) as temporary:
         save_model(merged_tensors(), config, temporary, specs, source_folder=base_folder)
-    return MergeReport(tuple(drifts))
+    return MergeReport(target, tuple(drifts))
 
 
 def _load_adapters(config: ModelConfig, adapter_folder: str | Path) -> dict[str, Adapter]:
@@ -105,8 +89,3 @@ def _load_adapters(config: ModelConfig, adapter_folder: str | Path) -> dict[str,
     shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
     model.load_state_dict(read_tensors(adapter_folder, shapes), strict=False, assign=True)
     return {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """‖a - b‖ in the Frobenius norm; the difference is fp32 (exact enough: both are close), the sum fp64."""
-    return torch.linalg.vector_norm(a.float() - b.float(), dtype=torch.float64).item()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -50,9 +51,12 @@ from minift.checkpoint.stored_ranges import RNG_PREFIX
 from minift.dist.process import World
 from minift.dist.seeds import rng_state
 from minift.optim.adamw import AdamW
-from minift.optim.shard import FlatShard
+from minift.optim.moments import Place
+from minift.optim.shard import FlatShard, ParamRange
 
 STAGING_BYTES = 256 << 20
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -66,7 +70,8 @@ class Saver:
         keep_last: older checkpoints than the newest so many are removed, when the new one is complete.
         staging_bytes: host memory that each rank may take, during a save, to let the optimizer go on although the disk
             is behind; 0: it then waits.
-        on_saved: called with the folder when it is complete, on every rank, in the saver's thread.
+        on_saved: called with the folder when it is complete, on every rank, in the saver's thread. What it raises is
+            logged and does not make the save fail.
     """
 
     def __init__(
@@ -89,12 +94,17 @@ class Saver:
         self._staging_bytes = staging_bytes
         self._on_saved = on_saved
         self._reader = DeviceReader(world.device, PIECE_BYTES) if world.device.type == "cuda" else None
-        ranges = {name: [asdict(r) for r in shard.ranges] for name, shard in self._shards.items()}
+        ranges = {
+            name: [asdict(r) | {"places": _plain(places_of(optimizer, shard, r))} for r in shard.ranges]
+            for name, shard in self._shards.items()
+        }
         self._metadata = {"ranges": json.dumps(ranges)}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._file: LiveFile | None = None
         optimizer.before_update = self._before_update
+        if self._ranks.rank == 0:
+            _clear_leftovers(parent)
 
     def start(self, standing: Standing) -> None:
         """Begin to save the state as it is now, after waiting for the save before. Collective.
@@ -173,10 +183,11 @@ class Saver:
             self._agree(_failure_of(lambda: _commit(temporary, folder, complete)) if is_main else "", temporary)
         finally:
             file.abandon()  # after a failure, too, the optimizer must go on
+        # The checkpoint is complete. What fails now fails on this rank alone, so it must not become a failed save.
         if is_main:
-            _remove_old(folder, self._keep_last)
+            _then("removing older ones", folder, lambda: _remove_old(folder, self._keep_last))
         if self._on_saved is not None:
-            self._on_saved(folder)
+            _then("on_saved", folder, lambda: self._on_saved(folder))
         return folder
 
     def _agree(self, failure: str, temporary: Path) -> None:
@@ -190,9 +201,19 @@ class Saver:
 
 
 def shard_states(optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
-    """Shard -> "master", "exp_avg", … -> the live tensors, 1-D of equal length: what a checkpoint has of it."""
+    """Shard -> "master", "exp_avg", … -> the live tensors, 1-D: what a checkpoint has of it."""
     states = optimizer.state_dict()
     return {shard.name: {"master": shard.master, **states[shard.name]} for shard in optimizer.shards}
+
+
+def places_of(optimizer: AdamW, shard: FlatShard, piece: ParamRange) -> dict[str, Place]:
+    """Where in these tensors the state of `piece`, one of the ranges of `shard`, is."""
+    return {"master": Place(piece.start, piece.stop), **optimizer.places(shard, piece)}
+
+
+def _plain(places: dict[str, Place]) -> dict[str, dict[str, int]]:
+    """For JSON."""
+    return {what: asdict(place) for what, place in places.items()}
 
 
 def _failure_of(write: Callable[[], None]) -> str:
@@ -204,11 +225,20 @@ def _failure_of(write: Callable[[], None]) -> str:
     return ""
 
 
+def _then(what: str, folder: Path, action: Callable[[], None]) -> None:
+    if failure := _failure_of(action):
+        log.warning("%s is complete, but %s failed: %s", folder, what, failure)
+
+
+def _clear_leftovers(parent: Path) -> None:
+    """Remove what killed saves have left behind: files of a new checkpoint, or the rest of an old one."""
+    for leftover in parent.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)  # somebody may have a file open; what is in our way will show
+
+
 def _make_empty(temporary: Path) -> None:
-    """Also clears what saves that were killed have left behind."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in temporary.parent.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
+    _clear_leftovers(temporary.parent)
     temporary.mkdir()
 
 
@@ -239,7 +269,12 @@ def _commit(temporary: Path, folder: Path, manifest: Manifest) -> None:
 
 
 def _remove_old(newest: Path, keep_last: int) -> None:
-    """Later steps than the newest are those of a run that was continued from an earlier one: not ours to judge."""
+    """Their names go first: a checkpoint that a kill leaves half removed must not look like one.
+
+    Later steps than the newest are those of a run that was continued from an earlier one: not ours to judge.
+    """
     older = [folder for folder in list_checkpoints(newest.parent) if folder.name <= newest.name]
-    for folder in older[:-keep_last]:
-        shutil.rmtree(folder, ignore_errors=True)
+    removed = [folder.rename(folder.with_name(f".{folder.name}.removed.tmp")) for folder in older[:-keep_last]]
+    flush(newest.parent)
+    for folder in removed:
+        shutil.rmtree(folder)

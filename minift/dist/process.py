@@ -4,7 +4,7 @@
 store, so nothing above this file ever asks whether it is distributed. The result is a `World`, passed down explicitly:
 there is no global state beside torch's own.
 
-Backends: NCCL when every rank has a GPU of its own; gloo otherwise, which is also how several processes can share one GPU.
+Backends: NCCL on GPUs, of which every rank needs one of its own (several processes cannot share one); gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
         except dist.DistNetworkError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ValueError(
-                f"the processes cannot meet at {address} ({str(error).splitlines()[0]}); is the port in use? On one machine "
-                "launch with torchrun --standalone, which picks a free one"
+                f"the processes cannot meet at {address} ({str(error).splitlines()[0]}); is the port in use? On one "
+                "machine launch with torchrun --standalone, which picks a free one"
             ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

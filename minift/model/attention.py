@@ -18,7 +18,7 @@ from minift.model.blocked_attention import BlockedAttention
 from minift.model.cache import Append
 from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
-from minift.model.linear import Linear
+from minift.model.linear import Linear, project
 from minift.model.norm import RMSNorm
 from minift.ops.rope import apply_rope
 
@@ -55,11 +55,10 @@ class Attention(CheapOps):
 
     def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
         heads = (len(hidden_TD), -1, self.head_dim)
-        q_THE = self.q_proj(hidden_TD).view(heads)
-        k_TKE = self.k_proj(hidden_TD).view(heads)
-        v_TKE = self.v_proj(hidden_TD).view(heads)
-        q_THE = self._rotated(q_THE, self.q_norm, packing)
-        k_TKE = self._rotated(k_TKE, self.k_norm, packing)
+        q, k, v = project(hidden_TD, self.q_proj, self.k_proj, self.v_proj)
+        q_THE = self._rotated(q.view(heads), self.q_norm, packing)
+        k_TKE = self._rotated(k.view(heads), self.k_norm, packing)
+        v_TKE = v.view(heads)
         if packing.append is None:
             out_THE = packed_attention(q_THE, k_TKE, v_TKE, packing.cu_seqlens, packing.max_seqlen, self.window)
         else:

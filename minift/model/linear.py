@@ -1,11 +1,19 @@
-"""y = x Wᵀ + b, written so that the weight may move between forward and backward.
+"""y = x Wᵀ + b, for one projection or several that read the same x, with or without low-rank updates.
 
-Under FSDP a Parameter's `.data` is a view of a gather buffer that other blocks overwrite before backward comes.
-Whatever autograd saves of it would then be another block's weight. So `linear` keeps the *Parameter object* and reads
-`.data` again in backward, when its unit has gathered it anew; the input is saved only if the weight is trained. The
-weight's gradient goes straight to where it will be reduced from, if there is such a place (`grad_slot`).
+`project` is the only differentiable operation on projections, one step of autograd, however weights are stored and
+however many there are. Projections that share their input (q, k, v; gate, up) save it once; their updates go through
+the rank in one product (`low_rank`); and the gradients for x are added up by the matrix products themselves, where
+autograd would sum tensors as wide as x. Saved for backward are x, the very tensor that its producer and its other
+readers hold, if a gradient is made of it, and the narrow products of the updates; nothing of the output's width.
 
-`LinearBase` is what quantized and adapter-wrapped projections share: code that wraps projections asks for nothing more.
+It is written so that weights may move between forward and backward. Under FSDP a Parameter's `.data` is a view of a
+gather buffer that other blocks overwrite before backward comes. Whatever autograd saves of it would then be another
+block's weight. So `project` keeps the *Parameter objects* and reads `.data` again in backward, when their unit has
+gathered it anew. A weight's gradient goes straight to where it will be reduced from, if there is such a place
+(`grad_slot`).
+
+`LinearBase` is what dense, quantized and adapter-wrapped projections share. A new way to store a weight is a subclass
+that says how to multiply with it, `product` and `product_dx`, and needs to know nothing of autograd or adapters.
 """
 
 from __future__ import annotations
@@ -13,48 +21,51 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minift.grad_slot import deliver_product
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
-        (x,) = ctx.saved_tensors
-        dx = dy @ ctx.weight if needs_dx else None
-        dy_NO = dy.reshape(-1, dy.shape[-1]) if needs_dweight or needs_dbias else None
-        dweight = deliver_product(ctx.weight, dy_NO.t(), x.reshape(-1, x.shape[-1])) if needs_dweight else None
-        dbias = dy_NO.sum(0) if needs_dbias else None
-        return dx, dweight, dbias
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) -> (..., out) with weight (out, in) and bias (out,), all of one dtype; gradients come in that dtype.
-
-    Backward reads `weight` as it is *then*; see the module docstring.
-    """
-    return _Linear.apply(x, weight, bias)
+from minift.model.low_rank import LowRank, Updates
 
 
 class LinearBase(nn.Module):
-    """A projection from `in_features` to `out_features`, however its weight is stored."""
+    """A projection from `in_features` to `out_features`, however its weight is stored.
+
+    A subclass that stores a weight has a `bias` and writes `product`, `product_dx`, `dense_weight` and, to be merged
+    into, `storing`. One that wraps another projection writes `dense_weight` and `parts`, or its own `forward` where
+    `parts` cannot tell.
+    """
 
     in_features: int
     out_features: int
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
+        return project(x, self)[0]
+
+    def parts(self) -> tuple[LinearBase, LowRank | None] | None:
+        """A projection with `product`s and an update of it, which together are this one; None: only `forward` knows."""
+        return self, None
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        """x Wᵀ + b, a fresh (N, out_features) in x's dtype. Runs without autograd, like the next."""
         raise NotImplementedError
+
+    def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
+        """dy W: a fresh (N, in_features), or added to `add_to_NI` in place, which is returned."""
+        raise NotImplementedError
+
+    def dense_parameter(self) -> nn.Parameter | None:
+        """W, where it is one dense parameter and may be trained: its gradient is dyᵀ x."""
+        return None
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) without gradient history: itself where it is dense, else a copy."""
+        raise NotImplementedError
+
+    def storing(self, weight: Tensor) -> LinearBase:
+        """A projection like this one, with the same bias, that holds `weight` (any float dtype), frozen and rounded to
+        this one's format."""
         raise NotImplementedError
 
 
@@ -68,11 +79,86 @@ class Linear(LinearBase):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def product(self, x_NI: Tensor) -> Tensor:
+        return F.linear(x_NI, self.weight, self.bias)
+
+    def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
+        return dy_NO @ self.weight if add_to_NI is None else add_to_NI.addmm_(dy_NO, self.weight)
+
+    def dense_parameter(self) -> nn.Parameter:
+        return self.weight
 
     def dense_weight(self) -> Tensor:
         return self.weight.detach()
 
+    def storing(self, weight: Tensor) -> Linear:
+        return Linear.holding(weight.to(self.weight.dtype), self.bias)
+
+    @staticmethod
+    def holding(weight: Tensor, bias: nn.Parameter | None) -> Linear:
+        """A projection with these two, themselves, the weight frozen."""
+        with torch.device("meta"):
+            linear = Linear(weight.shape[1], weight.shape[0])
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = bias
+        return linear
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+def project(x: Tensor, *projections: LinearBase) -> list[Tensor]:
+    """[projection(x) for projection in projections], as one operation if all of them have `parts`.
+
+    x (..., in_features) -> each (..., out_features), in x's dtype, which is the stored weights'; the factors of updates
+    may have another. Gradients come in the dtype of their parameter. Backward reads parameters as they are *then*.
+    """
+    parts = [projection.parts() for projection in projections]
+    if None in parts:
+        return [projection(x) for projection in projections]
+    x_NI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    parameters: list[nn.Parameter | None] = []
+    for base, update in parts:
+        A, B = (None, None) if update is None else (update.A, update.B)
+        parameters += [base.dense_parameter(), base.bias, A, B]
+    outs = _Project.apply(x_NI, [base for base, _ in parts], [update for _, update in parts], *parameters)
+    return list(outs) if x.ndim == 2 else [out_NO.view(*x.shape[:-1], out_NO.shape[-1]) for out_NO in outs]
+
+
+class _Project(torch.autograd.Function):
+    """Its inputs are x, what says how to compute, and four parameters or Nones of each projection: W, b, A, B."""
+
+    @staticmethod
+    def forward(
+        ctx, x_NI: Tensor, bases: list[LinearBase], updates: list[LowRank | None], *parameters: nn.Parameter | None
+    ) -> tuple[Tensor, ...]:
+        outs = [base.product(x_NI) for base in bases]
+        ctx.bases, ctx.updates = bases, Updates(updates)
+        hidden_NR = ctx.updates.add_(outs, x_NI)
+        needs = ctx.needs_input_grad[3:]
+        ctx.save_for_backward(
+            x_NI if any(needs[0::4]) or any(needs[2::4]) else None, hidden_NR if any(needs[3::4]) else None
+        )
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, hidden_NR = ctx.saved_tensors
+        needs_dx, _, _, *needs = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * len(needs)
+        for i, (base, dout_NO) in enumerate(zip(ctx.bases, douts, strict=True)):
+            if needs[4 * i]:
+                gradients[4 * i] = deliver_product(base.dense_parameter(), dout_NO.t(), x_NI)
+            if needs[4 * i + 1]:
+                gradients[4 * i + 1] = dout_NO.sum(0)
+        gradients[3::4] = ctx.updates.gradients_of_B(douts, hidden_NR, needs[3::4])
+        dx_NI = None
+        if needs_dx or any(needs[2::4]):
+            dhidden_NR = ctx.updates.dhidden(douts)
+            gradients[2::4] = ctx.updates.gradients_of_A(dhidden_NR, x_NI, needs[2::4])
+            if needs_dx:
+                for base, dout_NO in zip(ctx.bases, douts, strict=True):
+                    dx_NI = base.product_dx(dout_NO, dx_NI)
+                ctx.updates.add_dx_(dx_NI, dhidden_NR)
+        return dx_NI, None, None, *gradients

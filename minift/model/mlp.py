@@ -6,7 +6,7 @@ from torch import Tensor
 
 from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
-from minift.model.linear import Linear
+from minift.model.linear import Linear, project
 from minift.ops.swiglu import swiglu
 
 
@@ -18,4 +18,5 @@ class MLP(CheapOps):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return self.down_proj(self.cheap(swiglu, self.gate_proj(hidden_TD), self.up_proj(hidden_TD)))
+        gate_TF, up_TF = project(hidden_TD, self.gate_proj, self.up_proj)
+        return self.down_proj(self.cheap(swiglu, gate_TF, up_TF))

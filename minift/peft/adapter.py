@@ -4,7 +4,8 @@ Adding a method is adding one file with two classes, and one line in `checkpoint
 
   * a frozen dataclass derived from `AdapterConfig`: the user's settings, which projections to wrap (inherited), how to
     wrap one, and how the settings are spelled in PEFT's `adapter_config.json`;
-  * a module derived from `Adapter`: its forward, its parameters' initial values, and the dense weight it amounts to.
+  * a module derived from `Adapter`: the low-rank update that it is, or its forward if it is something else; its
+    parameters' initial values; and the dense weight it amounts to.
 
 `inject` wraps and freezes, `manage` merges, `checkpoint.adapters` stores and `checkpoint.merge` merges on disk: none
 of them knows a method. Two rules hold for every method: all parameters outside `base` are trainable and stored; and a
@@ -21,7 +22,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from minift.model.linear import Linear, LinearBase
+from minift.model.linear import Linear, LinearBase, LowRank
+from minift.peft.drift import MergeTarget, check_target
 from minift.peft.patterns import ALL_LINEAR
 
 
@@ -61,9 +63,10 @@ class AdapterConfig(ABC):
 class Adapter(LinearBase):
     """A projection with an adapter: `base` is frozen, every other parameter is the method's own.
 
-    Merged in memory, the adapter costs no time and its base weight is W + ΔW, added in fp32 (fp64 for fp64 weights) and
-    rounded once. The tensor that held W is kept and put back by `unmerge`, bit for bit: while merged, the weight exists
-    twice. (Keeping only the rounding residue would need fewer bytes, but also unchanged adapter weights at unmerge.)
+    Merged in memory, the adapter costs no time and another base takes the place of its own, with the weight W + ΔW,
+    added in fp32 (fp64 for fp64 weights) and rounded once; see `drift` for the choice of W and of the format. Its own
+    base is kept and put back by `unmerge`, so every bit is: while merged, the weight exists twice. (Keeping only the
+    rounding residue would need fewer bytes, but also unchanged adapter weights at unmerge.)
     """
 
     def __init__(self, base: LinearBase) -> None:
@@ -71,9 +74,13 @@ class Adapter(LinearBase):
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.base = base
-        self._unmerged_weight: Tensor | None = None
+        self._own_base: tuple[LinearBase] | None = None  # while merged; in a tuple, as it is no submodule then
 
     # What a method writes #
+
+    def parts(self) -> tuple[LinearBase, LowRank | None] | None:
+        """The base and the update added to it, see `LinearBase`; None for a method with a `forward` of its own."""
+        raise NotImplementedError
 
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
@@ -101,24 +108,33 @@ class Adapter(LinearBase):
 
     @property
     def merged(self) -> bool:
-        return self._unmerged_weight is not None
+        return self._own_base is not None
 
-    def merge(self) -> None:
-        """Fold the adapter into the base weight. Not for sharded models: their weights exist only inside forward.
+    def merge(self, target: MergeTarget = "dequantized", original: Tensor | None = None) -> None:
+        """Fold the adapter into another base. Not for sharded models: their weights exist only inside forward.
 
-        ValueError if the base is not a dense `Linear`: rounding W + ΔW back to 4 bits would be another model.
+        original: the full-precision base weight (out, in), which the target "original" needs; a dense base is its own.
         """
+        check_target(target)
         if self.merged:
             raise ValueError("the adapter is merged already; unmerge it first")
-        if not isinstance(self.base, Linear):
-            raise ValueError(f"only a dense Linear can be merged into, this adapter wraps {type(self.base).__name__}")
-        merged = self.dense_weight()
-        self._unmerged_weight = self.base.weight.data
-        self.base.weight.data = merged
+        weight = self.base.dense_weight()
+        if target == "original" and original is None and not isinstance(self.base, Linear):
+            raise ValueError(
+                f"merging into the original weight needs that weight, which {type(self.base).__name__} no longer has; "
+                "give it, or merge into the dequantized base"
+            )
+        exact = self.exact_weight(weight if target != "original" or original is None else original)
+        if target == "requantized":
+            merged_base = self.base.storing(exact)
+        else:
+            merged_base = Linear.holding(exact.to(weight.dtype), self.base.bias)
+        self._own_base = (self.base,)
+        self.base = merged_base.train(self.training)
 
     def unmerge(self) -> None:
-        """Put back the weight of before `merge`: the same tensor, so the same bits."""
-        if self._unmerged_weight is None:
+        """Put back the base of before `merge`: the same module, so the same bits."""
+        if self._own_base is None:
             raise ValueError("the adapter is not merged")
-        self.base.weight.data = self._unmerged_weight
-        self._unmerged_weight = None
+        (self.base,) = self._own_base
+        self._own_base = None

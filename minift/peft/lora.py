@@ -16,9 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from minift.model.linear import LinearBase
+from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
-from minift.peft.low_rank import add_low_rank_
 from minift.peft.patterns import check_endings, first_match
 
 # `adapter_config.json` as PEFT 0.21.2 writes it, less what `to_peft` sets. `from_peft` supports no other values.
@@ -169,7 +168,7 @@ class LowRankFactor(nn.Module):
 
 
 class LoraLinear(Adapter):
-    """base(x) + scale · B A dropout(x); see the module docstring and `low_rank`."""
+    """base(x) + scale · B A dropout(x); see the module docstring and `model.low_rank`."""
 
     def __init__(
         self, base: LinearBase, rank: int, scale: float, dropout: float, dtype: torch.dtype, device: torch.device
@@ -180,14 +179,11 @@ class LoraLinear(Adapter):
         self.lora_A = LowRankFactor(rank, base.in_features, dtype, device)
         self.lora_B = LowRankFactor(base.out_features, rank, dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def parts(self) -> tuple[LinearBase, LowRank | None]:
         if self.merged:
-            return self.base(x)
-        # Two dimensions, because the output of a 3-D base is a view, which may not be changed in place (see low_rank).
-        x_NI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+            return self.base, None
         dropout = self.dropout if self.training else 0.0
-        out_NO = add_low_rank_(self.base(x_NI), x_NI, self.lora_A.weight, self.lora_B.weight, self.scale, dropout)
-        return out_NO.view(*x.shape[:-1], self.out_features)
+        return self.base, LowRank(self.lora_A.weight, self.lora_B.weight, self.scale, dropout)
 
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         if local_name == "lora_B.weight":

@@ -7,20 +7,33 @@ For a model that one process holds whole (generation, evaluation). Sharded or la
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
+from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, measure_drift
 from minift.peft.inject import adapters
 
 
-def merge_all(model: nn.Module) -> None:
-    """Merge every adapter; none, with a ValueError, if a base weight is tied: its other user would change, too."""
+def merge_all(
+    model: nn.Module, target: MergeTarget = "dequantized", original: Callable[[str], Tensor] | None = None
+) -> MergeReport:
+    """Merge every adapter; none, with a ValueError, if a base weight is tied: its other user would change, too.
+
+    original: name of a projection -> its full-precision base weight (out, in), asked for one at a time; needed for the
+    target "original" over a quantized base.
+    """
     users = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, adapter in adapters(model).items():
         if any(users[parameter] > 1 for parameter in adapter.base.parameters()):
             raise ValueError(f"{name} shares its weight with another module (tied embeddings): merging changes both")
-    for adapter in adapters(model).values():
-        adapter.merge()
+    drifts: list[WeightDrift] = []
+    for name, adapter in adapters(model).items():
+        weight = adapter.base.dense_weight()
+        adapter.merge(target, None if original is None else original(name))
+        exact = adapter.exact_weight(weight)
+        drifts.append(measure_drift(name, adapter.base.dense_weight(), exact, weight))
+    return MergeReport(target, tuple(drifts))
 
 
 def unmerge_all(model: nn.Module) -> None:

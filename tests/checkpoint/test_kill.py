@@ -1,11 +1,9 @@
-"""kill -9 at random moments of saves. Oracle: the state after each step, computed without checkpoints.
-
-Processes are forked from a server that has imported torch once, so that one kill costs a few tens of milliseconds.
+"""kill -9 at random moments of saves, and at each at which a folder changes. Oracle: the state after each step,
+computed without checkpoints.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -17,11 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minift.checkpoint.manifest import Standing
+from minift.checkpoint.manifest import Standing, list_checkpoints
 from minift.checkpoint.saver import Saver, shard_states
-from minift.checkpoint.sharded import load_newest
+from minift.checkpoint.sharded import load_checkpoint, load_newest
 from minift.dist.process import World
 from minift.optim.adamw import AdamW
+from tests.checkpoint import states
+from tests.checkpoint.kills import all_kills, fork_server
 from tests.checkpoint.states import Cut
 
 CUT = Cut(seed=3)
@@ -56,16 +56,10 @@ def save_for_ever(parent: Path, rank: int, size: int, is_async: bool, rendezvous
                 saver.wait()
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "tests.checkpoint.test_kill"])
-    return context
-
-
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_newest_complete_checkpoint_always_loads(tmp_path: Path, server, size: int, is_async: bool) -> None:
+def test_the_newest_complete_checkpoint_always_loads(tmp_path: Path, size: int, is_async: bool) -> None:
+    server = fork_server()
     draw = random.Random(size * 10 + is_async)
     parent = tmp_path / "checkpoints"
     reference = CUT.optimizer(ALONE)
@@ -107,3 +101,44 @@ def test_the_newest_complete_checkpoint_always_loads(tmp_path: Path, server, siz
                 assert torch.equal(shard_states(optimizer)[name][what], tensor), f"{name}/{what}, {last_step} steps"
     assert last_step > 0
     assert num_interrupted > 0, "the kills did not meet saves"
+
+
+def save(parent: Path, *steps: int) -> None:
+    """What is saved as step k is what `states.fill` makes of k. One checkpoint is kept."""
+    optimizer = CUT.optimizer(ALONE)
+    with Saver(parent, optimizer, ALONE, ALONE, keep_last=1) as saver:
+        for number in steps:
+            states.fill(optimizer, number)
+            saver.start(Standing(number, {}, {}))
+            saver.wait()
+
+
+@pytest.mark.parametrize("saved", [3, 2])
+def test_a_save_killed_before_any_change_leaves_good_checkpoints_and_no_litter(tmp_path: Path, saved: int) -> None:
+    """The next step, or the newest one once more (a run that fell back comes by the damaged one again)."""
+    parent, names = Path(), []
+
+    def prepare() -> tuple[Path, int]:
+        nonlocal parent
+        parent = tmp_path / str(len(list(tmp_path.iterdir())))
+        save(parent, 1)
+        later = parent.with_name("later")
+        save(later, 2)
+        (later / "step-00000002").rename(parent / "step-00000002")
+        (parent / ".step-00000000.tmp").mkdir()  # of a kill before
+        later.rmdir()
+        return parent, saved
+
+    for _ in all_kills(save, prepare):
+        names.append(sorted(path.name for path in parent.iterdir()))
+        kept = list_checkpoints(parent)
+        assert kept and {path for path in parent.iterdir() if not path.match(".step-*.tmp")} == set(kept)
+        for folder in kept:
+            optimizer = CUT.optimizer(ALONE)
+            assert states.differences(optimizer, load_checkpoint(folder, optimizer, ALONE).step) == []
+        save(parent)  # a run that has nothing left to save
+        assert sorted(parent.iterdir()) == kept
+        save(parent, 4)
+        assert [path.name for path in parent.iterdir()] == ["step-00000004"]
+    assert [path.name for path in parent.iterdir()] == [f"step-{saved:08d}"]
+    assert any(".step-00000001.removed.tmp" in found for found in names), "no kill met a removal"

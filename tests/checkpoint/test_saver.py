@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -179,6 +180,35 @@ def test_one_rank_that_fails_fails_all_and_leaves_what_was_there(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012"]
 
 
+def tell_into_a_broken_pipe(world: World, parent: Path) -> tuple[str, list[str]]:
+    """What `wait` returns and what is logged; only rank 0 has anybody to tell."""
+    optimizer = CUT.optimizer(world)
+    logged: list[str] = []
+
+    class Log(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(record.getMessage())
+
+    def say(folder: Path) -> None:
+        if world.rank == 0:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    saver.log.addHandler(handler := Log())
+    try:
+        with Saver(parent, optimizer, world, CUT.replica_world(world), keep_last=1, on_saved=say) as this:
+            this.start(at(1))
+            return this.wait().name, logged
+    finally:
+        saver.log.removeHandler(handler)
+
+
+def test_a_checkpoint_of_which_nobody_can_be_told_is_saved_all_the_same(tmp_path: Path) -> None:
+    (folder, (line,)), other = run_ranks(2, tell_into_a_broken_pipe, tmp_path)
+    assert folder == "step-00000001" and other == (folder, [])
+    assert [p.name for p in list_checkpoints(tmp_path)] == [folder]
+    assert folder in line and "is complete" in line and "Broken pipe" in line
+
+
 def lie_about_what_was_written(world: World, parent: Path) -> str:
     """The file on the disk is not what the writer thinks it is."""
     optimizer = CUT.optimizer(world)
@@ -205,9 +235,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 def leave_with_an_exception(world: World, parent: Path) -> bool:
     optimizer = CUT.optimizer(world)
-    with pytest.raises(ArithmeticError), Saver(
-        parent, optimizer, world, CUT.replica_world(world), keep_last=1
-    ) as this:
+    with pytest.raises(ArithmeticError), Saver(parent, optimizer, world, CUT.replica_world(world), keep_last=1) as this:
         this.start(at(4))
         raise ArithmeticError("in the loop")
     return list_checkpoints(parent) != []

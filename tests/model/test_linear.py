@@ -1,56 +1,198 @@
-"""`linear` and `Linear`. Oracle: torch's own autograd of `F.linear`."""
+"""`project` and `Linear`. Oracle: torch's own autograd of `F.linear`, and of the dense formula with updates."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from minift.model.linear import Linear, linear
+from minift.grad_slot import GradSlot, lay_slot
+from minift.model.linear import Linear, LinearBase, project
+from minift.model.low_rank import LowRank
+
+FP64 = {"rtol": 1e-12, "atol": 1e-12}  # sums of at most 100 products of size 1, in another order
 
 
-def count_saved(run) -> list[tuple[int, ...]]:
+class Rounded(LinearBase):
+    """A base that stores no dense weight: integers and a scale. All that a quantized projection has to write."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = in_features, out_features, None
+        self.register_buffer("codes", torch.randint(-8, 8, (out_features, in_features)))
+
+    def dense_weight(self) -> Tensor:
+        return self.codes.double() / 8
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        return x_NI @ self.dense_weight().t()
+
+    def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
+        dx_NI = dy_NO @ self.dense_weight()
+        return dx_NI if add_to_NI is None else add_to_NI.add_(dx_NI)
+
+
+class Updated(LinearBase):
+    """A projection with a low-rank update."""
+
+    def __init__(self, base: LinearBase, rank: int, scale: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.base, self.scale = base.in_features, base.out_features, base, scale
+        self.A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.B = nn.Parameter(torch.empty(base.out_features, rank))
+
+    def parts(self) -> tuple[LinearBase, LowRank | None]:
+        return self.base, LowRank(self.A, self.B, self.scale, 0.0)
+
+
+class Opaque(nn.Module):
+    """A projection that is only a forward."""
+
+    def __init__(self, inner: LinearBase) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def parts(self) -> None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One projection: how its weight is stored, and which of its parameters are trained."""
+
+    out_features: int
+    kind: str
+    has_bias: bool
+    trained: tuple[bool, bool, bool, bool]  # W, b, A, B
+    rank: int  # 0: no update
+    scale: float
+
+
+specs = st.builds(
+    Spec,
+    out_features=st.integers(1, 9),
+    kind=st.sampled_from(["dense", "dense", "rounded", "opaque"]),
+    has_bias=st.booleans(),
+    trained=st.tuples(*[st.booleans()] * 4),
+    rank=st.sampled_from([0, 1, 2, 5, 12]),
+    scale=st.floats(0.1, 8.0),
+)
+
+
+def make(spec: Spec, in_features: int) -> LinearBase:
+    if spec.kind == "rounded":
+        projection: LinearBase = Rounded(in_features, spec.out_features)
+    else:
+        projection = Linear(in_features, spec.out_features, spec.has_bias)
+        projection.weight.requires_grad_(spec.trained[0])
+        if spec.has_bias:
+            projection.bias.requires_grad_(spec.trained[1])
+    if spec.rank:
+        projection = Updated(projection, spec.rank, spec.scale)
+        projection.A.requires_grad_(spec.trained[2])
+        projection.B.requires_grad_(spec.trained[3])
+    projection.double()
+    for parameter in projection.parameters():
+        nn.init.normal_(parameter)
+    return projection
+
+
+def expected(x: Tensor, projection: LinearBase) -> Tensor:
+    """Autograd through one dense matrix."""
+    base, update = projection.parts()
+    weight = base.weight if isinstance(base, Linear) else base.dense_weight()
+    if update is not None:
+        weight = weight + update.scale * update.B @ update.A
+    return F.linear(x, weight, base.bias)
+
+
+def gradients(
+    outs: Sequence[Tensor], douts: Sequence[Tensor], x: Tensor, projections: Sequence[nn.Module]
+) -> list[Tensor | None]:
+    """Of x and all parameters, None for those without."""
+    leaves = [x, *(parameter for projection in projections for parameter in projection.parameters())]
+    pairs = [(out, dout) for out, dout in zip(outs, douts, strict=True) if out.requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+@settings(max_examples=150)
+@given(
+    leading=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    in_features=st.integers(1, 9),
+    all_specs=st.lists(specs, min_size=1, max_size=4),
+    x_needs_grad=st.booleans(),
+    layout=st.sampled_from(["contiguous", "transposed", "every second", "expanded gradients"]),
+    seed=st.integers(0, 2**31),
+)
+def test_values_and_every_gradient(leading, in_features, all_specs, x_needs_grad, layout, seed):
+    torch.manual_seed(seed)
+    projections = [make(spec, in_features) for spec in all_specs]
+    shown = [Opaque(p) if spec.kind == "opaque" else p for p, spec in zip(projections, all_specs, strict=True)]
+    x = torch.randn(*leading, in_features, dtype=torch.float64)
+    if layout == "transposed":
+        x = torch.randn(in_features, *leading, dtype=torch.float64).movedim(0, -1)
+    elif layout == "every second":
+        x = torch.randn(*leading, 2 * in_features, dtype=torch.float64)[..., ::2]
+    x.requires_grad_(x_needs_grad)
+    douts = [torch.randn(*leading, p.out_features, dtype=torch.float64) for p in projections]
+    if layout == "expanded gradients":
+        douts = [torch.randn((), dtype=torch.float64).expand_as(dout) for dout in douts]
+
+    outs = project(x, *shown)
+    exact = [expected(x, projection) for projection in projections]
+    torch.testing.assert_close(outs, exact, **FP64)
+    assert [out.requires_grad for out in outs] == [out.requires_grad for out in exact] or not x_needs_grad
+    ours, theirs = (gradients(all_outs, douts, x, projections) for all_outs in (outs, exact))
+    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
+        assert (our_gradient is None) == (their_gradient is None)
+        if our_gradient is not None:
+            torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-10, atol=1e-10)
+    for projection in projections:
+        torch.testing.assert_close(projection(x), expected(x, projection), **FP64)
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.float64, torch.float32])
+def test_gradients_go_into_slots(slot_dtype):
+    """All of them with a slot and none to autograd; a second backward is added to the first."""
+    torch.manual_seed(0)
+    projections = [make(Spec(5, "dense", False, (True,) * 4, rank, 0.7), 6) for rank in (3, 2)]
+    projections.append(make(Spec(4, "dense", False, (True,) * 4, 0, 1.0), 6))
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    douts = [torch.randn(7, p.out_features, dtype=torch.float64) for p in projections]
+    parameters = [parameter for projection in projections for parameter in projection.parameters()]
+    _, *exact = gradients([expected(x, p) for p in projections], douts, x, projections)
+    for parameter in parameters:
+        lay_slot(parameter, GradSlot(torch.full(parameter.shape, torch.nan, dtype=slot_dtype)))
+    for count in (1, 2):
+        assert gradients(project(x, *projections), douts, x, projections)[1:] == [None] * len(parameters)
+        for parameter, gradient in zip(parameters, exact, strict=True):
+            slot = parameter.grad_slot
+            assert slot.state is GradSlot.State.FULL
+            tolerance = (
+                1e-12 if slot_dtype == torch.float64 else 1e-5
+            )  # two roundings of 6e-8, of terms that may cancel
+            torch.testing.assert_close(slot.tensor.double(), count * gradient, rtol=tolerance, atol=tolerance)
+
+
+def saved_by(run: Callable[[], object]) -> list[tuple[int, ...]]:
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
         run()
     return saved
-
-
-@given(
-    leading=st.lists(st.integers(1, 4), min_size=0, max_size=3),
-    sizes=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    has_bias=st.booleans(),
-    trained=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-)
-def test_values_and_gradients(leading, sizes, has_bias, trained):
-    """In float64, to 1e-12: the same sums in possibly another order."""
-    out_features, in_features = sizes
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64)
-
-    inputs = [make(*leading, in_features), make(out_features, in_features), make(out_features) if has_bias else None]
-    dy = make(*leading, out_features)
-
-    def run(function) -> tuple[Tensor, list[Tensor | None]]:
-        leaves = [
-            None if x is None else x.clone().requires_grad_(needs) for x, needs in zip(inputs, trained, strict=True)
-        ]
-        y = function(*leaves)
-        if y.requires_grad:
-            y.backward(dy)
-        return y.detach(), [None if leaf is None else leaf.grad for leaf in leaves]
-
-    y, gradients = run(linear)
-    expected_y, expected_gradients = run(F.linear)
-    assert torch.equal(y, expected_y)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -58,7 +200,39 @@ def test_the_input_is_saved_only_for_a_trained_weight_and_the_weight_never(train
     layer = Linear(3, 5, bias=True)
     layer.weight.requires_grad_(trained)
     x = torch.randn(7, 3, requires_grad=True)
-    assert count_saved(lambda: layer(x)) == ([(7, 3)] if trained else [])
+    assert saved_by(lambda: layer(x)) == ([(7, 3)] if trained else [])
+
+
+def test_projections_of_one_input_save_it_once_and_their_narrow_products():
+    projections = [make(Spec(5, "dense", False, (False, False, True, True), rank, 1.0), 3) for rank in (2, 4)]
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert sorted(saved_by(lambda: project(x, *projections))) == [(7, 3), (7, 6)]
+    for projection in projections:
+        projection.B.requires_grad_(False)
+    assert saved_by(lambda: project(x, *projections)) == [(7, 3)], "only B's gradient is made of the narrow products"
+
+
+def test_x_itself_is_saved():
+    layer, x, saved = Linear(3, 5), torch.randn(7, 3), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+        layer(x)
+    assert [tensor is x for tensor in saved] == [True]
+
+
+def test_backward_reads_weights_as_they_are_then():
+    """What FSDP does: between forward and backward the weights move to other storage and the old one is overwritten."""
+    torch.manual_seed(0)
+    projections = [make(Spec(4, "dense", False, (True,) * 4, 2, 0.5), 6) for _ in range(3)]
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    douts = [torch.randn(8, 4, dtype=torch.float64) for _ in projections]
+    still = gradients(project(x, *projections), douts, x, projections)
+    outs = project(x, *projections)
+    for projection in projections:
+        for parameter in projection.parameters():
+            old, parameter.data = parameter.data, parameter.data.clone()
+            old.fill_(torch.nan)
+    for before, after in zip(still, gradients(outs, douts, x, projections), strict=True):
+        assert torch.equal(before, after)
 
 
 def test_gradients_have_the_weights_dtype():
