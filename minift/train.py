@@ -47,6 +47,7 @@ from minift.optim.schedule import Schedule
 from minift.peft.adapter import AdapterConfig
 from minift.precision import Precision
 from minift.progress import Progress
+from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from minift.report import RunFacts, write_report
 from minift.step import NonFiniteError, StepResult, train_step
@@ -122,6 +123,7 @@ class Settings(Protocol):
     data: DataConfig
     objective: str
     adapter: AdapterConfig | None
+    quant: QuantConfig | None
     train: tuple[str, ...]
     freeze: tuple[str, ...]
     optim: OptimConfig
@@ -167,6 +169,7 @@ class Run:
             self.built: BuiltModel = build_model(
                 config.model,
                 config.adapter,
+                quant=config.quant,
                 train=config.train,
                 freeze=config.freeze,
                 precision=config.precision,
