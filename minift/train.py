@@ -268,7 +268,7 @@ class Run:
                 # -------------------------------------------------------------------- one optimizer step
                 if self.step + 1 == config.loop.timeline_step:
                     self.recorder.start()
-                started = time.perf_counter()
+                started, sent_bytes = time.perf_counter(), self.built.engine.sent_bytes()
                 lr_scale = self.schedule(self.step)
                 result = self.guarded_step(microbatches, lr_scale)
                 seconds = time.perf_counter() - started
@@ -292,6 +292,7 @@ class Run:
                     "tokens_per_second": result.tokens / seconds,
                     "step_seconds": seconds,
                     "memory_bytes": memory,
+                    "sent_bytes": self.built.engine.sent_bytes() - sent_bytes,
                 }
                 if self.scaler is not None:
                     record |= {"loss_scale": self.scaler.scale, "was_skipped": result.was_skipped}

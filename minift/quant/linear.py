@@ -11,7 +11,7 @@ Everything is kept as bytes, in parameters of dtype uint8, also the scales that 
                                             nothing without double quantisation
 
 So to FSDP they are one more bucket, which it cuts anywhere, gathers as it is (4.1 bits a weight on the wire) and never
-casts, and a block that is cut in two comes together again before anybody reads it. Not here: quantising (`reader.py`),
+casts, and a block that is cut in two comes together again before anybody reads it. Not here: quantising (`weights.py`),
 gradients of the weight (there are none), adapters (`peft`, which wraps this like any projection).
 """
 
@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase
-from minift.ops.nf4 import NESTED_BLOCK_SIZE, Nf4, dequantize_nf4, nf4_linear, nf4_linear_dx
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from minift.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, Nf4, dequantize_nf4
+from minift.ops.nf4_linear import nf4_linear, nf4_linear_dx
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,12 @@ class NF4Linear(LinearBase):
 
     def nf4(self) -> Nf4:
         """The weight as it is now: views of the parameters, which under FSDP move between forward and backward."""
-        shape = (self.out_features, self.in_features)
+        kind = {"shape": (self.out_features, self.in_features), "block_size": self.block_size}
+        codes, scales = self.codes.data, self.scales.data
         if self.nested is None:
-            return Nf4(self.codes.data, self.scales.data.view(torch.float32), shape, self.block_size)
+            return Nf4(codes=codes, absmax=scales.view(torch.float32), **kind)
         nested = self.nested.data.view(torch.float32)
-        return Nf4(self.codes.data, self.scales.data, shape, self.block_size, nested[1:], nested[:1])
+        return Nf4(codes=codes, scales=scales, nested_absmax=nested[1:], offset=nested[:1], **kind)
 
     def product(self, x_TI: Tensor) -> Tensor:
         return nf4_linear(x_TI, self.nf4())
@@ -132,7 +132,7 @@ def projections_to_quantize(model: nn.Module, skip: Sequence[str]) -> list[str]:
 
 
 def quantize_linears(model: nn.Module, dtypes: Mapping[str, torch.dtype], config: QuantConfig) -> dict[str, NF4Linear]:
-    """Replace projections of `model` by uninitialised `NF4Linear`s; return these. dtypes: {full name: of the weight}."""
+    """Replace projections of `model` by uninitialised `NF4Linear`s; return these. dtypes: {full name: its weight's}."""
     quantized = {}
     for name, dtype in dtypes.items():
         dense = model.get_submodule(name)

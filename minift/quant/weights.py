@@ -56,7 +56,9 @@ class QuantWeights(WeightReader):
         config, dtype = self.stored.config(), self.stored.dtype(projection)
         linear = NF4Linear(in_features, out_features, False, config, dtype, torch.device("meta"))
         self.fill(projection, linear, torch.device("cpu"))
-        return dequantize_nf4(linear.nf4(), dtype, start, stop)
+        first = start // config.block_size * config.block_size
+        last = min(-(-stop // config.block_size) * config.block_size, linear.numel)
+        return dequantize_nf4(linear.nf4(), dtype, first, last)[start - first : stop - first]
 
     def _stored_projection(self, name: str) -> str | None:
         projection = name.removesuffix(".weight")
