@@ -99,11 +99,13 @@ class NF4Linear(LinearBase):
         nested = self.nested.data.view(torch.float32)
         return Nf4(codes=codes, scales=scales, nested_absmax=nested[1:], offset=nested[:1], **kind)
 
-    def product(self, x_TI: Tensor) -> Tensor:
-        return nf4_linear(x_TI, self.nf4())
+    def product(self, x_NI: Tensor) -> Tensor:
+        out_NO = nf4_linear(x_NI, self.nf4())
+        return out_NO if self.bias is None else out_NO.add_(self.bias)
 
-    def product_dx(self, dy_TO: Tensor) -> Tensor:
-        return nf4_linear_dx(dy_TO, self.nf4())
+    def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
+        dx_NI = nf4_linear_dx(dy_NO, self.nf4())
+        return dx_NI if add_to_NI is None else add_to_NI.add_(dx_NI)
 
     def dense_weight(self) -> Tensor:
         return dequantize_nf4(self.nf4(), self.dtype).view(self.out_features, self.in_features)
