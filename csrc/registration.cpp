@@ -21,6 +21,26 @@ STABLE_TORCH_LIBRARY(minift, m) {
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 
+  // minift/ops/adamw.py. All 1-D; grad_factor: one fp32, or none. key and first: of the random bits of a bf16 master.
+  m.def(
+      "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad_factor,"
+      " float beta1, float beta2, float eps, float step_size, float keep, int key, int first) -> ()");
+
+  // minift/ops/adamw_8bit.py. As above, with moments as codes and one absmax for every 256 elements.
+  m.def(
+      "adamw_8bit(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg_codes, Tensor(c!) exp_avg_absmax,"
+      " Tensor(d!) exp_avg_sq_codes, Tensor(e!) exp_avg_sq_absmax, Tensor signed_values, Tensor signed_buckets,"
+      " Tensor unsigned_values, Tensor unsigned_buckets, Tensor? grad_factor, float beta1, float beta2, float eps,"
+      " float step_size, float keep, int key, int first) -> ()");
+
+  // minift/ops/nf4.py. scales are fp32 per block, or with nested_absmax, offset and nested_map uint8.
+  m.def("nf4_tables() -> (Tensor codebook, Tensor thresholds)");
+  m.def("nf4_absmax(Tensor weight, int block_size) -> Tensor");
+  m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor codes, Tensor absmax)");
+  m.def(
+      "nf4_dequantize(Tensor(a!) out, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset, Tensor? nested_map,"
+      " int block_size, int start) -> ()");
+
   // minift/ops/flags.py
   m.def("set_flag(Tensor(a!) flags, int index, int value) -> ()");
   m.def("wait_flags(Tensor flags, int value, int timeout_ms) -> bool");

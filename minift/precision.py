@@ -26,7 +26,7 @@ What each choice is for (any wire goes with any master):
 |----------|---------------------|------------------------------------------------------------------------------------|
 | float32  | false               | everything that fits                                                               |
 | bfloat16 | true                | full fine-tuning in 2 bytes less per weight, and no gather buffers in one process  |
-|          |                     | with a bf16 wire. Right on average, but noisier: `optim/rounding.py`               |
+|          |                     | with a bf16 wire. Right on average, but noisier: `ops/rounding.py`                 |
 
 A bf16 master rounded to nearest is refused: updates below 2^-9 of a weight would be rounded away, and fine-tuning
 makes hardly any others. Whatever the policy says, both Adam moments, the sharded gradient that microbatches are added

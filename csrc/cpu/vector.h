@@ -1,4 +1,5 @@
-// Vectors of LANES fp32 elements: loads and stores that convert from and to fp32, bf16 and fp16, and exp.
+// Vectors of LANES fp32 elements: loads and stores that convert from and to fp32, bf16 and fp16, tables of 16 entries,
+// and exp.
 //
 // Included once per instruction set by for_each_instruction_set.h (no include guard, no includes). Arithmetic on F32
 // is the compiler's: + - * /, comparisons that give I32 masks (-1 or 0), and mask ? a : b. Where an instruction set
@@ -11,6 +12,7 @@ typedef float F32 __attribute__((vector_size(LANES * 4)));
 typedef int32_t I32 __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U32 __attribute__((vector_size(LANES * 4)));
 typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
+typedef uint8_t U8 __attribute__((vector_size(LANES)));
 
 template <class To, class From>
 INLINE To bit_cast(From from) {
@@ -80,13 +82,16 @@ INLINE F32 to_fp32(F32 v, float*) { return v; }
 INLINE F32 from_fp32(F32 v, float*) { return v; }
 
 INLINE F32 to_fp32(U16 bits, Bf16*) { return bit_cast<F32>(widen(bits) << 16); }
+INLINE U16 from_fp32_exactly(F32 v, Bf16*) {
+  U32 bits = bit_cast<U32>(v);
+  U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return narrow(v == v ? rounded : U32{} + 0x7fc0u);  // a NaN must not round up to infinity
+}
 INLINE U16 from_fp32(F32 v, Bf16*) {
 #if HAS_BF16
   return bit_cast<U16>(_mm512_cvtneps_pbh(v));  // differs from torch in one thing: subnormals become zero
 #else
-  U32 bits = bit_cast<U32>(v);
-  U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return narrow(v == v ? rounded : U32{} + 0x7fc0u);  // a NaN must not round up to infinity
+  return from_fp32_exactly(v, (Bf16*)nullptr);
 #endif
 }
 
@@ -121,6 +126,7 @@ INLINE U16 from_fp32(F32 v, Fp16*) {
   return narrow(half | sign);
 #endif
 }
+INLINE U16 from_fp32_exactly(F32 v, Fp16*) { return from_fp32(v, (Fp16*)nullptr); }
 
 // ---- memory ----
 
@@ -161,6 +167,152 @@ INLINE void store(T* to, F32 value, int64_t count) {
 template <class T>
 INLINE F32 round_to(F32 value) {
   return to_fp32(from_fp32(value, (T*)nullptr), (T*)nullptr);
+}
+
+// ---- pairs of neighbours, and bytes ----
+
+// Of 2 * LANES elements in memory, those with an even index and those with an odd one.
+struct Pairs { F32 even, odd; };
+
+template <class T>
+INLINE Pairs load_pairs(const T* from) {
+  F32 first = load(from), second = load(from + LANES);
+#if LANES == 16
+  return {__builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+#elif LANES == 8
+  return {__builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14),
+          __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15)};
+#else
+  return {__builtin_shufflevector(first, second, 0, 2, 4, 6), __builtin_shufflevector(first, second, 1, 3, 5, 7)};
+#endif
+}
+
+// Two bf16 in 32 bits are one fp32 and another with some bits too many.
+INLINE Pairs load_pairs(const Bf16* from) {
+  U32 bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return {bit_cast<F32>(bits << 16), bit_cast<F32>(bits & 0xffff0000u)};
+}
+
+INLINE void store_pairs(float* to, Pairs pairs) {
+#if LANES == 16
+  store(to, __builtin_shufflevector(pairs.even, pairs.odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  store(to + LANES, __builtin_shufflevector(pairs.even, pairs.odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+                                            30, 15, 31));
+#elif LANES == 8
+  store(to, __builtin_shufflevector(pairs.even, pairs.odd, 0, 8, 1, 9, 2, 10, 3, 11));
+  store(to + LANES, __builtin_shufflevector(pairs.even, pairs.odd, 4, 12, 5, 13, 6, 14, 7, 15));
+#else
+  store(to, __builtin_shufflevector(pairs.even, pairs.odd, 0, 4, 1, 5));
+  store(to + LANES, __builtin_shufflevector(pairs.even, pairs.odd, 2, 6, 3, 7));
+#endif
+}
+
+INLINE U32 load_bytes(const uint8_t* from) {
+  U8 bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+#if LANES == 16
+  return bit_cast<U32>(_mm512_cvtepu8_epi32(bit_cast<__m128i>(bytes)));
+#elif LANES == 8
+  return bit_cast<U32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(bytes))));
+#else
+  return __builtin_convertvector(bytes, U32);
+#endif
+}
+
+// Every element must fit into a byte.
+INLINE void store_bytes(uint8_t* to, U32 v) {
+#if LANES == 16
+  U8 bytes = bit_cast<U8>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(v)));
+#elif LANES == 8
+  __m128i words = bit_cast<__m128i>(narrow(v));
+  U8 bytes = bit_cast<U8>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  U8 bytes = __builtin_convertvector(v, U8);
+#endif
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
+// ---- tables of 16 entries, indexed by the low 4 bits of each element ----
+
+struct Table { F32 parts[16 / LANES]; };
+
+INLINE Table load_table(const float* from) {
+  Table table;
+  __builtin_memcpy(&table, from, sizeof table);
+  return table;
+}
+
+INLINE Table operator*(Table table, float factor) {
+  for (F32& part : table.parts) part *= factor;
+  return table;
+}
+
+INLINE F32 lookup(const Table& table, U32 index) {
+#if LANES == 16
+  return _mm512_permutexvar_ps(bit_cast<__m512i>(index), table.parts[0]);
+#elif LANES == 8
+  __m256i lanes = bit_cast<__m256i>(index);
+  F32 low = _mm256_permutevar8x32_ps(table.parts[0], lanes), high = _mm256_permutevar8x32_ps(table.parts[1], lanes);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
+#else
+  float entries[16];
+  __builtin_memcpy(entries, &table, sizeof entries);
+  F32 found;
+  for (int i = 0; i < LANES; ++i) found[i] = entries[index[i] & 15];
+  return found;
+#endif
+}
+
+// A table of 16-bit entries that answers two indices per 32-bit element, its low and its high half.
+struct HalfTable {
+#if LANES == 16
+  __m512i entries;  // twice: the instruction looks at 5 bits of the index
+#elif LANES == 8
+  __m256i low_bytes, high_bytes;  // each twice: the instruction works within 128 bits
+#else
+  uint16_t entries[16];
+#endif
+};
+
+template <class T>
+INLINE HalfTable half_table(const Table& table, T*) {
+#if LANES == 16
+  return {_mm512_broadcast_i64x4(bit_cast<__m256i>(from_fp32_exactly(table.parts[0], (T*)nullptr)))};
+#elif LANES == 8
+  __m128i first = bit_cast<__m128i>(from_fp32_exactly(table.parts[0], (T*)nullptr));
+  __m128i second = bit_cast<__m128i>(from_fp32_exactly(table.parts[1], (T*)nullptr));
+  __m128i low = _mm_set1_epi16(0xff);
+  return {_mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(first, low), _mm_and_si128(second, low))),
+          _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)))};
+#else
+  HalfTable half;
+  for (int i = 0; i < 16 / LANES; ++i) {
+    U16 part = from_fp32_exactly(table.parts[i], (T*)nullptr);
+    __builtin_memcpy(half.entries + i * LANES, &part, sizeof part);
+  }
+  return half;
+#endif
+}
+
+INLINE U32 lookup(const HalfTable& table, U32 indices) {
+#if LANES == 16
+  return bit_cast<U32>(_mm512_permutexvar_epi16(bit_cast<__m512i>(indices), table.entries));
+#elif LANES == 8
+  __m256i low = bit_cast<__m256i>(indices & 0x000f000fu);
+  U32 zero_high_byte = U32{} + 0x80008000u, zero_low_byte = U32{} + 0x00800080u;  // an index of 128 or more gives 0
+  __m256i low_index = low | bit_cast<__m256i>(zero_high_byte);
+  __m256i high_index = _mm256_slli_epi16(low, 8) | bit_cast<__m256i>(zero_low_byte);
+  return bit_cast<U32>(_mm256_shuffle_epi8(table.low_bytes, low_index) |
+                       _mm256_shuffle_epi8(table.high_bytes, high_index));
+#else
+  U32 found;
+  for (int i = 0; i < LANES; ++i) {
+    found[i] = table.entries[indices[i] & 15] | uint32_t(table.entries[indices[i] >> 16 & 15]) << 16;
+  }
+  return found;
+#endif
 }
 
 // ---- exp ----

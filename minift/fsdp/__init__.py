@@ -26,7 +26,8 @@ constant: two buffers to gather into, two to reduce from, the root's (`sharded` 
 in or out around a collective, nothing is allocated in a step, and on CUDA the host never waits.
 
 A group of one runs the same code: gradients are added up where they are computed, and a bucket whose storage is what
-compute reads is its own gathered buffer.
+compute reads is its own gathered buffer. So it is between ranks that share memory, which then meet after an update
+(`bucket`).
 """
 
 from __future__ import annotations

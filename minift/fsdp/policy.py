@@ -7,6 +7,8 @@
 | zero2    | 1/N of masters, optimizer state, gradients | the next update                 | after every microbatch   |
 | zero3    | 1/N of everything                          | a unit's forward, its backward | after every microbatch   |
 
+Where gathering would copy what all ranks can see already, nothing is gathered under any of them: see `bucket`.
+
 With `replicas` = R, N is the size of one of R groups: each group shards as above, and gradients are added up over the
 groups once a step (HSDP; ddp is R = all ranks, each a group of one).
 """

@@ -9,11 +9,11 @@ a pass over memory and changes the last bits only. What a parameter's name decid
 into *segments* of each shard once, at construction; parameters treated alike are one segment, however many they are.
 Every operation is element-wise, so the result does not depend on where the shards are cut.
 
-Everything is computed in fp32. bf16 masters are widened, updated and rounded stochastically, a block at a time, with
-random bits that depend on the element and not on the shard (`rounding.py`).
+Everything is computed in fp32, in one pass over memory (`minift/ops/adamw.py`). bf16 masters are rounded
+stochastically, with random bits that depend on the element and not on the shard (`minift/ops/rounding.py`).
 
-Memory: 8 bytes of moments per element beside master and gradient; scratch of one block. Not here: the gradient's norm
-and the cast of the new weights to the wire dtype (fsdp), schedules (`schedule.py`), the loss scale (`loss_scaler.py`).
+Memory: 8 bytes of moments per element beside master and gradient. Not here: the gradient's norm and the cast of the new
+weights to the wire dtype (fsdp), schedules (`schedule.py`), the loss scale (`loss_scaler.py`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minift.ops.adamw import AdamWStep, adamw_
+from minift.ops.rounding import stream_key
 from minift.optim.config import OptimConfig
-from minift.optim.rounding import random_bits, round_stochastically_, stream_key
 from minift.optim.shard import FlatShard
-
-# The update is about seven element-wise passes. On a CPU they go over blocks whose tensors stay in the cache, so DRAM
-# is read and written once (in L3: starting an operation on a block that fits into L2 takes as long as running it). On a
-# GPU a block is large enough to hide its launches, and its scratch is 64 MiB, or up to 256 MiB with bf16 masters.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -103,35 +99,25 @@ class AdamW:
         self._due.remove(shard.name)
         if self.before_update is not None:
             self.before_update(shard)
+        if not isinstance(grad_factor, Tensor):
+            grad_factor = torch.full((), grad_factor, device=shard.grad.device) if grad_factor != 1.0 else None
         for segment in self._segments[shard.name]:
             self._update(shard, segment, grad_factor)
 
-    def _update(self, shard: FlatShard, segment: _Segment, grad_factor: float | Tensor) -> None:
+    def _update(self, shard: FlatShard, segment: _Segment, grad_factor: Tensor | None) -> None:
         beta1, beta2 = self.config.betas
         lr = self._lr * segment.lr_ratio
         root = math.sqrt(1.0 - beta2**self.num_steps)
-        step_size = lr * root / (1.0 - beta1**self.num_steps)
-        has_factor = isinstance(grad_factor, Tensor) or grad_factor != 1.0  # a tensor's value is not asked for
-        key = stream_key(self.config.rounding_seed, self.num_steps, segment.name)
-        device, is_wide = shard.master.device, shard.master.dtype == torch.float32
-        whole = (shard.grad, shard.master, self._exp_avg[shard.name], self._exp_avg_sq[shard.name])
-        block = min(_BLOCK_ELEMENTS[device.type], segment.stop - segment.start)
-        scratch = torch.empty(block, dtype=torch.float32, device=device)
-        for start in range(segment.start, segment.stop, block):
-            here = slice(start, min(start + block, segment.stop))
-            grad, master, exp_avg, exp_avg_sq = (tensor[here] for tensor in whole)
-            if has_factor:
-                grad = torch.mul(grad, grad_factor, out=scratch[: grad.numel()])
-            exp_avg.lerp_(grad, 1.0 - beta1)
-            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-            denominator = torch.sqrt(exp_avg_sq, out=scratch[: grad.numel()]).add_(self.config.eps * root)
-            weights = master if is_wide else master.float()
-            if segment.decay:
-                weights.mul_(1.0 - lr * segment.decay)
-            weights.addcdiv_(exp_avg, denominator, value=-step_size)
-            if not is_wide:
-                first = segment.param_start + start - segment.start
-                round_stochastically_(master, weights, random_bits(key, first, len(weights), device))
+        step = AdamWStep(
+            beta1,
+            beta2,
+            eps=self.config.eps * root,
+            step_size=lr * root / (1.0 - beta1**self.num_steps),
+            keep=1.0 - lr * segment.decay,
+            key=stream_key(self.config.rounding_seed, self.num_steps, segment.name),
+        )
+        whole = (shard.master, shard.grad, self._exp_avg[shard.name], self._exp_avg_sq[shard.name])
+        adamw_(*(tensor[segment.start : segment.stop] for tensor in whole), grad_factor, step, segment.param_start)
 
     def state_dict(self) -> dict[str, Any]:
         """{"step": updates done, shard name: {"exp_avg": (n,) fp32, "exp_avg_sq": (n,) fp32}}, not copied."""

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.optim.rounding import random_bits, round_stochastically_, splitmix64, stream_key
+from minift.ops.rounding import random_bits, round_stochastically_, splitmix64, stream_key
 
 CPU = torch.device("cpu")
 ALL_BITS = torch.arange(2**16, dtype=torch.int32)

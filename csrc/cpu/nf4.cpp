@@ -1,0 +1,179 @@
+// Quantising to NF4 and back on the CPU; flat contiguous tensors. The format: nf4.h.
+
+#include "../nf4.h"
+
+#include "instruction_set.h"
+#include "nf4_scales.h"
+#include "rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#define MINIFT_KERNELS "nf4_kernels.h"
+#include "for_each_instruction_set.h"
+
+namespace minift {
+namespace {
+
+float to_float(float value) { return value; }
+float to_float(Bf16 value) { return __builtin_bit_cast(float, uint32_t{value.bits} << 16); }
+float to_float(Fp16 value) { return portable::load(&value, 1)[0]; }
+
+// The last block, if it is incomplete. Unlike complete ones bitsandbytes divides it (instead of multiplying by the
+// reciprocal) and stores what it divided by.
+template <class T>
+float incomplete_absmax(const T* elements, int64_t count) {
+  float absmax = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    float magnitude = __builtin_fabsf(to_float(elements[i]));
+    if (!(magnitude <= absmax)) absmax = magnitude;  // a NaN comes through
+    if (absmax != absmax) return absmax;
+  }
+  return absmax > nf4::SMALLEST_DIVISOR ? absmax : nf4::SMALLEST_DIVISOR;
+}
+
+uint32_t code_of(float normalised) {
+  uint32_t code = 0;
+  for (float threshold : nf4::THRESHOLDS) code += normalised > threshold;
+  return code;
+}
+
+template <class T>
+float quantize_incomplete(const T* elements, int64_t count, uint8_t* codes) {
+  float absmax = incomplete_absmax(elements, count);
+  for (int64_t i = 0; i < count; i += 2) {
+    float odd = i + 1 < count ? to_float(elements[i + 1]) : 0.0f;
+    codes[i / 2] = nf4::pack(code_of(to_float(elements[i]) / absmax), code_of(odd / absmax));
+  }
+  return absmax;
+}
+
+template <class T>
+void dequantize_incomplete(const uint8_t* codes, float scale, T* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint8_t byte = codes[i / 2];
+    float value = nf4::CODEBOOK[i % 2 == 0 ? nf4::even_code(byte) : nf4::odd_code(byte)] * scale;
+    portable::store(out + i, portable::splat(value), 1);
+  }
+}
+
+void check_block_size(const char* op, int64_t block_size) {
+  bool is_power_of_two = block_size > 0 && (block_size & (block_size - 1)) == 0;
+  STD_TORCH_CHECK(is_power_of_two && block_size >= nf4::SMALLEST_BLOCK_SIZE && block_size <= nf4::LARGEST_BLOCK_SIZE,
+                  op, ": block_size must be a power of two between 32 and 4096, but is ", block_size);
+}
+
+// Pointer to the elements of a tensor that must be contiguous and have this dtype.
+template <class T>
+T* elements_of(const Tensor& tensor, ScalarType dtype, const char* message) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), message);
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Tensor nf4_absmax(const Tensor& weight, int64_t block_size) {
+  check_block_size("nf4_absmax", block_size);
+  Tensor flat = torch::stable::contiguous(weight);
+  int64_t n = weight.numel(), complete = n / block_size, num_blocks = (n + block_size - 1) / block_size;
+  Tensor absmax = torch::stable::new_empty(weight, {num_blocks}, ScalarType::Float);
+  float* scales = static_cast<float*>(absmax.data_ptr());
+  dispatch_dtype(weight, "nf4_absmax", [&](auto element) {
+    using T = decltype(element);
+    const T* elements = static_cast<const T*>(flat.data_ptr());
+    auto* kernel = MINIFT_KERNEL(nf4_absmax<T>);
+    parallel_rows(complete, block_size, [&](int64_t begin, int64_t end) {
+      kernel(elements, block_size, scales, begin, end);
+    });
+    int64_t done = complete * block_size;
+    if (done < n) scales[complete] = incomplete_absmax(elements + done, n - done);
+  });
+  return absmax;
+}
+
+std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t block_size) {
+  check_block_size("nf4_quantize", block_size);
+  Tensor flat = torch::stable::contiguous(weight);
+  int64_t n = weight.numel(), complete = n / block_size, num_blocks = (n + block_size - 1) / block_size;
+  Tensor absmax = torch::stable::new_empty(weight, {num_blocks}, ScalarType::Float);
+  Tensor codes = torch::stable::new_empty(weight, {(n + 1) / 2}, ScalarType::Byte);
+  float* scales = static_cast<float*>(absmax.data_ptr());
+  uint8_t* bytes = static_cast<uint8_t*>(codes.data_ptr());
+  dispatch_dtype(weight, "nf4_quantize", [&](auto element) {
+    using T = decltype(element);
+    const T* elements = static_cast<const T*>(flat.data_ptr());
+    auto* kernel = MINIFT_KERNEL(nf4_quantize<T>);
+    parallel_rows(complete, block_size, [&](int64_t begin, int64_t end) {
+      kernel(elements, block_size, bytes, scales, begin, end);
+    });
+    int64_t done = complete * block_size;
+    if (done < n) scales[complete] = quantize_incomplete(elements + done, n - done, bytes + done / 2);
+  });
+  return {codes, absmax};
+}
+
+Nf4Scales scales_of(const Tensor& scales, const std::optional<Tensor>& nested_absmax,
+                    const std::optional<Tensor>& offset, const std::optional<Tensor>& nested_map) {
+  if (!nested_absmax) {
+    return {elements_of<const float>(scales, ScalarType::Float, "nf4: absmax must be contiguous float32"),
+            nullptr, nullptr, nullptr, 0.0f};
+  }
+  STD_TORCH_CHECK(offset && nested_map && nested_map->numel() == 256 && offset->numel() == 1,
+                  "nf4: double-quantised scales need offset (1 element) and nested_map (256)");
+  int64_t num_groups = (scales.numel() + nf4::NESTED_BLOCK_SIZE - 1) / nf4::NESTED_BLOCK_SIZE;
+  STD_TORCH_CHECK(nested_absmax->numel() == num_groups, "nf4: nested_absmax must have one element per 256 scales");
+  return {nullptr, elements_of<const uint8_t>(scales, ScalarType::Byte, "nf4: scales must be contiguous uint8"),
+          elements_of<const float>(*nested_absmax, ScalarType::Float, "nf4: nested_absmax must be contiguous float32"),
+          elements_of<const float>(*nested_map, ScalarType::Float, "nf4: nested_map must be contiguous float32"),
+          *elements_of<const float>(*offset, ScalarType::Float, "nf4: offset must be float32")};
+}
+
+// Writes elements [start, start + out.numel()), both ends at the border of a block or the end of the tensor.
+void nf4_dequantize(const Tensor& out, const Tensor& codes, const Tensor& scales,
+                    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
+                    const std::optional<Tensor>& nested_map, int64_t block_size, int64_t start) {
+  check_block_size("nf4_dequantize", block_size);
+  Nf4Scales block_scales = scales_of(scales, nested_absmax, offset, nested_map);
+  const uint8_t* bytes = elements_of<const uint8_t>(codes, ScalarType::Byte, "nf4: codes must be contiguous uint8");
+  int64_t count = out.numel(), first = start / block_size, complete = count / block_size;
+  STD_TORCH_CHECK(out.is_contiguous(), "nf4_dequantize: out must be contiguous");
+  STD_TORCH_CHECK(start >= 0 && start % block_size == 0, "nf4_dequantize: start must be at the border of a block");
+  STD_TORCH_CHECK((start + count + 1) / 2 <= codes.numel() &&
+                      (start + count + block_size - 1) / block_size <= scales.numel(),
+                  "nf4_dequantize: codes or scales end before the last element that was asked for");
+  dispatch_dtype(out, "nf4_dequantize", [&](auto element) {
+    using T = decltype(element);
+    T* to = static_cast<T*>(out.data_ptr());
+    auto* kernel = MINIFT_KERNEL(nf4_dequantize<T>);
+    parallel_rows(complete, block_size, [&](int64_t begin, int64_t end) {
+      kernel(bytes, block_scales, block_size, to + begin * block_size, first + begin, first + end);
+    });
+    int64_t done = complete * block_size;
+    if (done < count) {
+      dequantize_incomplete(bytes + (start + done) / 2, block_scales[first + complete], to + done, count - done);
+    }
+  });
+}
+
+// nf4.h for Python.
+std::tuple<Tensor, Tensor> nf4_tables() {
+  Tensor codebook = torch::stable::empty({16}, ScalarType::Float);
+  Tensor thresholds = torch::stable::empty({15}, ScalarType::Float);
+  __builtin_memcpy(codebook.data_ptr(), nf4::CODEBOOK, sizeof nf4::CODEBOOK);
+  __builtin_memcpy(thresholds.data_ptr(), nf4::THRESHOLDS, sizeof nf4::THRESHOLDS);
+  return {codebook, thresholds};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
+  m.impl("nf4_absmax", TORCH_BOX(&nf4_absmax));
+  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
+  m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minift, CompositeExplicitAutograd, m) {
+  m.impl("nf4_tables", TORCH_BOX(&nf4_tables));
+}
+
+}  // namespace minift

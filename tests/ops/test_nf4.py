@@ -1,0 +1,371 @@
+"""NF4 against bitsandbytes, byte for byte, and against what follows from the definition."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minift.ops import extension, nf4
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The fixtures hold no state between examples.
+property_test = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def kernels(implementation, monkeypatch):
+    """The plain-PyTorch reference behind the public functions, or one instruction set."""
+    if implementation == "reference":
+        monkeypatch.setattr(nf4, "_quantize", nf4.quantize_nf4_reference)
+        monkeypatch.setattr(nf4, "_absmax", nf4.absmax_of_reference)
+        monkeypatch.setattr(nf4, "_dequantize", nf4.dequantize_nf4_reference)
+    return implementation
+
+
+KINDS = ["normal", "zeros", "equal blocks", "midpoints", "subnormal", "signed zeros", "huge", "sparse", "outliers"]
+
+
+def draw_weight(kind: str, n: int, dtype: torch.dtype, block_size: int, seed: int) -> torch.Tensor:
+    """n finite elements of the named kind."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, generator=generator)
+    if kind == "zeros":
+        weight = torch.zeros(n)
+    elif kind == "equal blocks":
+        weight = normal[:block_size].repeat(-(-n // block_size))[:n]
+    elif kind == "midpoints":  # and their neighbours in the dtype, under a scale that is a power of two
+        near = torch.cat([nf4.THRESHOLDS, nf4.CODEBOOK])
+        bits = near.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16)
+        bits = bits + torch.randint(-2, 3, bits.shape, generator=generator, dtype=bits.dtype)
+        near = bits.view(dtype).float().nan_to_num(0).clamp(-1, 1)  # the one below zero is a NaN
+        weight = near[torch.randint(0, len(near), (n,), generator=generator)]
+        weight[::block_size] = 1.0
+        weight *= 2.0 ** (seed % 7 - 3)
+    elif kind == "subnormal":
+        weight = normal * torch.finfo(dtype).tiny * 2.0 ** -(seed % 9)
+    elif kind == "signed zeros":
+        weight = normal.sign() * 0.0
+    elif kind == "huge":
+        weight = normal.clamp(-1, 1) * torch.finfo(dtype).max
+    elif kind == "sparse":
+        weight = normal * (torch.rand(n, generator=generator) < 0.02)
+    elif kind == "outliers":
+        weight = normal * 10.0 ** torch.randint(-6, 4, (n,), generator=generator)
+    else:
+        weight = normal * 0.02
+    return weight.to(dtype)
+
+
+weights = {
+    "kind": st.sampled_from(KINDS),
+    "n": st.integers(1, 9000),
+    "block_size": st.sampled_from(nf4.BLOCK_SIZES),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 999),
+}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def quantize(weight: torch.Tensor, block_size: int, double: bool) -> nf4.Nf4:
+    codes, absmax = nf4.quantize_nf4(weight, block_size)
+    if not double:
+        return nf4.Nf4(codes=codes, absmax=absmax, shape=tuple(weight.shape), block_size=block_size)
+    scales, nested_absmax, offset = nf4.quantize_scales(absmax)
+    return nf4.Nf4(
+        codes=codes,
+        scales=scales,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        shape=tuple(weight.shape),
+        block_size=block_size,
+    )
+
+
+def finite_patterns(dtype: torch.dtype) -> torch.Tensor:
+    """All 16-bit patterns but NaN and infinity."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    return patterns[patterns.isfinite()]
+
+
+# ---- the numbers ----
+
+
+def test_the_tables_are_those_of_bitsandbytes():
+    assert torch.equal(nf4.CODEBOOK, bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(nf4.DYNAMIC_MAP, bnb.create_dynamic_map())
+
+
+@pytest.mark.skipif(extension.MISSING_REASON is not None, reason="needs the extension")
+def test_the_tables_are_those_of_nf4_h():
+    codebook, thresholds = torch.ops.minift.nf4_tables()
+    assert torch.equal(nf4.CODEBOOK, codebook) and torch.equal(nf4.THRESHOLDS, thresholds)
+
+
+# ---- quantising ----
+
+
+@property_test
+@given(**weights)
+def test_codes_and_scales_are_those_of_bitsandbytes(kernels, kind, n, block_size, dtype, seed):
+    weight = draw_weight(kind, n, dtype, block_size, seed)
+    codes, absmax = nf4.quantize_nf4(weight, block_size)
+    expected_codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+    assert torch.equal(codes, expected_codes.view(-1))
+    assert torch.equal(bits(absmax), bits(state.absmax))
+    assert torch.equal(bits(nf4.absmax_of(weight, block_size)), bits(absmax))
+
+
+@pytest.mark.parametrize("remainder", range(64))
+def test_every_length_of_the_last_block(kernels, remainder):
+    weight = draw_weight("normal", 128 + remainder, torch.bfloat16, 64, remainder)
+    codes, absmax = nf4.quantize_nf4(weight)
+    expected_codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(codes, expected_codes.view(-1)) and torch.equal(absmax, state.absmax)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_every_16_bit_pattern(kernels, dtype, block_size):
+    """In two orders: patterns of one magnitude together, and mixed."""
+    ascending = finite_patterns(dtype)
+    mixed = ascending[torch.randperm(len(ascending), generator=torch.Generator().manual_seed(0))]
+    for weight in (ascending, mixed):
+        codes, absmax = nf4.quantize_nf4(weight, block_size)
+        expected_codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+        assert torch.equal(codes, expected_codes.view(-1))
+        assert torch.equal(bits(absmax), bits(state.absmax))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@property_test
+@given(data=st.data(), block_size=st.sampled_from(nf4.BLOCK_SIZES), seed=st.integers(0, 99))
+def test_shards_cut_at_any_block_border_give_the_bytes_of_the_whole(kernels, data, dtype, block_size, seed):
+    patterns = finite_patterns(dtype)
+    weight = patterns[torch.randperm(len(patterns), generator=torch.Generator().manual_seed(seed))]
+    cuts = data.draw(st.lists(st.integers(0, len(weight) // block_size), max_size=4).map(sorted))
+    borders = [0, *(cut * block_size for cut in cuts), len(weight)]
+    shards = [weight[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    codes, absmax = zip(*(nf4.quantize_nf4(shard, block_size) for shard in shards), strict=True)
+    whole_codes, whole_absmax = nf4.quantize_nf4(weight, block_size)
+    assert torch.equal(torch.cat(codes), whole_codes) and torch.equal(torch.cat(absmax), whole_absmax)
+
+
+def test_a_strided_weight_is_quantised_in_logical_order(kernels):
+    weight = torch.randn(40, 33).t()
+    codes, absmax = nf4.quantize_nf4(weight, 32)
+    expected_codes, expected_absmax = nf4.quantize_nf4(weight.contiguous(), 32)
+    assert torch.equal(codes, expected_codes) and torch.equal(absmax, expected_absmax)
+
+
+def test_float64_is_rounded_to_float32_first(kernels):
+    weight = torch.randn(100, dtype=torch.float64)
+    for ours, expected in zip(nf4.quantize_nf4(weight), nf4.quantize_nf4(weight.float()), strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(nf4.absmax_of(weight), nf4.absmax_of(weight.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", [0, 63, 64, 100, 191, 192, 205])
+def test_nan_and_infinity_are_refused(kernels, dtype, bad, position):
+    weight = torch.randn(206).to(dtype)
+    weight[position] = bad
+    first = position // 64 * 64
+    for function in (nf4.quantize_nf4, nf4.absmax_of):
+        with pytest.raises(ValueError, match=f"NaN or an infinity among elements {first} to {first + 63}"):
+            function(weight)
+
+
+@pytest.mark.parametrize("block_size", [0, 16, 48, 96, 8192, -64])
+def test_other_block_sizes_are_refused(block_size):
+    with pytest.raises(ValueError, match=f"the block size is {block_size}; expected one of"):
+        nf4.quantize_nf4(torch.randn(64), block_size)
+
+
+def test_no_elements(kernels):
+    codes, absmax = nf4.quantize_nf4(torch.empty(0, 7))
+    assert codes.shape == (0,) and absmax.shape == (0,)
+
+
+def test_the_number_of_threads_does_not_matter(instruction_set):
+    weight = torch.randn(1_000_003)
+    results = []
+    num_threads = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        quantised = quantize(weight, 64, double=True)
+        results.append((quantised.codes, quantised.scales, nf4.dequantize_nf4(quantised, torch.bfloat16)))
+    torch.set_num_threads(num_threads)
+    for result in results[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(results[0], result, strict=True))
+
+
+# ---- double quantisation ----
+
+
+@property_test
+@given(**weights)
+def test_double_quantised_scales_are_those_of_bitsandbytes(kind, n, block_size, dtype, seed):
+    weight = draw_weight(kind, n * 20, dtype, block_size, seed)
+    _, absmax = nf4.quantize_nf4(weight, block_size)
+    if not absmax.mean().isfinite():
+        with pytest.raises(ValueError, match="keep these scales in fp32"):
+            nf4.quantize_scales(absmax)
+        return
+    scales, nested_absmax, offset = nf4.quantize_scales(absmax)
+    _, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(scales, state.absmax)
+    assert torch.equal(bits(nested_absmax), bits(state.state2.absmax))
+    assert torch.equal(bits(offset), bits(state.offset.view(1)))
+
+
+def test_scales_near_the_borders_of_the_map_are_those_of_bitsandbytes():
+    borders = (nf4.DYNAMIC_MAP[1:] + nf4.DYNAMIC_MAP[:-1]) / 2
+    near = torch.cat([(bits(borders) + step).view(torch.float32) for step in range(-3, 4)] + [nf4.DYNAMIC_MAP])
+    absmax = torch.cat([torch.cat([part, torch.ones(1)]) for part in near.split(255)])
+    scales, nested_absmax, _ = nf4.quantize_scales(absmax, torch.zeros(1))
+    expected, state = bnb.quantize_blockwise(absmax, blocksize=256)
+    assert torch.equal(scales, expected) and torch.equal(nested_absmax, state.absmax)
+
+
+@property_test
+@given(data=st.data(), num_blocks=st.integers(1, 2000), seed=st.integers(0, 99))
+def test_shards_of_scales_given_the_offset_of_the_whole_give_its_bytes(data, num_blocks, seed):
+    absmax = torch.rand(num_blocks, generator=torch.Generator().manual_seed(seed))
+    scales, nested_absmax, offset = nf4.quantize_scales(absmax)
+    cut = data.draw(st.integers(0, num_blocks // 256)) * 256
+    parts = [nf4.quantize_scales(part, offset) for part in (absmax[:cut], absmax[cut:])]
+    assert torch.equal(torch.cat([part[0] for part in parts]), scales)
+    assert torch.equal(torch.cat([part[1] for part in parts]), nested_absmax)
+
+
+# ---- dequantising ----
+
+
+@property_test
+@given(**weights, double=st.booleans())
+def test_every_element_is_a_product_rounded_once(kernels, kind, n, block_size, dtype, seed, double):
+    """Bit for bit, subnormals included, with the scales rounded where bitsandbytes rounds them."""
+    weight = draw_weight(kind, n, dtype, block_size, seed)
+    if double and not nf4.absmax_of(weight, block_size).mean().isfinite():
+        return
+    quantised = quantize(weight, block_size, double)
+    codes = torch.stack((quantised.codes >> 4, quantised.codes & 15), dim=1).view(-1)[:n].long()
+    absmax = quantised.absmax
+    if double:
+        group = torch.arange(quantised.scales.numel()) // 256
+        product = nf4.DYNAMIC_MAP[quantised.scales.long()] * quantised.nested_absmax[group]
+        absmax = product + quantised.offset
+    exact = nf4.CODEBOOK[codes] * absmax.repeat_interleave(block_size)[:n]
+    for out_dtype in DTYPES:
+        assert torch.equal(bits(nf4.dequantize_nf4(quantised, out_dtype)), bits(exact.to(out_dtype)))
+    assert torch.equal(nf4.dequantize_nf4(quantised, torch.float64), exact.double())
+
+
+@property_test
+@given(n=weights["n"], block_size=st.sampled_from([32, 64, 1024]), dtype=weights["dtype"], seed=weights["seed"])
+def test_elements_are_those_of_bitsandbytes(kernels, n, block_size, dtype, seed):
+    """Where it has a kernel: for odd lengths and larger blocks it compiles PyTorch, a second for every shape."""
+    weight = draw_weight("normal", 2 * n, dtype, block_size, seed)
+    for double in (False, True):
+        ours = nf4.dequantize_nf4(quantize(weight, block_size, double), dtype)
+        codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=double)
+        assert torch.equal(ours, bnb.dequantize_4bit(codes, state).view(-1))
+
+
+@property_test
+@given(data=st.data(), n=weights["n"], block_size=weights["block_size"], dtype=weights["dtype"], double=st.booleans())
+def test_a_range_of_blocks(kernels, data, n, block_size, dtype, double):
+    quantised = quantize(torch.randn(n), block_size, double)
+    borders = st.integers(0, -(-n // block_size)).map(lambda block: min(block * block_size, n))
+    start, stop = sorted((data.draw(borders), data.draw(borders)))
+    whole = nf4.dequantize_nf4(quantised, dtype)
+    assert torch.equal(nf4.dequantize_nf4(quantised, dtype, start, stop), whole[start:stop])
+    # Into memory of the caller's, at an odd address, and nothing beside it.
+    buffer = torch.full((stop - start + 2,), 7.0, dtype=dtype)
+    returned = nf4.dequantize_nf4(quantised, dtype, start, stop, out=buffer[1:-1])
+    assert torch.equal(returned, whole[start:stop]) and buffer[0] == buffer[-1] == 7.0
+
+
+@property_test
+@given(n=weights["n"], block_size=weights["block_size"], dtype=weights["dtype"], seed=weights["seed"])
+def test_the_error_is_at_most_half_the_widest_gap(kernels, n, block_size, dtype, seed):
+    """|w' - w| <= scale * (half of the widest gap between neighbours, 0.152, + fp32 roundings of w / scale)."""
+    weight = draw_weight("normal", n, dtype, block_size, seed)
+    quantised = quantize(weight, block_size, double=False)
+    error = (nf4.dequantize_nf4(quantised, torch.float32).double() - weight.double()).abs()
+    half_gap = nf4.CODEBOOK.double().diff().max() / 2
+    scale = quantised.absmax.double().repeat_interleave(block_size)[:n]
+    assert (error <= scale * (half_gap + 4 * 2.0**-24)).all()
+
+
+@property_test
+@given(n=weights["n"], block_size=weights["block_size"], dtype=weights["dtype"], seed=weights["seed"])
+def test_quantising_again_changes_nothing(kernels, n, block_size, dtype, seed):
+    """The largest element is +-scale exactly; every other one is nearer to its codebook value than to a border."""
+    once = quantize(draw_weight("normal", n, dtype, block_size, seed), block_size, double=False)
+    again = quantize(nf4.dequantize_nf4(once, dtype), block_size, double=False)
+    assert torch.equal(once.codes, again.codes) and torch.equal(once.absmax, again.absmax)
+
+
+def test_ranges_and_outputs_that_do_not_fit_are_refused():
+    quantised = quantize(torch.randn(200), 64, double=False)
+    for start, stop in ((1, 64), (0, 100), (64, 0), (-64, 64), (0, 256)):
+        with pytest.raises(ValueError, match="of 200 elements; expected a multiple of the block size 64"):
+            nf4.dequantize_nf4(quantised, torch.float32, start, stop)
+    for out in (torch.empty(200, dtype=torch.bfloat16), torch.empty(199), torch.empty(20, 20)[:, :10]):
+        with pytest.raises(ValueError, match="expected contiguous torch.float32 with 200"):
+            nf4.dequantize_nf4(quantised, torch.float32, out=out)
+
+
+# ---- Nf4 ----
+
+
+def test_tensors_that_do_not_belong_together_are_refused():
+    codes, absmax = nf4.quantize_nf4(torch.randn(4, 64))
+    with pytest.raises(ValueError, match="absmax is torch.float32 with 4 elements; a .8, 64. matrix"):
+        nf4.Nf4(codes=codes.repeat(2), absmax=absmax, shape=(8, 64))
+    with pytest.raises(ValueError, match="scales is missing"):
+        nf4.Nf4(codes=codes, shape=(4, 64))
+    with pytest.raises(ValueError, match="offset is one too many"):
+        nf4.Nf4(codes=codes, absmax=absmax, offset=absmax[:1], shape=(4, 64))
+
+
+def test_views_of_a_buffer_of_bytes(kernels):
+    """As they lie in a gathered bucket: codes, scales and nested scales one after the other."""
+    quantised = quantize(torch.randn(300, 64), 64, double=True)
+    parts = [quantised.codes, quantised.scales, quantised.nested_absmax.view(torch.uint8)]
+    buffer = torch.cat(parts)
+    codes, scales, nested_absmax = buffer.split([part.numel() for part in parts])
+    nested_absmax = nested_absmax.view(torch.float32)
+    views = nf4.Nf4(
+        codes=codes, scales=scales, nested_absmax=nested_absmax, offset=quantised.offset, shape=quantised.shape
+    )
+    for dtype in DTYPES:
+        assert torch.equal(nf4.dequantize_nf4(views, dtype), nf4.dequantize_nf4(quantised, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(instruction_set, dtype):
+    weight = torch.randn(10, 33).to(dtype)
+    torch.library.opcheck(torch.ops.minift.nf4_quantize.default, (weight, 32))
+    torch.library.opcheck(torch.ops.minift.nf4_absmax.default, (weight, 32))
+    for double in (False, True):
+        quantised = quantize(weight, 32, double)
+        arguments = (torch.empty(266, dtype=dtype), quantised.codes, *nf4.scale_tensors(quantised), 32, 64)
+        torch.library.opcheck(torch.ops.minift.nf4_dequantize.default, arguments)
+
+
+def test_ops_refuse_tensors_that_end_early(instruction_set):
+    quantised = quantize(torch.randn(200), 64, double=False)
+    for start in (-64, 1, 64):
+        with pytest.raises(RuntimeError, match="nf4_dequantize"):
+            torch.ops.minift.nf4_dequantize(
+                torch.empty(200), quantised.codes, quantised.absmax, None, None, None, 64, start
+            )
