@@ -149,3 +149,17 @@ def quantize_linears(model: nn.Module, dtypes: Mapping[str, torch.dtype], config
 
 def _bytes(count: int, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, dtype=torch.uint8, device=device), requires_grad=False)
+
+
+class _T(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.base = base
+        return base.product(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.base.product_dx(dy), None
+
+
+NF4Linear.forward = lambda self, x: _T.apply(x, self)
