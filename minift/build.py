@@ -3,10 +3,12 @@
 The order is not a matter of taste:
 
 1. construct on the meta device: shapes without memory;
-2. adapters (or the choice of what to train): they change the module tree and `requires_grad`, which sharding reads;
-3. recompute: replaces the forward of blocks, adapters included, and adds or renames no parameter;
-4. shard: cuts whatever parameters there are now, so it comes last;
-5. load: each rank reads only the byte ranges of its shards; adapter parameters are drawn from (seed, name).
+2. quantise: other projections in the place of dense ones, still without memory;
+3. adapters (or the choice of what to train): they change the module tree and `requires_grad`, which sharding reads;
+4. recompute: replaces the forward of blocks, adapters included, and adds or renames no parameter;
+5. shard: cuts whatever parameters there are now, so it comes last;
+6. load: each rank reads only the byte ranges of its shards, and quantises what is to be quantised on the way; adapter
+   parameters are drawn from (seed, name).
 
 No process ever holds the whole model, and nothing depends on the number of processes.
 """
@@ -26,12 +28,13 @@ from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.hf import check_weights, load_config
-from minift.model.weights import WeightReader
 from minift.peft.adapter import AdapterConfig
 from minift.peft.freeze import set_trainable
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.names import canonical_name
 from minift.precision import Precision
+from minift.quant.linear import QuantConfig
+from minift.quant.weights import QuantWeights, quantize_for
 from minift.recompute import RecomputeConfig, apply_recompute
 from minift.trace import Recorder
 
@@ -63,6 +66,7 @@ def build_model(
     source: ModelSource,
     adapter: AdapterConfig | None,
     *,
+    quant: QuantConfig | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
     precision: Precision,
@@ -73,18 +77,24 @@ def build_model(
     seed: int,
 ) -> BuiltModel:
     """Assemble as described above. With an adapter only its parameters are trained; without, those that `train` (all,
-    if empty) and `freeze` say, see `peft.freeze`. ValueError for a folder or a pattern that does not fit."""
+    if empty) and `freeze` say, see `peft.freeze`. `quant`: hold the base weights so; a folder that is quantised already
+    is held as it is. ValueError for a folder or a pattern that does not fit."""
     config = load_config(source.path)
     with torch.device("meta"):
         model = CausalLM(config)
-    reader = WeightReader(source.path)
-    check_weights(reader, model)
+    weights = QuantWeights(source.path)
+    check_weights(weights, model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    quantized = quantize_for(model, weights, quant)
+    if quantized and adapter is None:
+        raise ValueError(f"{source.path} is held in 4 bits, which cannot be trained; valid: with an adapter")
     if adapter is not None:
         trainable = inject(model, adapter, seed=seed)
     else:
         trainable = set_trainable(model, train=train, freeze=freeze)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    own_parameters = adapter_parameters(model).keys()
+    own_parameters = adapter_parameters(model)
+    num_parameters += sum(parameter.numel() for parameter in own_parameters.values())
+    num_trainable_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     apply_recompute(model, model.shard_units(), recompute, recorder)
     engine = shard(model, model.shard_units(), world, policy, precision, recorder)
@@ -93,14 +103,17 @@ def build_model(
 
     def read(name: str, start: int, stop: int) -> Tensor:
         if name not in own_parameters:
-            return reader.read_range(canonical_name(name), start, stop)
+            projection, _, part = canonical_name(name).rpartition(".")
+            if projection in quantized and part != "bias":
+                return weights.read_bytes(quantized[projection], f"{projection}.{part}", start, stop)
+            return weights.read_range(f"{projection}.{part}", start, stop)
         if name not in initial:
             initial.clear()
             initial[name] = init_tensor(model, name, seed).reshape(-1)
         return initial[name][start:stop]
 
     engine.load(read)
-    return BuiltModel(model, engine, config, trainable, sum(sizes.values()), sum(sizes[name] for name in trainable))
+    return BuiltModel(model, engine, config, trainable, num_parameters, num_trainable_parameters)
 
 
 def base_fingerprint(folder: str | Path) -> dict[str, str]:

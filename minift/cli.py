@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("gguf", metavar="GGUF", help="file to read")
     convert.add_argument("out", metavar="OUT", help="folder to write")
 
+    quantize = _add(top, "quantize", commands.quantize, "model -> model folder in NF4, as bitsandbytes writes it")
+    quantize.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
+    quantize.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
+    quantize.add_argument("--block-size", type=int, default=64, metavar="N", help="weights per scale (default: 64)")
+    quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
+
     merge = _add(top, "merge", commands.merge, "model + adapter -> Hugging Face model folder")
     merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter folder")
@@ -112,5 +118,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _add_assistant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
+    parser.add_argument("--nf4", action="store_true", help="hold the weights in 4 bits, as QLoRA adapters expect")
     parser.add_argument("--template", default="auto", help="auto: the tokenizer's; or chatml, llama2, llama3, ...")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -85,6 +85,15 @@ def convert(options: Namespace) -> None:
     print(f"wrote {options.out}")
 
 
+def quantize(options: Namespace) -> None:
+    from minift.checkpoint.quantize import quantize_folder
+    from minift.quant.linear import QuantConfig
+
+    quant = QuantConfig(block_size=options.block_size, double_quant=not options.no_double_quant)
+    quantize_folder(options.model, options.out, quant)
+    print(f"wrote {options.out}")
+
+
 def merge(options: Namespace) -> None:
     from minift.checkpoint.merge import merge_adapter
 
@@ -151,13 +160,19 @@ def _read_recipe(options: Namespace) -> RunConfig:
 
 
 def _with_assistant(options: Namespace, go: Callable[[Assistant, World], None]) -> None:
-    """Call `go` with what --model, --adapter, --template and --device name, in torchrun's process group or alone."""
+    """Call `go` with what --model, --adapter, --nf4, --template and --device name, in torchrun's process group or
+    alone."""
     from minift.dist.process import init_world, shutdown
     from minift.inference import load_assistant
+    from minift.quant.linear import QuantConfig
 
     world = init_world(options.device)
     try:
-        go(load_assistant(options.model, options.adapter, template=options.template, device=world.device), world)
+        quant = QuantConfig() if options.nf4 else None
+        assistant = load_assistant(
+            options.model, options.adapter, template=options.template, quant=quant, device=world.device
+        )
+        go(assistant, world)
     finally:
         shutdown()
 

@@ -24,6 +24,7 @@ from minift.fsdp.policy import ShardPolicy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
+from minift.quant.linear import QuantConfig
 from minift.recipe.build import build, differences
 from minift.recipe.describe import describe, show, to_plain, walk
 from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
@@ -59,6 +60,9 @@ class RunConfig:
     adapter: LoraConfig | None = None
     """Train these small matrices beside the frozen weights; null: train the weights themselves."""
 
+    quant: QuantConfig | None = None
+    """Hold the frozen weights under an adapter in 4 bits (QLoRA); null: in precision.wire."""
+
     train: tuple[str, ...] = ()
     """Without an adapter: regular expressions searched in parameter names; what matches trains. Empty: everything."""
 
@@ -93,6 +97,11 @@ class RunConfig:
                     f"{name} is {show(patterns)} but adapter is set too, and an adapter freezes every other weight; "
                     f"valid: {name} without adapter (--adapter null), or adapter without {name} (--{name} [])"
                 )
+        if self.quant is not None and self.adapter is None:
+            problems.append(
+                "quant is set without adapter, and weights of 4 bits cannot be trained; valid: quant with an adapter "
+                "(--adapter '{}': LoRA), or quant null"
+            )
         if self.loop.microbatch_tokens < self.data.max_length_tokens:
             problems.append(
                 f"loop.microbatch_tokens is {self.loop.microbatch_tokens} but data.max_length_tokens is "

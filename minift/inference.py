@@ -31,8 +31,9 @@ from minift.eval.loss import mean_loss, perplexity
 from minift.eval.tasks import CallScore, evaluate_function_calls, in_order, read_call_examples
 from minift.generate import generate
 from minift.model.decoder import CausalLM
-from minift.model.hf import load_model
 from minift.objectives.sft import SupervisedTokens
+from minift.quant.linear import QuantConfig
+from minift.quant.model import load_model
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ def load_assistant(
     adapter_folder: str | None = None,
     *,
     template: str = "auto",
+    quant: QuantConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
 ) -> Assistant:
     """Read a Hugging Face folder and, if given, a PEFT adapter folder. `template`: auto (the tokenizer's) or a built-in
-    name. `device`: the first GPU, or the CPU where there is none. Raises ValueError for folders that do not fit."""
+    name. `quant`: hold the weights in 4 bits, as an adapter was trained on. `device`: the first GPU, or the CPU where
+    there is none. Raises ValueError for folders that do not fit."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_folder(model_folder)
@@ -62,7 +65,7 @@ def load_assistant(
         chosen = ChatTemplate.builtin(template, tokenizer)
     else:
         chosen = ChatTemplate.from_tokenizer(tokenizer) if tokenizer.chat_template else None
-    model = load_model(model_folder, dtype, device)
+    model = load_model(model_folder, quant, dtype, device)
     if adapter_folder is not None:
         load_adapter(model, adapter_folder, dtype=dtype)
     return Assistant(model.eval(), tokenizer, chosen, device)

@@ -5,8 +5,8 @@ metrics.jsonl has one JSON object a line; every number in it is reduced over all
   training    {"step": optimizer steps done so far (1 = after the first), "epoch": passes over the data so far (float),
                "loss": mean over the step's supervised tokens, nats/token, "lr", "grad_norm": before clipping,
                "tokens": packed tokens of the step, "targets": supervised ones, "tokens_per_second", "step_seconds",
-               "memory_bytes": largest peak of any rank; what JSON has no number for is null, and its name and value
-               ("nan", "inf", "-inf") are in "nonfinite": {}}
+               "memory_bytes": largest peak of any rank, "sent_bytes": weights and gradients that each rank sent; what
+               JSON has no number for is null, and its name and value ("nan", "inf", "-inf") are in "nonfinite": {}}
   validation  {"step", "validation_loss": mean over its supervised tokens, nats/token, "validation_targets"}
 
 A resumed run writes the steps after its checkpoint a second time; what was written the first time is then forgotten. A
@@ -210,6 +210,9 @@ def _time_and_memory(facts: RunFacts, training: Records) -> str:
             f"{tokens / seconds:,.0f} tokens/s, {seconds / len(training):.2f} s a step. "
             f"Peak memory of the largest process: {peak / 2**30:.2f} GiB."
         )
+        sent = [record.get("sent_bytes", 0) for record in training]  # which older runs did not write down
+        if any(sent):
+            text += f" Each process sent {sum(sent) / len(sent) / 2**20:,.1f} MiB of weights and gradients a step."
     return text
 
 

@@ -48,6 +48,7 @@ from minift.optim.schedule import Schedule
 from minift.peft.adapter import AdapterConfig
 from minift.precision import Precision
 from minift.progress import Progress
+from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from minift.report import RunFacts, write_report
 from minift.step import NonFiniteError, StepResult, train_step
@@ -123,6 +124,7 @@ class Settings(Protocol):
     data: DataConfig
     objective: str
     adapter: AdapterConfig | None
+    quant: QuantConfig | None
     train: tuple[str, ...]
     freeze: tuple[str, ...]
     optim: OptimConfig
@@ -168,6 +170,7 @@ class Run:
             self.built: BuiltModel = build_model(
                 config.model,
                 config.adapter,
+                quant=config.quant,
                 train=config.train,
                 freeze=config.freeze,
                 precision=config.precision,
@@ -268,7 +271,7 @@ class Run:
                 # -------------------------------------------------------------------- one optimizer step
                 if self.step + 1 == config.loop.timeline_step:
                     self.recorder.start()
-                started = time.perf_counter()
+                started, sent_bytes = time.perf_counter(), self.built.engine.sent_bytes()
                 lr_scale = self.schedule(self.step)
                 result = self.guarded_step(microbatches, lr_scale)
                 seconds = time.perf_counter() - started
@@ -292,6 +295,7 @@ class Run:
                     "tokens_per_second": result.tokens / seconds,
                     "step_seconds": seconds,
                     "memory_bytes": memory,
+                    "sent_bytes": self.built.engine.sent_bytes() - sent_bytes,
                 }
                 if self.scaler is not None:
                     record |= {"loss_scale": self.scaler.scale, "was_skipped": result.was_skipped}

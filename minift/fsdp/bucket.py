@@ -15,7 +15,10 @@ A bucket is resident if gathering would only copy what all ranks can see already
 (frozen, or trained in fp32 throughout), and there is one rank, or the transport shares memory between ranks and has
 room. Then N ranks hold one copy together, 1/N each, and yet nothing has to be gathered. A rank updates its part of it
 when all have reduced their gradients, so have read it in backward for the last time; they meet before they read it
-again (`ShardedModel.weights_changed`), and around a forward that comes in between. No schedule here: see `unit`.
+again (`ShardedModel.weights_changed`), and around a forward that comes in between. Frozen buckets of a strategy that
+keeps weights gathered are resident too, whatever the transport: gathered once, when they are loaded.
+
+No schedule here: see `unit`.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ class Bucket:
         transport: Transport,
         *,
         keeps_full_grads: bool,
+        stays_gathered: bool,
         offload: bool,
     ) -> None:
         self.name = name
@@ -64,8 +68,9 @@ class Bucket:
         self.layout = FlatLayout.plan({n: p.shape for n, p in params.items()}, self.world.size, dtypes.wire.itemsize)
         self.arrived: set[str] = set()
         """Parameters that a backward has given a gradient since the beginning."""
-        all_see_it = self.world.size == 1 or transport.shares_memory
+        all_see_it = self.world.size == 1 or transport.shares_memory or (stays_gathered and not trainable)
         self.resident = dtypes.storage == dtypes.wire and all_see_it and not offload
+        self._resident_buffer: Buffer | None = None
         self._transport = transport
         self._offload = offload
         self._views: dict[int, list[Tensor]] = {}  # buffer address -> one view per parameter
@@ -88,11 +93,11 @@ class Bucket:
         numel, dtype = self.layout.shard_numel, self.dtypes.storage
         if self.resident:
             try:
-                (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * dtype.itemsize)
+                (self._resident_buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * dtype.itemsize)
             except NoRoomError:
                 self.resident = False
             else:
-                self._full = buffer.memory.view(dtype)
+                self._full = self._resident_buffer.memory.view(dtype)
                 self.expose()
                 return self.layout.chunk(self._full, self.world.rank).zero_()
         self.hide()
@@ -197,6 +202,11 @@ class Bucket:
         """Fill the shard: `read(name, start, stop)` gives elements [start, stop) of the flattened parameter."""
         for r in self.layout.local_ranges(self.world.rank):
             self.shard[r.start : r.stop].copy_(read(r.name, r.param_start, r.param_start + r.stop - r.start))
+
+    def complete(self) -> None:
+        """After `load`, if resident in memory of this rank only: gather what the others have loaded. Collective."""
+        if self.resident and not self._transport.shares_memory:
+            self._transport.all_gather(self._resident_buffer, [self._full]).wait()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Gather the *storage* (fp32 masters, not their wire copy) and yield (name, tensor). Collective.

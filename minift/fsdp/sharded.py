@@ -74,7 +74,7 @@ class ShardedModel:
         self._has_live_weights = any(bucket.resident and bucket.trainable for bucket in self.buckets)
         """Whether updates of one rank are seen by others at once, so that they must not read meanwhile."""
         self.hooks = Hooks(self.units, policy.prefetch_units, recorder, self._meet_around_update)
-        self._meet()
+        self._share_loaded()
 
     @property
     def world(self) -> World:
@@ -105,7 +105,7 @@ class ShardedModel:
         for bucket in self.buckets:
             bucket.load(read)
         self.hooks.free_updated()
-        self._meet()
+        self._share_loaded()
 
     def weights_changed(self) -> None:
         """To be called after masters were written: by an optimizer, from a checkpoint. Collective.
@@ -177,6 +177,17 @@ class ShardedModel:
                 )
         return held | {"gradients": held["gradients"] + self._scratch.nbytes}
 
+    def sent_bytes(self) -> int:
+        """Bytes of weights and gradients that this rank has sent to others since the beginning: per step and bucket
+
+            zero3 2 (N-1)/N F w, others (N-1)/N F w once a step; and (N-1)/N F g of gradients, whenever they are reduced
+
+        (w of weights and g of gradients: itemsizes; the block that ends the forward is gathered once, and resident
+        buckets never). Nothing is sent between ranks that share memory. The same on every rank.
+        """
+        transports = {id(link): link for link in (self._links.gather, self._links.reduce)}.values()
+        return sum(link.sent_bytes for link in transports) + sum(unit.replica_sent_bytes for unit in self.units)
+
     # Assembly #
 
     def _make_buckets(self, group: Group, precision: Precision) -> list[Bucket]:
@@ -215,6 +226,7 @@ class ShardedModel:
                 trainable,
                 transport,
                 keeps_full_grads=self.policy.keeps_full_gradients(self.mesh.shard.size),
+                stays_gathered=self.policy.keeps_until_update(),
                 offload=self.policy.offload,
             )
             assert len(real.keys() & params.keys()) in (0, len(params)), f"{name}: some parameters are meta, not all"
@@ -292,6 +304,12 @@ class ShardedModel:
         """Before and after updates are seen by other ranks that might be reading."""
         if self._has_live_weights:
             self._meet()
+
+    def _share_loaded(self) -> None:
+        """What was loaded into resident buckets becomes readable on all ranks."""
+        for bucket in self.buckets:
+            bucket.complete()
+        self._meet()
 
     def _meet(self) -> None:
         """Resident buckets are read without being gathered: nobody may start before everybody has written."""

@@ -77,6 +77,8 @@ class Transport:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.sent_bytes = 0
+        """Bytes that this rank has sent to others since the beginning; the same on every rank."""
 
     def gather_buffers(self, count: int, num_bytes: int) -> list[Buffer]:
         """`count` buffers for all-gathers of at most `num_bytes`."""
@@ -113,12 +115,14 @@ class NcclTransport(Transport):
     def all_gather(self, buffer: Buffer, fulls: list[Tensor]) -> Pending:
         for full in fulls:
             dist.all_gather_into_tensor(full, self._own_chunk(full), group=self.world.group)
+            self.sent_bytes += self._own_chunk(full).nbytes * (self.world.size - 1)
         return DONE
 
     def reduce_scatter(self, buffer: Buffer, fulls: list[Tensor], outs: list[Tensor], accumulate: bool) -> Pending:
         for full, out in zip(fulls, outs, strict=True):
             own = self._own_chunk(full)
             dist.reduce_scatter_tensor(own, full, group=self.world.group)
+            self.sent_bytes += own.nbytes * (self.world.size - 1)
             sum_chunks_(out, own, [], accumulate)
         return DONE
 
@@ -180,6 +184,7 @@ class PairedSends(Transport):
             to_peer, from_peer = (world.rank + distance) % world.size, (world.rank - distance) % world.size
             works.append(dist.isend(send[to_peer], group=world.group, group_dst=to_peer))
             works.append(dist.irecv(receive[from_peer], group=world.group, group_src=from_peer))
+            self.sent_bytes += send[to_peer].nbytes
         return works
 
 

@@ -149,6 +149,8 @@ class Unit:
         """Whether gradients are, in part, summed up once a step only, in the last microbatch."""
         self.takes_turns = reduce_ring.scratch is not None and bool(self.trainable)
         """Whether its gradients live only until the update that follows (policy.step_in_backward)."""
+        self.replica_sent_bytes = 0
+        """Sent to other replicas since the beginning: an all-reduce sends 2 (R - 1) / R of what it sums."""
         self._buffer: Buffer | None = None
         self._grad_buffer: Buffer | None = None
         self._gathering = self._reducing = DONE
@@ -301,7 +303,9 @@ class Unit:
         replica = self._links.replica
         if replica.size == 1:
             return []
-        return [dist.all_reduce(bucket.grad, group=replica.group, async_op=True) for bucket in self.trainable]
+        grads = [bucket.grad for bucket in self.trainable]
+        self.replica_sent_bytes += 2 * sum(grad.nbytes for grad in grads) * (replica.size - 1) // replica.size
+        return [dist.all_reduce(grad, group=replica.group, async_op=True) for grad in grads]
 
     # After an exception #
 

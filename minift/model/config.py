@@ -195,11 +195,13 @@ def _refuse_unsupported(hf: Mapping[str, Any], architecture: str) -> None:
         )
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is.")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
+    quantization = hf.get("quantization_config") or {}
+    kind = [quantization.get(key) for key in ("quant_method", "load_in_4bit", "bnb_4bit_quant_type")]
+    if quantization and kind != ["bitsandbytes", True, "nf4"]:
         raise ValueError(
-            f"config.json: the weights are quantized (quantization_config with quant_method {method!r}); minift loads "
-            "unquantized weights and quantizes by itself. Use the original model's folder."
+            "config.json: the weights are quantized in a way that is not supported (quantization_config with "
+            f"quant_method {kind[0]!r}, load_in_4bit {kind[1]!r}, bnb_4bit_quant_type {kind[2]!r}); supported: NF4 of "
+            "bitsandbytes, and unquantized weights, which minift quantizes by itself."
         )
     if hf.get("attention_dropout"):
         raise ValueError(f"config.json: attention_dropout {hf['attention_dropout']} is not supported; set it to 0.0.")

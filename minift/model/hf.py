@@ -12,8 +12,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +63,16 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device | st
         model = CausalLM(load_config(folder))
     reader = WeightReader(folder)
     check_weights(reader, model)
+    fill_parameters(model, lambda name: reader.read(name).to(device=device, dtype=dtype))
+    return model
+
+
+def fill_parameters(model: CausalLM, read: Callable[[str], Tensor]) -> None:
+    """Give every parameter of a model on the meta device the value `read(name)`, in its dtype and on its device."""
     for name, parameter in list(model.named_parameters()):
         module_name, _, attribute = name.rpartition(".")
-        weight = reader.read(name).to(device=device, dtype=dtype)
-        setattr(model.get_submodule(module_name), attribute, nn.Parameter(weight, parameter.requires_grad))
+        setattr(model.get_submodule(module_name), attribute, nn.Parameter(read(name), parameter.requires_grad))
     model.tie_weights()
-    return model
 
 
 def check_weights(reader: WeightReader, model: CausalLM) -> None:
@@ -98,6 +103,7 @@ def save_model(
     specs: Mapping[str, TensorSpec],
     max_shard_bytes: float = 5e9,
     source_folder: str | Path | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `load_model` and transformers load; holds one tensor at a time, and a few MiB.
 
@@ -105,8 +111,8 @@ def save_model(
     device, and in any dtype: it is cast to the announced one on the way. Each is let go before the next is asked for,
     so an iterator may hand out views of what it gathered. Shards are filled greedily in the order of `specs`, as
     transformers does. The head of a tied model is not written. Tokenizer files and generation_config.json are copied
-    from `source_folder`. Weight files get their names when all bytes are written. ValueError if the folder has weights
-    already, or if tensors and specs disagree.
+    from `source_folder`; `quantization_config` goes into config.json. Weight files get their names when all bytes are
+    written. ValueError if the folder has weights already, or if tensors and specs disagree.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +137,10 @@ def save_model(
     for dtype, shape in specs.values():
         bytes_of_dtype[dtype] = bytes_of_dtype.get(dtype, 0) + _num_bytes((dtype, shape))
     main_dtype = max(bytes_of_dtype, key=bytes_of_dtype.__getitem__)
-    _write_json(folder / "config.json", config.to_hf(dtype=str(main_dtype).removeprefix("torch.")))
+    hf = config.to_hf(dtype=str(main_dtype).removeprefix("torch."))
+    if quantization_config is not None:
+        hf["quantization_config"] = dict(quantization_config)
+    _write_json(folder / "config.json", hf)
     if source_folder is not None:
         copy_tokenizer_files(source_folder, folder)
 

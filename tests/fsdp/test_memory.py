@@ -63,7 +63,7 @@ def closed_form(case: Case, w: int, shard_size: int) -> dict[str, int]:
     slots = DEPTH if not (zero3 and case.policy.reshard_after_forward) else 1 + case.policy.prefetch_units
     shards, gathered = 0, 0
     for is_resident, master_bytes, block, rest_of_model in (
-        (all_see_it, w, up, 0),
+        (all_see_it or not zero3, w, up, 0),  # frozen, and gathered for good where weights stay
         (all_see_it and w == 4, 4, rest, root),
     ):
         if is_resident:

@@ -12,7 +12,7 @@ from minift.fsdp import ShardPolicy, shard
 from minift.fsdp.transport import Buffer, PairedSends, Pending
 from minift.recompute import RecomputeConfig, apply_recompute
 from minift.trace import Recorder
-from tests.fsdp.trees import FP32, Case, Tree, microbatch, run_microbatches, sharded
+from tests.fsdp.trees import BF16, FP32, Case, Tree, microbatch, run_microbatches, sharded
 from tests.ranks import run_ranks
 
 
@@ -182,3 +182,55 @@ def evaluation(world: World, case: Case) -> list[tuple[str, int]]:
 
 def test_an_evaluation_gathers_once() -> None:
     assert run_ranks(2, evaluation, Case(2, depth=3)) == [[("gather", 1)] * 4] * 2
+
+
+def sent_on_rank(world: World, case: Case) -> tuple[int, int]:
+    """What was sent in the third step; what the formula of `ShardedModel.sent_bytes` says."""
+    model, engine = sharded(case, world)
+    sent = []
+    for _ in range(3):
+        before = engine.sent_bytes()
+        run_microbatches(model, engine, case, world.rank)
+        engine.weights_changed()
+        engine.clear_gradients()
+        sent.append(engine.sent_bytes() - before)
+    shard_size, replicas, zero3 = engine.shard_world.size, engine.replica_world.size, case.policy.strategy == "zero3"
+    expected = 0
+    for unit in engine.units:
+        gathers = 1 if unit.name == "" or not zero3 else 1 if unit is engine.units[-1] else 2
+        for bucket in unit.buckets:
+            chunk = bucket.layout.shard_numel * (shard_size - 1)
+            if not bucket.resident:
+                expected += chunk * bucket.dtypes.wire.itemsize * gathers * (case.microbatches if zero3 else 1)
+            if bucket.trainable:
+                once = case.policy.strategy in ("zero1", "ddp")
+                expected += chunk * (4 if once else bucket.dtypes.grad.itemsize) * (1 if once else case.microbatches)
+                expected += 2 * bucket.grad.nbytes * (replicas - 1) // replicas
+    return sent[-1], expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "policy"),
+    [
+        (2, ShardPolicy()),
+        (3, ShardPolicy(strategy="zero2")),
+        (2, ShardPolicy(strategy="zero1")),
+        (3, ShardPolicy(strategy="ddp")),
+        (4, ShardPolicy(replicas=2)),
+    ],
+    ids=lambda value: f"{value.strategy}-{value.replicas}" if isinstance(value, ShardPolicy) else value,
+)
+def test_bytes_sent_per_step(world_size: int, policy: ShardPolicy) -> None:
+    case = Case(world_size, depth=3, frozen="up", microbatches=2, policy=policy, transport="paired", precision=BF16)
+    for sent, expected in run_ranks(world_size, sent_on_rank, case):
+        assert sent == expected > 0
+
+
+def sent_in_shared_memory(world: World, case: Case) -> int:
+    model, engine = sharded(case, world)
+    run_microbatches(model, engine, case, world.rank)
+    return engine.sent_bytes()
+
+
+def test_nothing_is_sent_between_ranks_that_share_memory() -> None:
+    assert run_ranks(2, sent_in_shared_memory, Case(2, precision=BF16)) == [0, 0]

@@ -1,0 +1,165 @@
+"""A projection whose frozen weight is stored in NF4: 4-bit codes, a scale per block, and scales of the scales.
+
+Paper: Dettmers et al. 2023, arXiv 2305.14314, sections 3 (NF4, double quantisation; with blocks of 64 and 256, 0.516
+bytes a weight). The arithmetic is `minift/ops/nf4.py`; here it becomes a module.
+
+Everything is kept as bytes, in parameters of dtype uint8, also the scales that are floats:
+
+    codes    ceil(n / 2)                    two weights a byte, the even one in the high nibble
+    scales   ceil(n / block_size)           8 bits a block; four times that, fp32, without double quantisation
+    nested   4 · (1 + ceil(blocks / 256))   fp32: the mean of the scales, then the scales of their differences from it;
+                                            nothing without double quantisation
+
+So to FSDP they are one more bucket, which it cuts anywhere, gathers as it is (4.1 bits a weight on the wire) and never
+casts, and a block that is cut in two comes together again before anybody reads it. Not here: quantising (`weights.py`),
+gradients of the weight (there are none), adapters (`peft`, which wraps this like any projection).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from minift.model.linear import Linear, LinearBase
+from minift.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, Nf4, dequantize_nf4
+from minift.ops.nf4_linear import nf4_linear, nf4_linear_dx
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the base weights are stored that an adapter is trained on top of (QLoRA).
+
+    format: nf4: 4 bits, whose 16 levels are the quantiles of a normal distribution.
+    block_size: weights that share a scale; a power of two, 32 to 4096.
+    double_quant: store the scales in 8 bits too: 0.516 bytes a weight instead of 0.562.
+    skip: projections that stay as they are (regular expressions searched in their names); lm_head always does.
+    """
+
+    format: Literal["nf4"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format != "nf4":
+            raise ValueError(f"quant.format is {self.format!r}; valid: nf4")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"quant.block_size is {self.block_size!r}; valid: {', '.join(map(str, BLOCK_SIZES))}")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"quant.skip has {pattern!r}, no regular expression ({error})") from None
+
+
+class NF4Linear(LinearBase):
+    """y = x Wᵀ + b with W in NF4. Parameters start uninitialised; bias is dense, and frozen too."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        config: QuantConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.block_size = config.block_size
+        self.double_quant = config.double_quant
+        self.dtype = dtype
+        """Of the weight before it was quantised, and so of `dense_weight`."""
+        num_blocks = math.ceil(self.numel / config.block_size)
+        self.codes = _bytes(math.ceil(self.numel / 2), device)
+        self.scales = _bytes(num_blocks if config.double_quant else 4 * num_blocks, device)
+        num_nested = 1 + math.ceil(num_blocks / NESTED_BLOCK_SIZE)
+        self.register_parameter("nested", _bytes(4 * num_nested, device) if config.double_quant else None)
+        bias_O = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        self.register_parameter("bias", bias_O if bias else None)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return self.in_features * self.out_features
+
+    def nf4(self) -> Nf4:
+        """The weight as it is now: views of the parameters, which under FSDP move between forward and backward."""
+        kind = {"shape": (self.out_features, self.in_features), "block_size": self.block_size}
+        codes, scales = self.codes.data, self.scales.data
+        if self.nested is None:
+            return Nf4(codes=codes, absmax=scales.view(torch.float32), **kind)
+        nested = self.nested.data.view(torch.float32)
+        return Nf4(codes=codes, scales=scales, nested_absmax=nested[1:], offset=nested[:1], **kind)
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        out_NO = nf4_linear(x_NI, self.nf4())
+        return out_NO if self.bias is None else out_NO.add_(self.bias)
+
+    def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
+        dx_NI = nf4_linear_dx(dy_NO, self.nf4())
+        return dx_NI if add_to_NI is None else add_to_NI.add_(dx_NI)
+
+    def dense_weight(self) -> Tensor:
+        return dequantize_nf4(self.nf4(), self.dtype).view(self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        scales = "8-bit" if self.double_quant else "fp32"
+        return f"{self.in_features} -> {self.out_features}, nf4, block_size={self.block_size}, {scales} scales"
+
+
+def projections_to_quantize(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    """Names of the dense projections of `model` but lm_head and what a pattern of `skip` is found in. ValueError if a
+    pattern matches nothing, or nothing is left."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    few = ", ".join(names[:3]) + (f" ... {names[-1]}" if len(names) > 3 else "")
+    for pattern in skip:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"quant.skip has {pattern!r}, found in no projection; they are {few}")
+    chosen = [
+        name
+        for name in names
+        if name.rpartition(".")[2] != "lm_head" and not any(re.search(pattern, name) for pattern in skip)
+    ]
+    if not chosen:
+        raise ValueError(f"quant.skip leaves no projection to quantise; they are {few}")
+    return chosen
+
+
+def quantize_linears(model: nn.Module, dtypes: Mapping[str, torch.dtype], config: QuantConfig) -> dict[str, NF4Linear]:
+    """Replace projections of `model` by uninitialised `NF4Linear`s; return these. dtypes: {full name: its weight's}."""
+    quantized = {}
+    for name, dtype in dtypes.items():
+        dense = model.get_submodule(name)
+        assert isinstance(dense, Linear), f"{name} is no dense projection"
+        quantized[name] = NF4Linear(
+            dense.in_features, dense.out_features, dense.bias is not None, config, dtype, dense.weight.device
+        )
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, quantized[name])
+    return quantized
+
+
+def _bytes(count: int, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(count, dtype=torch.uint8, device=device), requires_grad=False)
+
+
+class _T(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.base = base
+        return base.product(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.base.product_dx(dy), None
+
+
+NF4Linear.forward = lambda self, x: _T.apply(x, self)

@@ -1,0 +1,130 @@
+"""The weights of a folder, whether they are stored densely or in NF4, for models that want them either way.
+
+    weights = QuantWeights("model/")
+    weights.read_range(name, start, stop)      # of dense weights, as `WeightReader`; stored NF4 is dequantised
+    weights.read_bytes(name, start, stop)      # of the parameters of an `NF4Linear`; a dense weight is quantised
+
+A rank of a sharded model asks for its part of each parameter. Codes depend on their own block only, so it reads just
+the blocks that its part touches. Scales with double quantisation depend on the mean of all scales of a weight; for
+those it goes over the whole weight in pieces and keeps nothing but one fp32 a block. So no process ever holds more of
+a dense weight than a piece and its own share, and the bytes are the same at any number of processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minift.model.weights import WeightReader
+from minift.ops.nf4 import absmax_of, dequantize_nf4, quantize_nf4, quantize_scales
+from minift.quant.bitsandbytes import StoredNF4
+from minift.quant.linear import NF4Linear, QuantConfig, projections_to_quantize, quantize_linears
+
+_PIECE_ELEMENTS = 1 << 22  # a multiple of every block size; 8 MiB of bf16
+
+
+class QuantWeights(WeightReader):
+    """Names, shapes and dtypes are those of the dense model, whatever the folder holds."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self.stored = StoredNF4(WeightReader(folder))
+        self._scales_of = ""  # the projection whose scales were made last: they are asked for several times
+        self._scales: dict[str, Tensor] = {}
+
+    # As a dense model sees them #
+
+    def names(self) -> list[str]:
+        hidden = self.stored.own_names() - {f"{projection}.weight" for projection in self.stored.projections}
+        return [name for name in super().names() if name not in hidden]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        projection = self._stored_projection(name)
+        return super().shape(name) if projection is None else self.stored.shape(projection)
+
+    def dtype(self, name: str) -> torch.dtype:
+        projection = self._stored_projection(name)
+        return super().dtype(name) if projection is None else self.stored.dtype(projection)
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        projection = self._stored_projection(name)
+        if projection is None:
+            return super().read_range(name, start, stop)
+        out_features, in_features = self.stored.shape(projection)
+        config, dtype = self.stored.config(), self.stored.dtype(projection)
+        linear = NF4Linear(in_features, out_features, False, config, dtype, torch.device("meta"))
+        self.fill(projection, linear, torch.device("cpu"))
+        first = start // config.block_size * config.block_size
+        last = min(-(-stop // config.block_size) * config.block_size, linear.numel)
+        return dequantize_nf4(linear.nf4(), dtype, first, last)[start - first : stop - first]
+
+    def _stored_projection(self, name: str) -> str | None:
+        projection = name.removesuffix(".weight")
+        return projection if projection != name and projection in self.stored.projections else None
+
+    # As an `NF4Linear` holds them #
+
+    def read_bytes(self, linear: NF4Linear, name: str, start: int, stop: int) -> Tensor:
+        """Bytes [start, stop) of the parameter `name` (codes, scales or nested) of `linear`; uint8, 1-D."""
+        projection, _, part = name.rpartition(".")
+        if projection in self.stored.projections:
+            return self.stored.read(projection, part, start, stop)
+        try:
+            if part == "codes":
+                return self._codes(f"{projection}.weight", linear, start, stop)
+            if projection != self._scales_of:
+                self._scales, self._scales_of = self._make_scales(f"{projection}.weight", linear), projection
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {projection}.weight cannot be quantised: {error}") from None
+        return self._scales[part][start:stop]
+
+    def fill(self, projection: str, linear: NF4Linear, device: torch.device) -> None:
+        """Give `linear` its weight, in memory of its own."""
+        for part, old in list(linear.named_parameters()):
+            if part != "bias":
+                new = self.read_bytes(linear, f"{projection}.{part}", 0, old.numel()).to(device)
+                setattr(linear, part, nn.Parameter(new, requires_grad=False))
+
+    def _codes(self, weight_name: str, linear: NF4Linear, start: int, stop: int) -> Tensor:
+        block = linear.block_size
+        first = 2 * start // block * block
+        last = min(-(-2 * stop // block) * block, linear.numel)
+        codes = torch.empty(stop - start, dtype=torch.uint8)
+        for at in range(first, last, _PIECE_ELEMENTS):
+            made, _ = quantize_nf4(self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, last)), block)
+            begin, end = max(start, at // 2), min(stop, at // 2 + len(made))
+            codes[begin - start : end - start] = made[begin - at // 2 : end - at // 2]
+        return codes
+
+    def _make_scales(self, weight_name: str, linear: NF4Linear) -> dict[str, Tensor]:
+        pieces = [
+            absmax_of(self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, linear.numel)), linear.block_size)
+            for at in range(0, linear.numel, _PIECE_ELEMENTS)
+        ]
+        absmax = torch.cat(pieces)
+        if not linear.double_quant:
+            return {"scales": absmax.view(torch.uint8)}
+        scales, nested_absmax, offset = quantize_scales(absmax)
+        return {"scales": scales, "nested": torch.cat([offset, nested_absmax]).view(torch.uint8)}
+
+
+def quantize_for(model: nn.Module, weights: QuantWeights, asked: QuantConfig | None) -> dict[str, NF4Linear]:
+    """Make those projections of `model` NF4 that `asked` wants so, or that the folder stores so; {full name: module}.
+
+    ValueError if both say something, and not the same.
+    """
+    if not weights.stored.projections:
+        if asked is None:
+            return {}
+        names, config = projections_to_quantize(model, asked.skip), asked
+    else:
+        names, config = weights.stored.projections, weights.stored.config()
+        kinds = [(c.block_size, c.double_quant) for c in (asked or config, config)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{weights.folder} is quantised already, and its (block_size, double_quant) are {kinds[1]} where quant "
+                f"asks for {kinds[0]}; leave quant out, or give the folder of the original model"
+            )
+    return quantize_linears(model, {name: weights.dtype(f"{name}.weight") for name in names}, config)
