@@ -1,8 +1,9 @@
 """Sharded training checkpoints: every rank writes its own shard, and any number of ranks can load them.
 
     checkpoints/step-00000120/
-        rank-00000-of-00002.safetensors   "<shard>/master", "<shard>/exp_avg", "<shard>/exp_avg_sq": 1-D; "rng/…"
-        rank-00001-of-00002.safetensors   metadata: which elements of which parameter each element of a shard is
+        rank-00000-of-00002.safetensors   "<shard>/master", "<shard>/exp_avg", "<shard>/exp_avg_sq" or what else
+        rank-00001-of-00002.safetensors   `optim.moments` has: 1-D; "rng/…"; metadata: where in them the elements of
+                                          which parameters are
         manifest.json                     step, optimizer step, data state, base fingerprint, checksum of every file
 
 Only what is trained is stored: a LoRA checkpoint holds adapters and their moments, not the base model, whose
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minift.checkpoint.manifest import DamagedCheckpoint, Manifest, Standing, damage, list_checkpoints
-from minift.checkpoint.saver import shard_states
+from minift.checkpoint.saver import places_of, shard_states
 from minift.checkpoint.stored_ranges import StoredRanges
 from minift.dist.collectives import gather_objects
 from minift.dist.process import World
@@ -78,8 +79,8 @@ def load_checkpoint(folder: Path, optimizer: AdamW, world: World) -> Standing:
             raise ValueError(f"{folder} does not fit this run: {problem}")
     for shard in optimizer.shards:
         for wanted in shard.ranges:
-            for what, tensor in states[shard.name].items():
-                stored.copy(wanted, what, tensor[wanted.start : wanted.stop])
+            for what, place in places_of(optimizer, shard, wanted).items():
+                stored.copy(wanted, what, place.elements, states[shard.name][what][place.start : place.stop])
     optimizer.num_steps = manifest.optimizer_step
     if manifest.world_size == world.size:
         set_rng_state(stored.rng(world.rank))
@@ -97,8 +98,9 @@ def _problem(stored: StoredRanges, optimizer: AdamW, world: World) -> str:
             trained = "not trained"
             return f"parameter {name} is {there.get(name, trained)} there and {here.get(name, trained)} here"
     for shard in optimizer.shards:
-        dtypes = {what: tensor.dtype for what, tensor in shard_states(optimizer)[shard.name].items()}
+        tensors = shard_states(optimizer)[shard.name]
         for wanted in shard.ranges:
+            dtypes = {what: tensors[what].dtype for what in places_of(optimizer, shard, wanted)}
             if problem := stored.problem(wanted, dtypes):
                 return problem
     return ""

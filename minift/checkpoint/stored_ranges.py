@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minift.model.weights import StoredTensor, read_header, read_into
+from minift.optim.moments import Place
 from minift.optim.shard import ParamRange
 
 RNG_PREFIX = "rng/"
@@ -20,22 +21,27 @@ _READ_ELEMENTS = 4 << 20  # at a time, on the way to a device
 
 
 @dataclass(frozen=True)
-class _StoredShard:
-    """One shard in one file: "master", "exp_avg", … -> where its elements are."""
+class _StoredRange:
+    """A range of a parameter in one shard in one file.
 
+    tensors: "master", "exp_avg", … -> where the entries of the shard are.
+    places: where among them those of the range are; it need not have any in each tensor.
+    """
+
+    range: ParamRange
     tensors: dict[str, StoredTensor]
+    places: dict[str, Place]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {what: tensor.dtype for what, tensor in self.tensors.items()}
+        return {what: self.tensors[what].dtype for what in self.places}
 
 
 @dataclass(frozen=True)
 class _Overlap:
-    """Elements [first, last) of a parameter are elements from `shard_start` on of `shard`."""
+    """Elements [first, last) of a parameter are in `stored`."""
 
-    shard: _StoredShard
-    shard_start: int
+    stored: _StoredRange
     first: int
     last: int
 
@@ -45,28 +51,29 @@ class StoredRanges:
 
     def __init__(self, paths: list[Path]) -> None:
         self._headers = [read_header(path) for path in paths]
-        self._ranges: dict[str, list[tuple[_StoredShard, ParamRange]]] = {}  # by parameter
+        self._ranges: dict[str, list[_StoredRange]] = {}  # by parameter
         for path, header in zip(paths, self._headers, strict=True):
-            shards: dict[str, _StoredShard] = {}
+            shards: dict[str, dict[str, StoredTensor]] = {}
             for name, tensor in header.items():
                 shard_name, _, what = name.rpartition("/")
-                shards.setdefault(shard_name, _StoredShard({})).tensors[what] = tensor
+                shards.setdefault(shard_name, {})[what] = tensor
             with safe_open(path, framework="pt") as file:
                 ranges: dict[str, list[dict[str, Any]]] = json.loads(file.metadata()["ranges"])
             for shard_name, entries in ranges.items():
                 for fields in entries:
-                    stored = ParamRange(**{**fields, "full_shape": tuple(fields["full_shape"])})
-                    self._ranges.setdefault(stored.name, []).append((shards[shard_name], stored))
+                    places = {what: Place(**place) for what, place in fields.pop("places").items()}
+                    stored = ParamRange(**fields | {"full_shape": tuple(fields["full_shape"])})
+                    self._ranges.setdefault(stored.name, []).append(_StoredRange(stored, shards[shard_name], places))
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter."""
-        return {name: entries[0][1].full_shape for name, entries in self._ranges.items()}
+        return {name: entries[0].range.full_shape for name, entries in self._ranges.items()}
 
     def problem(self, wanted: ParamRange, dtypes: dict[str, torch.dtype]) -> str:
         """Why `copy` could not fill all of `wanted`, a range of a known parameter, with exactly `dtypes`; or empty."""
         num_stored = 0
         for overlap in self._overlaps(wanted):
-            stored = overlap.shard.dtypes
+            stored = overlap.stored.dtypes
             if stored != dtypes:
                 return f"of {wanted.name} there is {_show(stored)}, and here {_show(dtypes)}"
             num_stored += overlap.last - overlap.first
@@ -75,13 +82,18 @@ class StoredRanges:
             return f"it has {num_stored} of {num_wanted} elements of {wanted.name}"
         return ""
 
-    def copy(self, wanted: ParamRange, what: str, destination: Tensor) -> None:
-        """Fill `destination` (1-D) with `what` ("master", "exp_avg", …) of the elements that `wanted` names."""
+    def copy(self, wanted: ParamRange, what: str, elements: int, destination: Tensor) -> None:
+        """Fill `destination` (1-D, an entry for every `elements` elements) with `what` ("master", "exp_avg", …) of the
+        elements that `wanted` names."""
         for overlap in self._overlaps(wanted):
-            source = overlap.shard.tensors[what]
-            offset = source.offset + overlap.shard_start * source.dtype.itemsize
-            out = destination[overlap.first - wanted.param_start : overlap.last - wanted.param_start]
-            _read(source.file, offset, out)
+            source, place = overlap.stored.tensors[what], overlap.stored.places[what]
+            begins = (overlap.first - start for start in (overlap.stored.range.param_start, wanted.param_start))
+            # Shards are cut where blocks end, so an overlap begins with an entry on both sides.
+            (there, rest_there), (here, rest_here) = (divmod(begin, elements) for begin in begins)
+            assert rest_there == rest_here == 0 and place.elements == elements, f"{wanted} is not cut as {what} is"
+            offset = source.offset + (place.start + there) * source.dtype.itemsize
+            count = -(-(overlap.last - overlap.first) // elements)
+            _read(source.file, offset, destination[here : here + count])
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Generator states that `rank` saved."""
@@ -94,10 +106,11 @@ class StoredRanges:
 
     def _overlaps(self, wanted: ParamRange) -> Iterator[_Overlap]:
         begin, end = wanted.param_start, wanted.param_start + wanted.stop - wanted.start
-        for shard, stored in self._ranges[wanted.name]:
-            first, last = max(begin, stored.param_start), min(end, stored.param_start + stored.stop - stored.start)
+        for stored in self._ranges[wanted.name]:
+            there = stored.range
+            first, last = max(begin, there.param_start), min(end, there.param_start + there.stop - there.start)
             if first < last:
-                yield _Overlap(shard, stored.start + first - stored.param_start, first, last)
+                yield _Overlap(stored, first, last)
 
 
 def _read(path: Path, offset: int, out: Tensor) -> None:

@@ -33,6 +33,7 @@ from minift.dist.process import World
 from minift.fsdp.flat import FlatLayout
 from minift.fsdp.transport import Buffer, NoRoomError, Transport
 from minift.grad_slot import GradSlot, lay_slot, slot_of
+from minift.ops.blockwise import BLOCK
 from minift.optim.shard import FlatShard
 
 
@@ -65,7 +66,9 @@ class Bucket:
         self.dtypes = dtypes
         self.trainable = trainable
         self.world: World = transport.world
-        self.layout = FlatLayout.plan({n: p.shape for n, p in params.items()}, self.world.size, dtypes.wire.itemsize)
+        shapes = {n: p.shape for n, p in params.items()}
+        block = BLOCK if trainable else 1  # optimizer states may be quantised by blocks
+        self.layout = FlatLayout.plan(shapes, self.world.size, dtypes.wire.itemsize, block)
         self.arrived: set[str] = set()
         """Parameters that a backward has given a gradient since the beginning."""
         all_see_it = self.world.size == 1 or transport.shares_memory or (stays_gathered and not trainable)

@@ -4,13 +4,15 @@
            |        shard of rank 0       |        shard of rank 1              |   shard_numel each
 
 Every parameter starts at a multiple of ALIGN_BYTES, the end is padded so that the N shards are equal, and shard borders
-fall wherever they fall, also inside a parameter. Gathering therefore produces the parameters themselves: each one is a
-*view* of the gathered buffer, and nothing is copied in or out around the collective (`fully_shard` splits the gathered
-tensor into one allocation per parameter, and concatenates gradients again before reducing them).
+fall wherever they fall, also inside a parameter. (What is kept by blocks of elements needs each block in one shard:
+then parameters and shards start at multiples of a block, too.) Gathering therefore produces the parameters themselves:
+each one is a *view* of the gathered buffer, and nothing is copied in or out around the collective (`fully_shard` splits
+the gathered tensor into one allocation per parameter, and concatenates gradients again before reducing them).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +45,12 @@ class FlatLayout:
     world_size: int
 
     @classmethod
-    def plan(cls, shapes: dict[str, torch.Size], world_size: int, itemsize: int) -> FlatLayout:
-        """Lay tensors of `shapes` (in this order) one after the other; `itemsize` is the wire dtype's, in bytes."""
-        align = max(1, ALIGN_BYTES // itemsize)
+    def plan(cls, shapes: dict[str, torch.Size], world_size: int, itemsize: int, block: int = 1) -> FlatLayout:
+        """Lay tensors of `shapes` (in this order) one after the other.
+
+        itemsize: the wire dtype's, in bytes. block: elements that no border between shards may separate.
+        """
+        align = math.lcm(max(1, ALIGN_BYTES // itemsize), block)
         spans, offset = [], 0
         for name, shape in shapes.items():
             spans.append(Span(name, shape, offset))

@@ -5,46 +5,36 @@
     w = w (1 - lr d) - lr / (1 - b1^t)  *  m / (sqrt(v / (1 - b2^t)) + eps)
 
 The same update as `torch.optim.AdamW`. The division by sqrt(1 - b2^t) is folded into the step size and eps, which saves
-a pass over memory and changes the last bits only. What a parameter's name decides (decay d, factor on lr) is turned
-into *segments* of each shard once, at construction; parameters treated alike are one segment, however many they are.
-Every operation is element-wise, so the result does not depend on where the shards are cut.
+a pass over memory and changes the last bits only. Parameters that are treated alike (decay d, factor on lr) are one
+range of a shard, updated in one go (`segments.py`). Every operation is element-wise, or within a block of the parameter
+(8-bit moments), so the result does not depend on where the shards are cut.
 
-Everything is computed in fp32, in one pass over memory (`minift/ops/adamw.py`). bf16 masters are rounded
-stochastically, with random bits that depend on the element and not on the shard (`minift/ops/rounding.py`).
+Everything is computed in fp32, in one pass over memory (`minift/ops/adamw.py`, `adamw_8bit.py`). bf16 masters are
+rounded stochastically, with random bits that depend on the element and not on the shard (`minift/ops/rounding.py`).
 
-Memory: 8 bytes of moments per element beside master and gradient. Not here: the gradient's norm and the cast of the new
-weights to the wire dtype (fsdp), schedules (`schedule.py`), the loss scale (`loss_scaler.py`).
+Memory beside master and gradient: 8 bytes per element, with 8-bit moments 2.03 (`moments.py`), on the device or on the
+host (`memory.py`). Not here: the gradient's norm and the cast of the new weights to the wire dtype (fsdp), schedules
+(`schedule.py`), the loss scale (`loss_scaler.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minift.ops.adamw import AdamWStep, adamw_
+from minift.ops.adamw import AdamWStep
 from minift.ops.rounding import stream_key
 from minift.optim.config import OptimConfig
-from minift.optim.shard import FlatShard
+from minift.optim.memory import Memory, moments_memory
+from minift.optim.moments import BlockwiseMoments, Fp32Moments, Moments, Place
+from minift.optim.segments import Segment, segments
+from minift.optim.shard import FlatShard, ParamRange
 
-
-@dataclass(frozen=True)
-class _Segment:
-    """Elements [start, stop) of a shard that share their hyper-parameters.
-
-    The first is element `param_start` of parameter `name`; in a bf16 shard all of them are of this parameter.
-    """
-
-    start: int
-    stop: int
-    lr_ratio: float
-    decay: float
-    name: str
-    param_start: int
+_MOMENTS = {"fp32": Fp32Moments, "8bit": BlockwiseMoments}
 
 
 class AdamW:
@@ -55,7 +45,7 @@ class AdamW:
 
     Args:
         shards: with distinct names; the list and its tensors stay the caller's.
-        config: lr, betas, eps, weight_decay, no_decay, lr_ratios and rounding_seed are used here.
+        config: all but schedule, warmup_steps, min_lr_ratio and max_grad_norm are used here.
 
     Attributes:
         num_steps: steps begun so far.
@@ -72,9 +62,16 @@ class AdamW:
         self.before_update: Callable[[FlatShard], None] | None = None
         self._lr = 0.0  # of the step begun last
         self._due: set[str] = set()  # names of the shards it has not updated yet
-        self._segments = {shard.name: _segments(shard, config) for shard in shards}
-        self._exp_avg = {shard.name: torch.zeros_like(shard.master, dtype=torch.float32) for shard in shards}
-        self._exp_avg_sq = {shard.name: torch.zeros_like(shard.master, dtype=torch.float32) for shard in shards}
+        self._memory: dict[torch.device, Memory] = {}  # with the device's buffers, if moments are paged
+        self._moments: dict[str, Moments] = {}
+        self._segments: dict[str, list[Segment]] = {}
+        for shard in shards:
+            device = shard.master.device
+            if device not in self._memory:
+                self._memory[device] = moments_memory(device, config.paged)
+            moments = _MOMENTS[config.state](shard, self._memory[device].zeros)
+            self._moments[shard.name] = moments
+            self._segments[shard.name] = segments(shard, config, moments.may_merge)
 
     def step(self, lr_scale: float, grad_factor: float | Tensor = 1.0) -> None:
         """One update of all shards with the learning rate `config.lr * lr_scale` (times the parameter's ratio).
@@ -101,14 +98,22 @@ class AdamW:
             self.before_update(shard)
         if not isinstance(grad_factor, Tensor):
             grad_factor = torch.full((), grad_factor, device=shard.grad.device) if grad_factor != 1.0 else None
-        for segment in self._segments[shard.name]:
-            self._update(shard, segment, grad_factor)
+        moments, memory = self._moments[shard.name], self._memory[shard.master.device]
+        steps = {segment: self._constants(segment) for segment in self._segments[shard.name]}
+        pieces = [(segment, here) for segment in steps for here in segment.pieces(memory.piece_elements)]
 
-    def _update(self, shard: FlatShard, segment: _Segment, grad_factor: Tensor | None) -> None:
+        def update_piece(number: int, states: tuple[Tensor, ...]) -> None:
+            segment, here = pieces[number]
+            first = segment.param_start + here.start - segment.start
+            moments.update(shard.master[here], shard.grad[here], states, grad_factor, steps[segment], first)
+
+        memory.lend([moments.views(segment, here) for segment, here in pieces], update_piece)
+
+    def _constants(self, segment: Segment) -> AdamWStep:
         beta1, beta2 = self.config.betas
         lr = self._lr * segment.lr_ratio
         root = math.sqrt(1.0 - beta2**self.num_steps)
-        step = AdamWStep(
+        return AdamWStep(
             beta1,
             beta2,
             eps=self.config.eps * root,
@@ -116,16 +121,19 @@ class AdamW:
             keep=1.0 - lr * segment.decay,
             key=stream_key(self.config.rounding_seed, self.num_steps, segment.name),
         )
-        whole = (shard.master, shard.grad, self._exp_avg[shard.name], self._exp_avg_sq[shard.name])
-        adamw_(*(tensor[segment.start : segment.stop] for tensor in whole), grad_factor, step, segment.param_start)
+
+    def places(self, shard: FlatShard, piece: ParamRange) -> dict[str, Place]:
+        """Where the state of `piece`, one of the ranges of `shard`, lies in the tensors of `state_dict`."""
+        return self._moments[shard.name].places(piece)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step": updates done, shard name: {"exp_avg": (n,) fp32, "exp_avg_sq": (n,) fp32}}, not copied."""
-        moments = {
-            shard.name: {"exp_avg": self._exp_avg[shard.name], "exp_avg_sq": self._exp_avg_sq[shard.name]}
-            for shard in self.shards
+        """{"step": updates done, shard name: {what: 1-D tensor}}, not copied; `moments.py` lists what there is."""
+        for memory in self._memory.values():
+            memory.settle()
+        return {
+            "step": self.num_steps,
+            **{shard.name: dict(self._moments[shard.name].tensors) for shard in self.shards},
         }
-        return {"step": self.num_steps, **moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a `state_dict` in, bit for bit. Raises ValueError, changing nothing, unless it fits these shards."""
@@ -154,19 +162,3 @@ class AdamW:
             for key, ours in expected[name].items():
                 ours.copy_(state[name][key])
         self.num_steps = step
-
-
-def _segments(shard: FlatShard, config: OptimConfig) -> list[_Segment]:
-    """Neighbouring ranges with equal hyper-parameters, merged over padding between them (0 with gradient 0 stays 0).
-
-    Not merged in a bf16 shard, because random bits go by parameter.
-    """
-    segments: list[_Segment] = []
-    for piece in shard.ranges:
-        lr_ratio, decay = config.lr_ratio(piece.name), config.decay(piece.name)
-        last = segments[-1] if segments and shard.master.dtype == torch.float32 else None
-        if last is not None and (last.lr_ratio, last.decay) == (lr_ratio, decay):
-            segments[-1] = replace(last, stop=piece.stop)
-        else:
-            segments.append(_Segment(piece.start, piece.stop, lr_ratio, decay, piece.name, piece.param_start))
-    return segments

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 ScheduleName = Literal["constant", "linear", "cosine"]
+StateName = Literal["fp32", "8bit"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class OptimConfig:
     min_lr_ratio: lr at the end of linear and cosine, as a part of lr.
     max_grad_norm: the global gradient norm is clipped to this; null: no clipping.
     rounding_seed: seed of stochastic rounding (precision.stochastic_rounding), all that is random here.
+    state: what both moments are kept in; fp32: 8 bytes per weight. 8bit: 2, block-wise codes as bitsandbytes keeps
+        them; parameters below 4096 elements stay fp32.
+    paged: keep the moments in host memory (GPU) or in a temporary file mapped into memory (CPU), and bring them in
+        piece by piece during the update: slower, and they do not count when memory is short. The same updates.
     """
 
     lr: float = 2e-4
@@ -43,6 +48,8 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
     rounding_seed: int = 0
+    state: StateName = "fp32"
+    paged: bool = False
 
     def __post_init__(self) -> None:
         rules = {
@@ -64,6 +71,8 @@ class OptimConfig:
                 "a finite number > 0, or null for no clipping",
             ),
             "rounding_seed": (isinstance(self.rounding_seed, int), "an integer"),
+            "state": (self.state in get_args(StateName), ", ".join(get_args(StateName))),
+            "paged": (isinstance(self.paged, bool), "true or false"),
         }
         for name, (holds, valid) in rules.items():
             if not holds:

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase
-from minift.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, Nf4, dequantize_nf4
+from minift.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, Nf4, dequantize_nf4, quantize_nf4, quantize_scales
 from minift.ops.nf4_linear import nf4_linear, nf4_linear_dx
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,23 @@ class NF4Linear(LinearBase):
         in_features: int,
         out_features: int,
         bias: bool,
-        config: QuantConfig,
+        block_size: int,
+        double_quant: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.block_size = config.block_size
-        self.double_quant = config.double_quant
+        self.block_size = block_size
+        self.double_quant = double_quant
         self.dtype = dtype
         """Of the weight before it was quantised, and so of `dense_weight`."""
-        num_blocks = math.ceil(self.numel / config.block_size)
+        num_blocks = math.ceil(self.numel / block_size)
         self.codes = _bytes(math.ceil(self.numel / 2), device)
-        self.scales = _bytes(num_blocks if config.double_quant else 4 * num_blocks, device)
+        self.scales = _bytes(num_blocks if double_quant else 4 * num_blocks, device)
         num_nested = 1 + math.ceil(num_blocks / NESTED_BLOCK_SIZE)
-        self.register_parameter("nested", _bytes(4 * num_nested, device) if config.double_quant else None)
+        self.register_parameter("nested", _bytes(4 * num_nested, device) if double_quant else None)
         bias_O = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", bias_O if bias else None)
 
@@ -109,6 +112,26 @@ class NF4Linear(LinearBase):
 
     def dense_weight(self) -> Tensor:
         return dequantize_nf4(self.nf4(), self.dtype).view(self.out_features, self.in_features)
+
+    def storing(self, weight: Tensor) -> NF4Linear:
+        codes, absmax = quantize_nf4(weight, self.block_size)
+        linear = NF4Linear(
+            self.in_features, self.out_features, False, self.block_size, self.double_quant, self.dtype, META
+        )
+        linear.bias = self.bias
+        linear.hold("codes", codes)
+        if self.nested is None:
+            linear.hold("scales", absmax.view(torch.uint8))
+        else:
+            scales, nested_absmax, offset = quantize_scales(absmax)
+            linear.hold("scales", scales)
+            linear.hold("nested", torch.cat([offset, nested_absmax]).view(torch.uint8))
+        return linear
+
+    def hold(self, part: str, values: Tensor) -> None:
+        """Make `values` (uint8, of the right size) the parameter codes, scales or nested."""
+        assert values.dtype == torch.uint8 and values.numel() == self.get_parameter(part).numel(), part
+        self.register_parameter(part, nn.Parameter(values, requires_grad=False))
 
     def extra_repr(self) -> str:
         scales = "8-bit" if self.double_quant else "fp32"
@@ -140,7 +163,13 @@ def quantize_linears(model: nn.Module, dtypes: Mapping[str, torch.dtype], config
         dense = model.get_submodule(name)
         assert isinstance(dense, Linear), f"{name} is no dense projection"
         quantized[name] = NF4Linear(
-            dense.in_features, dense.out_features, dense.bias is not None, config, dtype, dense.weight.device
+            dense.in_features,
+            dense.out_features,
+            dense.bias is not None,
+            config.block_size,
+            config.double_quant,
+            dtype,
+            dense.weight.device,
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, quantized[name])
@@ -149,17 +178,3 @@ def quantize_linears(model: nn.Module, dtypes: Mapping[str, torch.dtype], config
 
 def _bytes(count: int, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, dtype=torch.uint8, device=device), requires_grad=False)
-
-
-class _T(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, base):
-        ctx.base = base
-        return base.product(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return ctx.base.product_dx(dy), None
-
-
-NF4Linear.forward = lambda self, x: _T.apply(x, self)

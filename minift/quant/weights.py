@@ -54,7 +54,9 @@ class QuantWeights(WeightReader):
             return super().read_range(name, start, stop)
         out_features, in_features = self.stored.shape(projection)
         config, dtype = self.stored.config(), self.stored.dtype(projection)
-        linear = NF4Linear(in_features, out_features, False, config, dtype, torch.device("meta"))
+        linear = NF4Linear(
+            in_features, out_features, False, config.block_size, config.double_quant, dtype, torch.device("meta")
+        )
         self.fill(projection, linear, torch.device("cpu"))
         first = start // config.block_size * config.block_size
         last = min(-(-stop // config.block_size) * config.block_size, linear.numel)
@@ -84,8 +86,7 @@ class QuantWeights(WeightReader):
         """Give `linear` its weight, in memory of its own."""
         for part, old in list(linear.named_parameters()):
             if part != "bias":
-                new = self.read_bytes(linear, f"{projection}.{part}", 0, old.numel()).to(device)
-                setattr(linear, part, nn.Parameter(new, requires_grad=False))
+                linear.hold(part, self.read_bytes(linear, f"{projection}.{part}", 0, old.numel()).to(device))
 
     def _codes(self, weight_name: str, linear: NF4Linear, start: int, stop: int) -> Tensor:
         block = linear.block_size

@@ -14,17 +14,21 @@ from minift.fsdp.flat import FlatLayout
     shapes=st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=6),
     world_size=st.integers(1, 5),
     itemsize=st.sampled_from([1, 2, 4]),
+    block=st.sampled_from([1, 48, 256]),
 )
-def test_layout_covers_every_element_exactly_once(shapes: list[list[int]], world_size: int, itemsize: int) -> None:
+def test_layout_covers_every_element_exactly_once(
+    shapes: list[list[int]], world_size: int, itemsize: int, block: int
+) -> None:
     """Paint every element of every parameter through the ranks' ranges, and the rest through the gaps."""
     named = {f"p{i}": torch.Size(shape) for i, shape in enumerate(shapes)}
-    layout = FlatLayout.plan(named, world_size, itemsize)
+    layout = FlatLayout.plan(named, world_size, itemsize, block)
     painted = {name: [0] * shape.numel() for name, shape in named.items()}
     full = torch.zeros(layout.full_numel, dtype=torch.int32)
     for rank in range(world_size):
         chunk = layout.chunk(full, rank)
         for r in layout.local_ranges(rank):
             assert 0 <= r.start < r.stop <= layout.shard_numel
+            assert r.start % block == r.param_start % block == 0  # no block of a parameter is in two shards
             chunk[r.start : r.stop] += 1
             for i in range(r.stop - r.start):
                 painted[r.name][r.param_start + i] += 1
@@ -33,7 +37,7 @@ def test_layout_covers_every_element_exactly_once(shapes: list[list[int]], world
         full[gap] += 1
     assert (full == 1).all()
     assert all(span.start * itemsize % 64 == 0 for span in layout.spans)
-    assert layout.full_numel * itemsize % (64 * world_size) == 0
+    assert layout.full_numel * itemsize % (64 * world_size) == layout.shard_numel % block == 0
 
 
 def test_views_are_the_parameters() -> None:

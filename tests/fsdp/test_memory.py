@@ -43,15 +43,15 @@ def held_on_rank(world: World, case: Case, precision: Precision) -> tuple[dict[s
 
 def sizes(w: int, shard_size: int) -> tuple[int, int, int]:
     """Elements of `up` (frozen) and of the rest of a block, and of the root, with w bytes each on the wire: parameters
-    begin at multiples of 64 bytes, and so do the shards."""
+    begin at multiples of 64 bytes, and so do the shards; if they are trained, of 256 elements."""
 
     def padded(*numels: int, to: int) -> int:
         return sum(-(-numel // to) * to for numel in numels)
 
     up = padded(HIDDEN * WIDTH, HIDDEN, to=64 // w)
-    rest = padded(WIDTH, WIDTH * HIDDEN, to=64 // w)  # norm, down
-    root = padded(VOCAB * WIDTH, WIDTH, to=64 // w)  # embedding = head, norm
-    return tuple(padded(numel, to=64 // w * shard_size) for numel in (up, rest, root))
+    rest = padded(WIDTH, WIDTH * HIDDEN, to=256)  # norm, down
+    root = padded(VOCAB * WIDTH, WIDTH, to=256)  # embedding = head, norm
+    return padded(up, to=64 // w * shard_size), padded(rest, to=256 * shard_size), padded(root, to=256 * shard_size)
 
 
 def closed_form(case: Case, w: int, shard_size: int) -> dict[str, int]:

@@ -29,6 +29,8 @@ from minift.optim.config import OptimConfig
         ("min_lr_ratio", 1.1),
         ("max_grad_norm", 0.0),
         ("rounding_seed", 0.5),
+        ("state", "int8"),
+        ("paged", "yes"),
     ],
 )
 def test_an_invalid_field_is_named_with_its_value_and_what_is_valid(field, value):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minift.ops.nf4 import dequantize_nf4, quantize_nf4, quantize_scales
 from torch import Tensor
 
 import minift.quant.weights
@@ -19,6 +18,7 @@ from minift.checkpoint.quantize import quantize_folder
 from minift.model.decoder import CausalLM
 from minift.model.hf import check_weights, load_config
 from minift.model.weights import WeightReader
+from minift.ops.nf4 import dequantize_nf4, quantize_nf4, quantize_scales
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
 from tests.tiny import write_model

@@ -1,0 +1,133 @@
+"""How fast is an AdamW update, and what does its state weigh?
+
+    python benchmarks/optimizer.py                          # 33.5 M weights, one thread: 0.5 to 1 GB moved per update
+    python benchmarks/optimizer.py --threads 2 --rounds 15
+
+torch.optim.AdamW(fused=True), which is PyTorch's best on a CPU, minift's AdamW with fp32 and 8-bit moments, resident
+and paged, with fp32 and bf16 masters, and bitsandbytes' AdamW8bit. First all of them take the same three steps and must
+end within what their number formats allow of torch. Then they are timed in turns, so that other load on the machine
+meets all; ratios are medians of torch's time over theirs in the same round. Prints a table, and one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import bitsandbytes
+import torch
+from torch import Tensor
+
+from minift.ops import extension
+from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.optim.shard import FlatShard, ParamRange
+
+LR, DECAY = 1e-3, 0.01
+EQUAL_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """step: one update. weights: what it updates. bound: how far from torch's, relative to the way that was gone."""
+
+    name: str
+    step: Callable[[], object]
+    weights: Tensor
+    state_bytes: int
+    bound: float
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    seconds: float
+    gparams_per_second: float
+    speedup: float  # over torch fused
+    state_bytes_per_weight: float
+
+
+def minift_variant(name: str, start: Tensor, grad: Tensor, master: torch.dtype, bound: float, **config) -> Variant:
+    n = len(start)
+    shard = FlatShard("all", start.to(master), grad, [ParamRange("w", 0, n, 0, (n,))])
+    optimizer = AdamW([shard], OptimConfig(lr=LR, weight_decay=DECAY, no_decay=(), **config))
+    state_bytes = sum(tensor.nbytes for tensor in optimizer.state_dict()["all"].values())
+    return Variant(name, lambda: optimizer.step(1.0, grad_factor=0.5), shard.master, state_bytes, bound)
+
+
+def other_variant(name: str, start: Tensor, grad: Tensor, bound: float, make: Callable, state_bytes: int) -> Variant:
+    parameter = torch.nn.Parameter(start.clone())
+    parameter.grad = grad * 0.5
+    optimizer = make([parameter], lr=LR, weight_decay=DECAY)
+    return Variant(name, optimizer.step, parameter.data, state_bytes, bound)
+
+
+def make_variants(n: int) -> list[Variant]:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=generator).bfloat16().float()  # so that bf16 masters begin with the same weights
+    grad = torch.randn(n, generator=generator) * 1e-3
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return [
+        other_variant("torch fused", start, grad, 0.0, lambda *a, **k: torch.optim.AdamW(*a, **k, fused=True), 8 * n),
+        minift_variant("fp32", start, grad, fp32, 1e-3, state="fp32"),
+        minift_variant("fp32, paged", start, grad, fp32, 1e-3, state="fp32", paged=True),
+        # One rounding is at most 2^-7 of a weight; three updates move it by 0.003.
+        minift_variant("fp32, bf16 master", start, grad, bf16, 3.0, state="fp32"),
+        minift_variant("8bit", start, grad, fp32, 0.05, state="8bit"),
+        minift_variant("8bit, bf16 master", start, grad, bf16, 3.0, state="8bit"),
+        other_variant("bitsandbytes 8bit", start, grad, 0.05, bitsandbytes.optim.AdamW8bit, 2 * n + 8 * (n // 256)),
+    ]
+
+
+def check(variants: list[Variant]) -> None:
+    """The same three steps everywhere."""
+    start = variants[0].weights.clone()
+    for variant in variants:
+        for _ in range(EQUAL_STEPS):
+            variant.step()
+    moved = (variants[0].weights - start).norm()
+    for variant in variants:
+        distance = ((variant.weights.float() - variants[0].weights).norm() / moved).item()
+        assert distance <= variant.bound, f"{variant.name}: {distance:.1e} of the way from torch"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=int, default=1 << 25)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    variants = make_variants(args.weights)
+    check(variants)
+    times = [[seconds(variant.step) for variant in variants] for _ in range(args.rounds)]
+
+    print(f"torch {torch.__version__}, {extension.instruction_set()}, {args.threads} thread(s), {args.weights} weights")
+    print(f"{'AdamW':22}{'ms':>8}{'Gweights/s':>12}{'to torch':>10}{'state B':>9}")
+    results = []
+    for index, variant in enumerate(variants):
+        median = statistics.median(row[index] for row in times)
+        speedup = statistics.median(row[0] / row[index] for row in times)
+        result = Result(variant.name, median, args.weights / median / 1e9, speedup, variant.state_bytes / args.weights)
+        results.append(result)
+        print(
+            f"{result.name:22}{result.seconds * 1e3:8.0f}{result.gparams_per_second:12.2f}{result.speedup:9.2f}x"
+            f"{result.state_bytes_per_weight:9.2f}"
+        )
+    settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "optimizer", **settings, "results": [asdict(result) for result in results]}))
+
+
+if __name__ == "__main__":
+    main()

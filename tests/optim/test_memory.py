@@ -1,0 +1,127 @@
+"""Paged moments: they can leave memory, and the updates are those of resident ones, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minift.optim import memory
+from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.optim.memory import PinnedHost, moments_memory
+from minift.optim.shard import FlatShard, ParamRange
+from tests.optim import eight_bit
+
+CPU = torch.device("cpu")
+MS_SYNC, MADV_PAGEOUT = 4, 21
+states = pytest.mark.parametrize("state", ["fp32", "8bit"])
+
+
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Of the mapping that the tensor lies in."""
+    mapping = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(text, 16) for text in found.groups())
+            mapping = begin <= tensor.data_ptr() < end
+        elif mapping and line.startswith("Rss:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("the tensor is in no mapping")
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """What the kernel does when memory is short: write the pages back and take them away."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, length = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+    for failed in (libc.msync(address, length, MS_SYNC), libc.madvise(address, length, MADV_PAGEOUT)):
+        if failed:
+            code = ctypes.get_errno()
+            if code == errno.EINVAL:
+                pytest.skip("this kernel cannot page out on request")
+            raise OSError(code, os.strerror(code))
+
+
+@states
+def test_moments_leave_memory_between_steps_and_no_bit_changes(state: str) -> None:
+    """8 MiB of weights. A spike of memory is simulated by what it makes the kernel do, after every step."""
+    n = 1 << 21
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=generator)
+    shards = [FlatShard("s", start.clone(), torch.zeros(n), [ParamRange("w", 0, n, 0, (n,))]) for _ in range(2)]
+    resident, paged = (
+        AdamW([shard], OptimConfig(lr=1e-2, state=state, paged=is_paged))
+        for shard, is_paged in zip(shards, (False, True), strict=True)
+    )
+    for _ in range(3):
+        gradient = torch.randn(n, generator=generator)
+        for optimizer in (resident, paged):
+            optimizer.shards[0].grad.copy_(gradient)
+            optimizer.step(1.0)
+        for tensor in paged.state_dict()["s"].values():
+            if tensor.nbytes >= 1 << 20:
+                assert resident_bytes(tensor) >= tensor.nbytes
+                page_out(tensor)
+                assert resident_bytes(tensor) <= tensor.nbytes // 20
+    assert torch.equal(shards[0].master, shards[1].master)
+    for what, tensor in resident.state_dict()["s"].items():
+        assert torch.equal(tensor, paged.state_dict()["s"][what])
+
+
+@states
+@given(seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_updates_are_those_of_resident_moments(state: str, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(eight_bit.TOTAL, generator=generator)
+    resident, paged = (
+        eight_bit.optimizers(flat, 2, OptimConfig(lr=1e-2, weight_decay=0.1, state=state, paged=is_paged), dtype)
+        for is_paged in (False, True)
+    )
+    for _ in range(2):
+        gradient = torch.randn(eight_bit.TOTAL, generator=generator)
+        for ranks in (resident, paged):
+            eight_bit.step(ranks, gradient, grad_factor=0.5)
+    assert eight_bit.same(eight_bit.whole(resident), eight_bit.whole(paged))
+
+
+def test_the_file_has_no_name_and_ends_with_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.tempfile, "tempdir", str(tmp_path))
+    tensor = moments_memory(CPU, paged=True).zeros(1000, torch.float32)
+    assert len(tensor) == 1000 and not tensor.any() and not list(tmp_path.iterdir())
+    assert f"{tmp_path}/minift-moments-" in Path("/proc/self/maps").read_text()
+    del tensor
+    assert f"{tmp_path}/minift-moments-" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_disk_without_room_is_noticed_at_once() -> None:
+    with pytest.raises(OSError, match=r"optim.paged needs \d+ MiB more in .*valid: a folder"):
+        moments_memory(CPU, paged=True).zeros(1 << 50, torch.uint8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@states
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_updates_moments_on_the_host_to_the_same_bits(state: str, dtype: torch.dtype, monkeypatch) -> None:
+    """In more pieces than there are buffers."""
+    monkeypatch.setattr(PinnedHost, "piece_elements", 512)
+    device = torch.device("cuda", 0)
+    flat, config = torch.randn(eight_bit.TOTAL, device=device), {"lr": 1e-2, "weight_decay": 0.1, "state": state}
+    resident, paged = (
+        eight_bit.optimizers(flat, 1, OptimConfig(**config, paged=is_paged), dtype) for is_paged in (False, True)
+    )
+    for _ in range(4):
+        gradient = torch.randn(eight_bit.TOTAL, device=device)
+        for ranks in (resident, paged):
+            eight_bit.step(ranks, gradient, grad_factor=0.5)
+    assert all(tensor.is_pinned() for tensor in paged[0].state_dict()["all"].values() if tensor.numel())
+    ours, exact = eight_bit.whole(paged), eight_bit.whole(resident)
+    assert eight_bit.same(
+        ours, {n: {what: t.to(ours[n][what].device) for what, t in s.items()} for n, s in exact.items()}
+    )
