@@ -135,9 +135,16 @@ def peft_qlora_step(job: Job) -> Step:
     return peft_step(job, quantization_config=quantization)
 
 
+def minift_qlora_step(job: Job) -> Step:
+    from minift.quant.linear import QuantConfig
+
+    return minift_step(job, quant=QuantConfig())
+
+
 MAKERS: dict[str, Callable[[Job], Step]] = {
     "minift lora": minift_step,
     "peft lora": peft_step,
+    "minift qlora": minift_qlora_step,
     "peft qlora": peft_qlora_step,
 }
 METHODS = ("lora", "qlora")
