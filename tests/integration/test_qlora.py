@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from minift.build import ModelSource
 from minift.checkpoint.quantize import quantize_folder
+from minift.config import RunConfig
+from minift.data.config import DataConfig
 from minift.dist.process import World
+from minift.dist.signals import StopRequest
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.fsdp.sharded import connect
 from minift.fsdp.transport import Buffer, PairedSends, Pending
+from minift.inference import load_assistant, measure_loss
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.model.hf import load_config, load_model, save_model
+from minift.model.hf import fill_parameters, load_config, load_model, save_model
 from minift.objectives.cross_entropy import linear_cross_entropy
+from minift.optim.config import OptimConfig
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.lora import LoraConfig
 from minift.peft.names import canonical_name
@@ -30,8 +37,11 @@ from minift.precision import Precision
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
 from minift.recompute import RecomputeConfig, apply_recompute
+from minift.report import read_metrics
 from minift.trace import Recorder
+from minift.train import Run, TrainConfig
 from tests.ranks import run_ranks
+from tests.tiny import write_conversations, write_inputs
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3,
@@ -40,6 +50,7 @@ CONFIG = {
 }  # fmt: skip
 LORA = LoraConfig(r=4, alpha=8.0)
 FP32 = Precision(wire="float32")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +126,13 @@ def dense_gradients(folder: Path, world_size: int) -> dict[str, Tensor]:
     """`folder`: a quantised one, read as the dense model that it stands for."""
     with torch.device("meta"):
         model = CausalLM(load_config(folder))
-    weights = QuantWeights(folder)
-    model = load_model_from(weights, model)
+    fill_parameters(model, QuantWeights(folder).read)
     inject(model, LORA, seed=2)
     for name, parameter in adapter_parameters(model).items():
         parameter.data.copy_(initial(model, name))
     for rank in range(world_size):
         loss_of(model, rank).backward()
     return {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
-
-
-def load_model_from(weights: QuantWeights, model: CausalLM) -> CausalLM:
-    from minift.model.hf import fill_parameters
-
-    fill_parameters(model, weights.read)
-    return model
 
 
 def gradients_on_rank(world: World, folder: Path, quant: QuantConfig, policy: ShardPolicy, recompute: str, transport):
@@ -251,3 +254,85 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(folder: Path) -> None:
 
 def test_an_untouched_dense_folder_still_loads_dense(folder: Path) -> None:
     assert not any(isinstance(module, NF4Linear) for module in load_model(folder, torch.float32).modules())
+
+
+# Whole runs #
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    write_conversations(folder / "heldout.jsonl", 5)
+    quantize_folder(folder / "model", folder / "nf4", QuantConfig())
+    return folder
+
+
+def config_for(inputs: Path, run_dir: Path, **changes) -> RunConfig:
+    settings = {
+        "run_dir": str(run_dir),
+        "model": ModelSource(str(inputs / "model")),
+        "data": DataConfig(
+            train=(str(inputs / "train.jsonl"),),
+            validation=(str(inputs / "heldout.jsonl"),),
+            max_length_tokens=256,
+            template="chatml",
+        ),
+        "adapter": LoraConfig(r=4, alpha=8.0),
+        "quant": QuantConfig(),
+        "optim": OptimConfig(lr=1e-2, state="8bit"),
+        "precision": FP32,
+        "loop": TrainConfig(examples_per_step=8, microbatch_tokens=256, epochs=2.0, checkpoint_every_steps=3),
+    }
+    return RunConfig(**(settings | changes))
+
+
+def train_on_rank(world: World, config: RunConfig, stop_at_step: int | None = None) -> None:
+    stop = StopRequest()
+    run = Run(config, world, stop)
+    guarded_step = run.guarded_step
+
+    def step(*args):
+        if run.step + 1 == stop_at_step:
+            stop.signal = signal.SIGTERM
+        return guarded_step(*args)
+
+    run.guarded_step = step
+    run.go()
+
+
+def losses(run_dir: Path) -> list[float]:
+    training, validation = read_metrics(run_dir / "metrics.jsonl")
+    return [record["loss"] for record in training] + [record["validation_loss"] for record in validation]
+
+
+def test_a_run_is_the_same_on_any_ranks_from_any_folder_and_after_a_stop(inputs: Path, tmp_path: Path) -> None:
+    """On other ranks up to the order of sums, which Adam amplifies (see tests/test_train.py); else to the bit."""
+    run_ranks(1, train_on_rank, config_for(inputs, tmp_path / "one"))
+    expected = losses(tmp_path / "one")
+    assert expected[-1] < expected[-2], "nothing was learnt"
+    run_ranks(2, train_on_rank, config_for(inputs, tmp_path / "two"))
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
+    stored = config_for(inputs, tmp_path / "stored", model=ModelSource(str(inputs / "nf4")), quant=None)
+    run_ranks(1, train_on_rank, stored)
+    assert losses(tmp_path / "stored") == expected
+    for stop_at_step in (4, None):
+        run_ranks(1, train_on_rank, config_for(inputs, tmp_path / "stopped"), stop_at_step)
+    assert losses(tmp_path / "stopped") == expected
+
+
+def test_an_adapter_is_used_on_the_base_it_was_trained_on(inputs: Path, tmp_path: Path) -> None:
+    """The validation loss of the run comes out again with --nf4, and with the stored folder, and not without."""
+    run_ranks(1, train_on_rank, config_for(inputs, tmp_path / "run"))
+    expected = losses(tmp_path / "run")[-1]
+    data = DataConfig(train=(str(inputs / "heldout.jsonl"),), max_length_tokens=256, template="chatml")
+
+    def loss(folder: str, quant: QuantConfig | None) -> float:
+        adapter = str(tmp_path / "run" / "export" / "adapter")
+        assistant = load_assistant(
+            str(inputs / folder), adapter, template="chatml", quant=quant, dtype=torch.float32, device=CPU
+        )
+        return measure_loss(assistant, data, 256, World(0, 1, 0, CPU, "gloo", None))["loss"]
+
+    assert loss("model", QuantConfig()) == pytest.approx(expected, rel=1e-5)
+    assert loss("nf4", None) == pytest.approx(expected, rel=1e-5)
+    assert abs(loss("model", None) - expected) > 1e-3 * expected
