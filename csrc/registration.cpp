@@ -33,13 +33,18 @@ STABLE_TORCH_LIBRARY(minift, m) {
       " Tensor unsigned_values, Tensor unsigned_buckets, Tensor? grad_factor, float beta1, float beta2, float eps,"
       " float step_size, float keep, int key, int first) -> ()");
 
-  // minift/ops/nf4.py. scales are fp32 per block, or with nested_absmax, offset and nested_map uint8.
+  // minift/ops/nf4.py. scales are fp32 per block; or uint8, with nested_absmax, offset and nested_map.
   m.def("nf4_tables() -> (Tensor codebook, Tensor thresholds)");
   m.def("nf4_absmax(Tensor weight, int block_size) -> Tensor");
   m.def("nf4_quantize(Tensor weight, int block_size) -> (Tensor codes, Tensor absmax)");
   m.def(
-      "nf4_dequantize(Tensor(a!) out, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset, Tensor? nested_map,"
-      " int block_size, int start) -> ()");
+      "nf4_dequantize(Tensor(a!) out, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset,"
+      " Tensor? nested_map, int block_size, int start, int stride) -> ()");
+
+  // minift/ops/nf4_linear.py
+  m.def(
+      "nf4_gemv(Tensor x, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset, Tensor? nested_map,"
+      " int block_size) -> Tensor");
 
   // minift/ops/dropout.py. The mask is a function of seed and element index alone.
   m.def("dropout(Tensor x, int seed, int num_dropped) -> Tensor");

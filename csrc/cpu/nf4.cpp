@@ -3,11 +3,12 @@
 #include "../nf4.h"
 
 #include "instruction_set.h"
-#include "nf4_scales.h"
+#include "nf4_tensors.h"
 #include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -59,21 +60,8 @@ void dequantize_incomplete(const uint8_t* codes, float scale, T* out, int64_t co
   }
 }
 
-void check_block_size(const char* op, int64_t block_size) {
-  bool is_power_of_two = block_size > 0 && (block_size & (block_size - 1)) == 0;
-  STD_TORCH_CHECK(is_power_of_two && block_size >= nf4::SMALLEST_BLOCK_SIZE && block_size <= nf4::LARGEST_BLOCK_SIZE,
-                  op, ": block_size must be a power of two between 32 and 4096, but is ", block_size);
-}
-
-// Pointer to the elements of a tensor that must be contiguous and have this dtype.
-template <class T>
-T* elements_of(const Tensor& tensor, ScalarType dtype, const char* message) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous(), message);
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 Tensor nf4_absmax(const Tensor& weight, int64_t block_size) {
-  check_block_size("nf4_absmax", block_size);
+  check_nf4_block_size("nf4_absmax", block_size);
   Tensor flat = torch::stable::contiguous(weight);
   int64_t n = weight.numel(), complete = n / block_size, num_blocks = (n + block_size - 1) / block_size;
   Tensor absmax = torch::stable::new_empty(weight, {num_blocks}, ScalarType::Float);
@@ -92,7 +80,7 @@ Tensor nf4_absmax(const Tensor& weight, int64_t block_size) {
 }
 
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t block_size) {
-  check_block_size("nf4_quantize", block_size);
+  check_nf4_block_size("nf4_quantize", block_size);
   Tensor flat = torch::stable::contiguous(weight);
   int64_t n = weight.numel(), complete = n / block_size, num_blocks = (n + block_size - 1) / block_size;
   Tensor absmax = torch::stable::new_empty(weight, {num_blocks}, ScalarType::Float);
@@ -112,45 +100,39 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t block_size
   return {codes, absmax};
 }
 
-Nf4Scales scales_of(const Tensor& scales, const std::optional<Tensor>& nested_absmax,
-                    const std::optional<Tensor>& offset, const std::optional<Tensor>& nested_map) {
-  if (!nested_absmax) {
-    return {elements_of<const float>(scales, ScalarType::Float, "nf4: absmax must be contiguous float32"),
-            nullptr, nullptr, nullptr, 0.0f};
-  }
-  STD_TORCH_CHECK(offset && nested_map && nested_map->numel() == 256 && offset->numel() == 1,
-                  "nf4: double-quantised scales need offset (1 element) and nested_map (256)");
-  int64_t num_groups = (scales.numel() + nf4::NESTED_BLOCK_SIZE - 1) / nf4::NESTED_BLOCK_SIZE;
-  STD_TORCH_CHECK(nested_absmax->numel() == num_groups, "nf4: nested_absmax must have one element per 256 scales");
-  return {nullptr, elements_of<const uint8_t>(scales, ScalarType::Byte, "nf4: scales must be contiguous uint8"),
-          elements_of<const float>(*nested_absmax, ScalarType::Float, "nf4: nested_absmax must be contiguous float32"),
-          elements_of<const float>(*nested_map, ScalarType::Float, "nf4: nested_map must be contiguous float32"),
-          *elements_of<const float>(*offset, ScalarType::Float, "nf4: offset must be float32")};
-}
-
-// Writes elements [start, start + out.numel()), both ends at the border of a block or the end of the tensor.
+// Row r of `out` becomes elements [start + r * stride, start + r * stride + width): one row for a range of the flat
+// weight, several for a range of its columns. Rows start and end at the border of a block; a single one may also end
+// with the weight.
 void nf4_dequantize(const Tensor& out, const Tensor& codes, const Tensor& scales,
                     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
-                    const std::optional<Tensor>& nested_map, int64_t block_size, int64_t start) {
-  check_block_size("nf4_dequantize", block_size);
-  Nf4Scales block_scales = scales_of(scales, nested_absmax, offset, nested_map);
+                    const std::optional<Tensor>& nested_map, int64_t block_size, int64_t start, int64_t stride) {
+  check_nf4_block_size("nf4_dequantize", block_size);
+  Nf4Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
   const uint8_t* bytes = elements_of<const uint8_t>(codes, ScalarType::Byte, "nf4: codes must be contiguous uint8");
-  int64_t count = out.numel(), first = start / block_size, complete = count / block_size;
-  STD_TORCH_CHECK(out.is_contiguous(), "nf4_dequantize: out must be contiguous");
+  STD_TORCH_CHECK(out.is_contiguous() && out.dim() == 2, "nf4_dequantize: out must be contiguous and 2-D");
+  int64_t rows = out.size(0), width = out.size(1), blocks_per_row = width / block_size;
+  if (rows == 0 || width == 0) return;
+  int64_t last = start + (rows - 1) * stride + width;
   STD_TORCH_CHECK(start >= 0 && start % block_size == 0, "nf4_dequantize: start must be at the border of a block");
-  STD_TORCH_CHECK((start + count + 1) / 2 <= codes.numel() &&
-                      (start + count + block_size - 1) / block_size <= scales.numel(),
+  STD_TORCH_CHECK(rows == 1 || (stride >= 0 && stride % block_size == 0 && width % block_size == 0),
+                  "nf4_dequantize: stride and the width of out must be multiples of the block size");
+  STD_TORCH_CHECK((last + 1) / 2 <= codes.numel() && (last + block_size - 1) / block_size <= scales.numel(),
                   "nf4_dequantize: codes or scales end before the last element that was asked for");
   dispatch_dtype(out, "nf4_dequantize", [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(out.data_ptr());
     auto* kernel = MINIFT_KERNEL(nf4_dequantize<T>);
-    parallel_rows(complete, block_size, [&](int64_t begin, int64_t end) {
-      kernel(bytes, block_scales, block_size, to + begin * block_size, first + begin, first + end);
+    parallel_rows(rows * blocks_per_row, block_size, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        int64_t row = begin / blocks_per_row, first = (start + row * stride) / block_size - row * blocks_per_row;
+        int64_t row_end = std::min(end, (row + 1) * blocks_per_row);
+        kernel(bytes, block_scales, block_size, to + begin * block_size, first + begin, first + row_end);
+        begin = row_end;
+      }
     });
-    int64_t done = complete * block_size;
-    if (done < count) {
-      dequantize_incomplete(bytes + (start + done) / 2, block_scales[first + complete], to + done, count - done);
+    if (int64_t done = blocks_per_row * block_size; done < width) {
+      dequantize_incomplete(bytes + (start + done) / 2, block_scales[(start + done) / block_size], to + done,
+                            width - done);
     }
   });
 }

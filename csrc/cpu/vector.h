@@ -188,10 +188,15 @@ INLINE Pairs load_pairs(const T* from) {
 #endif
 }
 
+// 4 * LANES bytes.
+INLINE U32 load_bits(const void* from) {
+  typedef uint32_t Unaligned __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+  return *(const Unaligned*)from;
+}
+
 // Two bf16 in 32 bits are one fp32 and another with some bits too many.
 INLINE Pairs load_pairs(const Bf16* from) {
-  U32 bits;
-  __builtin_memcpy(&bits, from, sizeof bits);
+  U32 bits = load_bits(from);
   return {bit_cast<F32>(bits << 16), bit_cast<F32>(bits & 0xffff0000u)};
 }
 
@@ -312,6 +317,16 @@ INLINE U32 lookup(const HalfTable& table, U32 indices) {
     found[i] = table.entries[indices[i] & 15] | uint32_t(table.entries[indices[i] >> 16 & 15]) << 16;
   }
   return found;
+#endif
+}
+
+// Every 32-bit element holds two bf16: sum + a_low * b_low + a_high * b_high.
+INLINE F32 add_dot_of_bf16_pairs(F32 sum, U32 a, U32 b) {
+#if HAS_BF16
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+#else
+  sum += bit_cast<F32>(a & 0xffff0000u) * bit_cast<F32>(b & 0xffff0000u);
+  return sum + bit_cast<F32>(a << 16) * bit_cast<F32>(b << 16);
 #endif
 }
 

@@ -5,9 +5,9 @@
 A tensor is flattened and cut into blocks; rows do not matter. With double quantisation the scales become bytes too, a
 map value times an fp32 number per 256 scales plus one offset per tensor: 4.127 bits per weight instead of 4.5.
 A block knows nothing of its neighbours, so a tensor can be cut at block borders, quantised in parts and put together
-again. csrc/nf4.h is the definition of the format; the numbers are repeated here for machines without the extension.
+again. csrc/nf4.h is the definition of the format.
 
-Papers: Dettmers et al. 2023, arXiv 2305.14314 (NF4, double quantisation); Dettmers 2016, arXiv 1511.04561 (the map).
+Paper: Dettmers et al. 2023, arXiv 2305.14314, section 3.
 What is not here: matrix products with such weights (nf4_linear.py), modules and files (minift/quant), gradients.
 """
 
@@ -19,51 +19,15 @@ import torch
 from torch import Tensor
 
 from minift.ops import extension
-
-BLOCK_SIZE = 64
-NESTED_BLOCK_SIZE = 256
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-CODEBOOK = torch.tensor(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ]
+from minift.ops.nf4_tables import (
+    BLOCK_SIZE,
+    BLOCK_SIZES,
+    CODEBOOK,
+    DYNAMIC_MAP,
+    NESTED_BLOCK_SIZE,
+    SMALLEST_DIVISOR,
+    THRESHOLDS,
 )
-"""(16,) fp32: quantiles of the normal distribution, rescaled to [-1, 1], with an exact zero."""
-
-THRESHOLDS = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2
-"""(15,) fp32: code i ends at THRESHOLDS[i], inclusive."""
-
-SMALLEST_DIVISOR = 1e-38  # blocks of smaller numbers are divided by this, as the reciprocal of less would overflow
-
-
-def _dynamic_map() -> Tensor:
-    """Signed 8-bit numbers with 0 to 6 bits of (decimal) exponent and the rest a linear fraction."""
-    magnitudes = []
-    for fraction_bits in range(7):
-        borders = torch.linspace(0.1, 1, 2**fraction_bits + 1)
-        magnitudes.append(10 ** (fraction_bits - 6) * ((borders[:-1] + borders[1:]) / 2))
-    magnitude = torch.cat(magnitudes)
-    return torch.cat((-magnitude, torch.zeros(1), magnitude, torch.ones(1))).sort().values
-
-
-DYNAMIC_MAP = _dynamic_map()
-"""(256,) fp32, ascending: what a byte of double-quantised scales stands for; zero is number 127."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +148,38 @@ def dequantize_nf4(
             f"dequantize_nf4: out is {out.dtype} with {out.numel()} elements; expected contiguous {dtype} with "
             f"{stop - start}"
         )
-    if start == stop:
-        return out
-    dequantize = dequantize_nf4_reference if dtype == torch.float64 else _dequantize
-    dequantize(out, nf4.codes, *scale_tensors(nf4), nf4.block_size, start)
+    if start < stop:
+        _dequantize_rows(nf4, out.view(1, -1), start, 0)
     return out
+
+
+def dequantize_nf4_columns(nf4: Nf4, start: int, out: Tensor) -> Tensor:
+    """Columns [start, start + width) of a matrix with rows of whole blocks, into contiguous `out` (rows, width).
+
+    start and width are multiples of block_size.
+    """
+    rows, columns = nf4.shape
+    width = out.shape[-1]
+    if (
+        columns % nf4.block_size
+        or start % nf4.block_size
+        or width % nf4.block_size
+        or not 0 <= start <= columns - width
+    ):
+        raise ValueError(
+            f"dequantize_nf4_columns: columns [{start}, {start + width}) of {columns}; all three must be multiples of "
+            f"the block size {nf4.block_size}"
+        )
+    if out.shape != (rows, width) or not out.is_contiguous():
+        raise ValueError(f"dequantize_nf4_columns: out is {tuple(out.shape)}; expected contiguous ({rows}, {width})")
+    if out.numel() > 0:
+        _dequantize_rows(nf4, out, start, columns)
+    return out
+
+
+def _dequantize_rows(nf4: Nf4, out: Tensor, start: int, stride: int) -> None:
+    dequantize = dequantize_nf4_reference if out.dtype == torch.float64 else _dequantize
+    dequantize(out, nf4.codes, *scale_tensors(nf4), nf4.block_size, start, stride)
 
 
 def scale_tensors(nf4: Nf4) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -237,17 +228,22 @@ def dequantize_nf4_reference(
     nested_map: Tensor | None,
     block_size: int,
     start: int,
+    stride: int,
 ) -> None:
-    """Elements [start, start + out.numel()) into `out`, in plain PyTorch; scales as in `scale_tensors`."""
-    stop = start + out.numel()
-    packed = codes[start // 2 : (stop + 1) // 2]
-    unpacked = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[: stop - start]
-    blocks = torch.arange(start // block_size, -(-stop // block_size), device=codes.device)
-    absmax = scales[blocks]
-    if nested_absmax is not None:
-        absmax = nested_map[absmax.int()] * nested_absmax[blocks // NESTED_BLOCK_SIZE] + offset
-    values = CODEBOOK.to(codes.device)[unpacked.int()] * absmax.repeat_interleave(block_size)[: stop - start]
-    out.copy_(values.view(out.shape))
+    """Elements [start + r stride, start + r stride + width) into row r of `out` (rows, width), in plain PyTorch.
+
+    scales as `scale_tensors` gives them.
+    """
+    rows, width = out.shape
+    for row in range(rows):
+        first = start + row * stride
+        packed = codes[first // 2 : (first + width + 1) // 2]
+        unpacked = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:width]
+        blocks = torch.arange(first // block_size, -(-(first + width) // block_size), device=codes.device)
+        absmax = scales[blocks]
+        if nested_absmax is not None:
+            absmax = nested_map[absmax.int()] * nested_absmax[blocks // NESTED_BLOCK_SIZE] + offset
+        out[row] = CODEBOOK.to(codes.device)[unpacked.int()] * absmax.repeat_interleave(block_size)[:width]
 
 
 def _at_most_fp32(weight: Tensor) -> Tensor:
@@ -278,7 +274,7 @@ def _absmax_fake(weight: Tensor, block_size: int) -> Tensor:
     return weight.new_empty((weight.numel() + block_size - 1) // block_size, dtype=torch.float32)
 
 
-def _dequantize_fake(out, codes, scales, nested_absmax, offset, nested_map, block_size, start) -> None:
+def _dequantize_fake(out, codes, scales, nested_absmax, offset, nested_map, block_size, start, stride) -> None:
     return None
 
 

@@ -1,20 +1,107 @@
-"""Matrix products with an NF4 weight: y = x W^T, and the gradient dx = dy W. Not differentiable."""
+"""Matrix products with an NF4 weight: y = x W^T, and the gradient dx = dy W.
+
+Many tokens: a slice of W that fits the cache is dequantised, multiplied, and overwritten by the next one, so a full
+copy of W never exists. Few tokens (generation): nothing is written at all; codes are looked up in registers, where the
+time is that of reading 4.5 bits per weight. The weight is frozen: it has no gradient, and there is no autograd here.
+The module that owns the weight saves nothing but this matrix for backward (minift/quant).
+
+Weights are rounded to the dtype of x: every product codebook * scale for many tokens; for few tokens in bf16 the
+codebook. Sums are fp32.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from minift.ops.nf4 import Nf4, dequantize_nf4
+from minift.ops import extension
+from minift.ops.nf4 import (
+    Nf4,
+    dequantize_nf4,
+    dequantize_nf4_columns,
+    dequantize_nf4_reference,
+    scale_tensors,
+)
+
+SLICE_BYTES = 4 * 2**20  # in the second or third level of cache; smaller ones cost more in GEMM calls than they save
+FEW_TOKENS = 16  # up to here looking codes up again for every 8 tokens is cheaper than writing the weight
 
 
 @torch.no_grad()
 def nf4_linear(x_TD: Tensor, nf4: Nf4) -> Tensor:
-    """x (T, in) times the transpose of nf4 (out, in): (T, out) in x's dtype."""
-    return x_TD @ dequantize_nf4(nf4, x_TD.dtype).view(nf4.shape).t()
+    """x (T, in) times the transpose of nf4 (out, in): (T, out) in x's dtype. Not differentiable."""
+    num_outputs, num_inputs = _check("nf4_linear", "x", x_TD, nf4, dim=1)
+    if x_TD.shape[0] <= FEW_TOKENS and num_inputs % nf4.block_size == 0 and x_TD.dtype != torch.float64:
+        return _gemv(x_TD, nf4.codes, *scale_tensors(nf4), nf4.block_size)
+
+    # A slice is a number of rows that starts and ends at the border of a block.
+    unit = nf4.block_size // math.gcd(nf4.block_size, num_inputs)
+    rows = _slice_width(num_outputs, unit, num_inputs * x_TD.element_size())
+    y_TF = x_TD.new_empty(x_TD.shape[0], num_outputs)
+    scratch = x_TD.new_empty(rows * num_inputs)
+    for start in range(0, num_outputs, rows):
+        stop = min(start + rows, num_outputs)
+        weight = scratch[: (stop - start) * num_inputs]
+        dequantize_nf4(nf4, x_TD.dtype, start * num_inputs, stop * num_inputs, out=weight)
+        torch.mm(x_TD, weight.view(stop - start, num_inputs).t(), out=y_TF[:, start:stop])
+    return y_TF
 
 
 @torch.no_grad()
 def nf4_linear_dx(dy_TF: Tensor, nf4: Nf4) -> Tensor:
-    """dy (T, out) times nf4 (out, in): the gradient dx (T, in) in dy's dtype."""
-    return dy_TF @ dequantize_nf4(nf4, dy_TF.dtype).view(nf4.shape)
+    """dy (T, out) times nf4 (out, in): the gradient dx (T, in) in dy's dtype. Not differentiable.
+
+    Slices are columns of W, so each element of dx is one sum in fp32, rounded once. A weight whose rows are not whole
+    blocks has no such slices and is dequantised at once.
+    """
+    num_outputs, num_inputs = _check("nf4_linear_dx", "dy", dy_TF, nf4, dim=0)
+    if num_inputs % nf4.block_size:
+        return torch.mm(dy_TF, dequantize_nf4(nf4, dy_TF.dtype).view(num_outputs, num_inputs))
+    columns = _slice_width(num_inputs, nf4.block_size, num_outputs * dy_TF.element_size())
+    dx_TD = dy_TF.new_empty(dy_TF.shape[0], num_inputs)
+    scratch = dy_TF.new_empty(num_outputs * columns)
+    for start in range(0, num_inputs, columns):
+        width = min(columns, num_inputs - start)
+        weight = dequantize_nf4_columns(nf4, start, scratch[: num_outputs * width].view(num_outputs, width))
+        torch.mm(dy_TF, weight, out=dx_TD[:, start : start + width])
+    return dx_TD
+
+
+def nf4_gemv_reference(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    nested_map: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """x (T, in) times the transpose of the matrix that codes and scales describe, in plain PyTorch."""
+    weight = x.new_empty(1, 2 * codes.numel())
+    dequantize_nf4_reference(weight, codes, scales, nested_absmax, offset, nested_map, block_size, 0, 0)
+    return torch.mm(x, weight.view(-1, x.shape[1]).t())
+
+
+def _check(function: str, name: str, tensor: Tensor, nf4: Nf4, dim: int) -> tuple[int, int]:
+    """The shape of the matrix, if `tensor` is (T, its size `dim`)."""
+    if len(nf4.shape) != 2 or tensor.dim() != 2 or tensor.shape[1] != nf4.shape[dim]:
+        raise ValueError(
+            f"{function}: {name} is {tuple(tensor.shape)} and the weight {nf4.shape}; expected a weight (out, in) and "
+            f"{name} (T, {'in' if dim == 1 else 'out'})"
+        )
+    return nf4.shape
+
+
+def _slice_width(count: int, unit: int, bytes_each: int) -> int:
+    """How many of `count` rows or columns to dequantise at once: slices of one size, multiples of `unit`."""
+    num_slices = max(1, round(count * bytes_each / SLICE_BYTES))
+    return -(-count // (num_slices * unit)) * unit
+
+
+def _gemv_fake(x, codes, scales, nested_absmax, offset, nested_map, block_size) -> Tensor:
+    return x.new_empty(x.shape[0], 2 * codes.numel() // x.shape[1])
+
+
+_gemv = extension.op("nf4_gemv", reference=nf4_gemv_reference, fake=_gemv_fake)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minift.model.weights import TensorSpec, WeightReader
-from minift.ops.nf4 import CODEBOOK, DYNAMIC_MAP, NESTED_BLOCK_SIZE
+from minift.ops.nf4_tables import CODEBOOK, DYNAMIC_MAP, NESTED_BLOCK_SIZE
 from minift.quant.linear import NF4Linear, QuantConfig
 
 STATE = "quant_state.bitsandbytes__nf4"

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase
-from minift.ops.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, Nf4, dequantize_nf4, quantize_nf4, quantize_scales
+from minift.ops.nf4 import Nf4, dequantize_nf4, quantize_nf4, quantize_scales
 from minift.ops.nf4_linear import nf4_linear, nf4_linear_dx
+from minift.ops.nf4_tables import BLOCK_SIZES, NESTED_BLOCK_SIZE
 
 META = torch.device("meta")
 

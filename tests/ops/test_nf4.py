@@ -294,6 +294,27 @@ def test_a_range_of_blocks(kernels, data, n, block_size, dtype, double):
 
 
 @property_test
+@given(data=st.data(), rows=st.integers(0, 20), blocks=st.integers(1, 6), double=st.booleans())
+def test_a_range_of_columns(kernels, data, rows, blocks, double):
+    block_size, dtype = data.draw(weights["block_size"]), data.draw(weights["dtype"])
+    quantised = quantize(torch.randn(rows, blocks * block_size), block_size, double and rows > 0)
+    start, stop = (block * block_size for block in sorted(data.draw(st.tuples(*[st.integers(0, blocks)] * 2))))
+    out = torch.full((rows, stop - start), 7.0, dtype=dtype)
+    assert nf4.dequantize_nf4_columns(quantised, start, out) is out
+    assert torch.equal(out, nf4.dequantize_nf4(quantised, dtype).view(quantised.shape)[:, start:stop])
+
+
+def test_columns_that_are_not_whole_blocks_are_refused():
+    quantised, odd = quantize(torch.randn(4, 128), 64, double=False), quantize(torch.randn(4, 96), 64, double=False)
+    for matrix, start, width in ((quantised, 32, 64), (quantised, 0, 32), (quantised, 64, 128), (odd, 0, 64)):
+        with pytest.raises(ValueError, match="must be multiples of the block size 64"):
+            nf4.dequantize_nf4_columns(matrix, start, torch.empty(4, width))
+    for out in (torch.empty(3, 64), torch.empty(64, 4).t()):
+        with pytest.raises(ValueError, match="expected contiguous .4, 64."):
+            nf4.dequantize_nf4_columns(quantised, 0, out)
+
+
+@property_test
 @given(n=weights["n"], block_size=weights["block_size"], dtype=weights["dtype"], seed=weights["seed"])
 def test_the_error_is_at_most_half_the_widest_gap(kernels, n, block_size, dtype, seed):
     """|w' - w| <= scale * (half of the widest gap between neighbours, 0.152, + fp32 roundings of w / scale)."""
@@ -358,14 +379,15 @@ def test_opcheck(instruction_set, dtype):
     torch.library.opcheck(torch.ops.minift.nf4_absmax.default, (weight, 32))
     for double in (False, True):
         quantised = quantize(weight, 32, double)
-        arguments = (torch.empty(266, dtype=dtype), quantised.codes, *nf4.scale_tensors(quantised), 32, 64)
-        torch.library.opcheck(torch.ops.minift.nf4_dequantize.default, arguments)
+        arguments = (quantised.codes, *nf4.scale_tensors(quantised), 32)
+        flat, columns = torch.empty(1, 266, dtype=dtype), torch.empty(3, 64, dtype=dtype)
+        torch.library.opcheck(torch.ops.minift.nf4_dequantize.default, (flat, *arguments, 64, 0))
+        torch.library.opcheck(torch.ops.minift.nf4_dequantize.default, (columns, *arguments, 32, 96))
 
 
 def test_ops_refuse_tensors_that_end_early(instruction_set):
     quantised = quantize(torch.randn(200), 64, double=False)
-    for start in (-64, 1, 64):
+    arguments = (quantised.codes, *nf4.scale_tensors(quantised), 64)
+    for shape, start, stride in (((1, 200), -64, 0), ((1, 200), 1, 0), ((1, 200), 64, 0), ((2, 64), 64, 128)):
         with pytest.raises(RuntimeError, match="nf4_dequantize"):
-            torch.ops.minift.nf4_dequantize(
-                torch.empty(200), quantised.codes, quantised.absmax, None, None, None, 64, start
-            )
+            torch.ops.minift.nf4_dequantize(torch.empty(shape), *arguments, start, stride)
