@@ -22,7 +22,7 @@ INLINE To bit_cast(From from) {
   return to;
 }
 
-INLINE F32 splat(float value) { return F32{} + value; }
+INLINE F32 splat(float value) { return value - F32{}; }  // minus, because 0 + -0 is not -0
 
 INLINE float sum(F32 v) {
   float lanes[LANES];

@@ -26,6 +26,9 @@ from torch import Tensor
 BLOCK = 256
 """Elements that share one absmax; bitsandbytes' block since 0.44."""
 
+ZERO_CODES = {True: 127, False: 0}
+"""Signed? -> the code of zero."""
+
 _SMALLEST = 2.0**-23  # below every border between two codes; magnitudes are raised to it before buckets are numbered
 _LOW_BITS = {True: 17, False: 16}  # of an fp32 below those that number its bucket: no bucket then has two borders
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minift.ops.adamw import AdamWStep, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
-from minift.ops.blockwise import BLOCK, dynamic_map
+from minift.ops.blockwise import BLOCK, ZERO_CODES, dynamic_map
 from minift.optim.segments import Segment
 from minift.optim.shard import FlatShard, ParamRange
 
@@ -130,6 +130,9 @@ class BlockwiseMoments:
             "exp_avg": allocate(num_small, torch.float32),
             "exp_avg_sq": allocate(num_small, torch.float32),
         }
+        # Padding is not in a checkpoint, but in a parameter's last block: with any absmax it has to mean zero.
+        self.tensors["exp_avg_codes"].fill_(ZERO_CODES[True])
+        self.tensors["exp_avg_sq_codes"].fill_(ZERO_CODES[False])
 
     def places(self, piece: ParamRange) -> dict[str, Place]:
         if piece.name in self._small:

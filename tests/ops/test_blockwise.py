@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minift.ops.blockwise import BLOCK, dequantize_blockwise, dynamic_map, quantize_blockwise
+from minift.ops.blockwise import BLOCK, ZERO_CODES, dequantize_blockwise, dynamic_map, quantize_blockwise
 
 MAPS = [dynamic_map(signed=True), dynamic_map(signed=False)]
 is_signed = pytest.mark.parametrize("dynamic_map", MAPS, ids=["signed", "unsigned"])
@@ -28,6 +28,7 @@ def draw(n: int, seed: int, dynamic_map) -> Tensor:
 def test_the_map_is_bitsandbytes(dynamic_map) -> None:
     theirs = bitsandbytes.functional.create_dynamic_map(signed=bool(dynamic_map.values[0] < 0))
     assert torch.equal(dynamic_map.values, theirs)
+    assert dynamic_map.values[ZERO_CODES[bool(theirs[0] < 0)]] == 0
 
 
 @is_signed

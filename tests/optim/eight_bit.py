@@ -12,8 +12,15 @@ from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.shard import FlatShard, ParamRange
 
-# Two that are quantised on the sides of one that is not, and small ones that border on each other.
-SHAPES = {"a.weight": (67, 83), "a.norm.weight": (300,), "b.weight": (4096,), "b.bias": (7,), "c.weight": (64, 64)}
+# Two that are quantised on the sides of one that is not; two in a row, with padding within a block between them.
+SHAPES = {
+    "a.weight": (67, 83),
+    "a.norm.weight": (300,),
+    "b.weight": (4096,),
+    "b.bias": (7,),
+    "c.weight": (67, 64),
+    "d.weight": (64, 64),
+}
 
 
 def round_up(number: int, multiple: int) -> int:
