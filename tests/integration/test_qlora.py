@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import minift.optim.moments
 from minift.build import ModelSource
 from minift.checkpoint.quantize import quantize_folder
 from minift.config import RunConfig
@@ -318,6 +319,24 @@ def test_a_run_is_the_same_on_any_ranks_from_any_folder_and_after_a_stop(inputs:
     for stop_at_step in (4, None):
         run_ranks(1, train_on_rank, config_for(inputs, tmp_path / "stopped"), stop_at_step)
     assert losses(tmp_path / "stopped") == expected
+
+
+def train_with_8bit_states(world: World, config: RunConfig, stop_at_step: int | None = None) -> None:
+    """All of this model's parameters are too small to be kept in 8 bits, if nothing is done about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minift.optim.moments, "MIN_8BIT_ELEMENTS", 64)
+        train_on_rank(world, config, stop_at_step)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_8bit_states_survive_a_stop_to_the_bit(inputs: Path, tmp_path: Path, world_size: int, paged: bool) -> None:
+    optim = OptimConfig(lr=1e-2, state="8bit", paged=paged)
+    run_ranks(world_size, train_with_8bit_states, config_for(inputs, tmp_path / "whole", optim=optim))
+    for stop_at_step in (4, None):
+        config = config_for(inputs, tmp_path / "stopped", optim=optim)
+        run_ranks(world_size, train_with_8bit_states, config, stop_at_step)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_an_adapter_is_used_on_the_base_it_was_trained_on(inputs: Path, tmp_path: Path) -> None:
