@@ -13,6 +13,10 @@ folder, and take steps on the same tokens; neither uses gradient checkpointing.
     qlora    the same over an NF4 base with double quantization. PEFT: bitsandbytes, bf16 compute. Norms and embeddings
              stay bf16: `prepare_model_for_kbit_training` would make the model slower and larger.
 
+Where the processor has no arithmetic in 16 bits (AVX2 at most), torch multiplies bf16 matrices at 1 to 10 GFLOP/s and a
+step of PEFT in bf16 takes minutes. There PEFT's base is loaded in fp32 (bitsandbytes: fp32 compute), which is the best
+it has; minift keeps its bf16 and widens blocks of it (`minift/ops/matmul.py`). `--peft-dtype bfloat16` insists.
+
 Equal losses first: over the first steps, each within LOSS_TOLERANCE of the other's. Both sides compute in bf16, whose
 rounding (2^-9 relative) enters at other places; that is what the tolerance allows for.
 
@@ -34,7 +38,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +60,7 @@ class Job:
     tokens: int
     check_steps: int
     rounds: int
+    peft_dtype: str  # of the base and of compute
 
 
 # -------------------------------------------------------------------------------------------------------- the variants
@@ -106,7 +111,7 @@ def peft_step(job: Job, **quantization: object) -> Step:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(f"{job.folder}/base", dtype=torch.bfloat16, **quantization)
+    model = AutoModelForCausalLM.from_pretrained(f"{job.folder}/base", dtype=getattr(torch, job.peft_dtype), **quantization)
     model = PeftModel.from_pretrained(model, f"{job.folder}/adapter", is_trainable=True)
     model.train()
     optimizer = torch.optim.AdamW(
@@ -130,7 +135,7 @@ def peft_qlora_step(job: Job) -> Step:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, job.peft_dtype),
     )
     return peft_step(job, quantization_config=quantization)
 
@@ -216,6 +221,10 @@ def write_folders(folder: Path, layers: int) -> None:
     save_adapter(folder / "adapter", config, parameters)
 
 
+def default_peft_dtype() -> str:
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
 def run(target: Callable, job: Job, environment: dict[str, str]) -> object:
     (process,), results = spawn(target, 1, job, environment)
     result = results.get(timeout=3600)
@@ -230,6 +239,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--check-steps", type=int, default=4)
+    parser.add_argument("--peft-dtype", choices=("bfloat16", "float32"), default=default_peft_dtype())
     parser.add_argument("--skip-memory", action="store_true")
     args = parser.parse_args()
 
@@ -240,7 +250,7 @@ def main() -> None:
         write_folders(Path(folder), args.layers)
         for method in args.methods:
             ours, theirs = (f"{side} {method}" for side in ("minift", "peft"))
-            job = Job(folder, (ours, theirs), args.tokens, args.check_steps, args.rounds)
+            job = Job(folder, (ours, theirs), args.tokens, args.check_steps, args.rounds, args.peft_dtype)
             losses, seconds = run(time_steps, job, threads)
             for a, b in zip(losses[ours], losses[theirs], strict=True):
                 assert abs(a - b) <= LOSS_TOLERANCE * abs(b), f"losses differ: {losses}"
@@ -253,7 +263,7 @@ def main() -> None:
                 print(f"{name:14}{statistics.median(values):8.3f} s a step (fastest {min(values):.3f})")
             if not args.skip_memory:
                 memory = {
-                    name: run(hold_steps, Job(folder, (name,), args.tokens, 0, 0), returning) for name in (ours, theirs)
+                    name: run(hold_steps, replace(job, variants=(name,)), returning) for name in (ours, theirs)
                 }
                 for name, values in memory.items():
                     print(f"{name:14}peak {values['peak'] / 2**20:6.0f} MiB, held {values['held'] / 2**20:6.0f} MiB")

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from minift.ops.matmul import addmm_, mm
+
 
 class GradSlot:
     """tensor: of the parameter's shape, in the dtype in which gradients are kept until they are reduced."""
@@ -48,11 +50,11 @@ class GradSlot:
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Take a @ b; without a temporary if a and b have the slot's dtype."""
         if a.dtype != self.tensor.dtype or self.state is GradSlot.State.CLAIMED:
-            self.add(a @ b)
+            self.add(mm(a, b))
         elif self.state is GradSlot.State.FULL:
-            self.tensor.addmm_(a, b)
+            addmm_(self.tensor, a, b)
         else:
-            torch.mm(a, b, out=self.tensor)
+            mm(a, b, out=self.tensor)
             self.state = GradSlot.State.FULL
 
     def add_rows(self, rows_U: Tensor, values_UD: Tensor) -> None:
@@ -137,6 +139,6 @@ def deliver_product(parameter: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     """The gradient a @ b of `parameter`, for a backward to return: None if it went into a slot."""
     slot = slot_of(parameter)
     if slot is None:
-        return a @ b
+        return mm(a, b)
     slot.add_product(a, b)
     return None

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1] / "minift"
 
 LAYERS = [  # lowest first; what shares a line does not import each other
     ["_C"],
-    ["ops", "dist", "precision", "metrics", "progress", "recipe", "trace", "grad_slot"],
+    ["ops", "dist", "precision", "metrics", "progress", "recipe", "trace"],
+    ["grad_slot"],
     ["model", "data", "objectives", "optim"],
     ["quant", "recompute", "generate", "peft", "fsdp"],
     ["checkpoint", "planner"],

@@ -19,12 +19,12 @@ that says how to multiply with it, `product` and `product_dx`, and needs to know
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minift.grad_slot import deliver_product
 from minift.model.low_rank import LowRank, Updates
+from minift.ops.matmul import addmm_, linear, mm
 
 
 class LinearBase(nn.Module):
@@ -80,10 +80,10 @@ class Linear(LinearBase):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     def product(self, x_NI: Tensor) -> Tensor:
-        return F.linear(x_NI, self.weight, self.bias)
+        return linear(x_NI, self.weight, self.bias)
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
-        return dy_NO @ self.weight if add_to_NI is None else add_to_NI.addmm_(dy_NO, self.weight)
+        return mm(dy_NO, self.weight) if add_to_NI is None else addmm_(add_to_NI, dy_NO, self.weight)
 
     def dense_parameter(self) -> nn.Parameter:
         return self.weight

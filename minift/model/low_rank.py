@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minift.grad_slot import deliver_product, slot_of
 from minift.ops.dropout import DROPOUT_STEPS, draw_seed, dropout, dropout_steps
+from minift.ops.matmul import addmm_, mm
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ class Updates:
             torch.mul(term.A, term.factor, out=stacked_RI[term.columns])
         hidden_NR = x_NI.new_empty(len(x_NI), self._rank)
         if self._share_x:
-            torch.mm(x_NI, stacked_RI.t(), out=hidden_NR)
+            mm(x_NI, stacked_RI.t(), out=hidden_NR)
         else:
             for term in self._terms:
-                torch.mm(term.seen(x_NI), stacked_RI[term.columns].t(), out=hidden_NR[:, term.columns])
+                mm(term.seen(x_NI), stacked_RI[term.columns].t(), out=hidden_NR[:, term.columns])
         for term in self._terms:
-            outs[term.index].addmm_(hidden_NR[:, term.columns], term.B.to(x_NI.dtype).t())
+            addmm_(outs[term.index], hidden_NR[:, term.columns], term.B.to(x_NI.dtype).t())
         return hidden_NR
 
     def dhidden(self, douts: Sequence[Tensor]) -> Tensor | None:
@@ -102,16 +103,16 @@ class Updates:
         dhidden_NR = douts[0].new_empty(len(douts[0]), self._rank)
         for term in self._terms:
             dout_NO = douts[term.index]
-            dhidden_NR[:, term.columns].addmm_(dout_NO, term.B.to(dout_NO.dtype), beta=0, alpha=term.factor)
+            addmm_(dhidden_NR[:, term.columns], dout_NO, term.B.to(dout_NO.dtype), beta=0.0, alpha=term.factor)
         return dhidden_NR
 
     def add_dx_(self, dx_NI: Tensor, dhidden_NR: Tensor | None) -> None:
         """Add the updates' part of the gradient of x to `dx_NI` in place."""
         if self._share_x and self._terms:
-            dx_NI.addmm_(dhidden_NR, torch.cat([term.A.to(dx_NI.dtype) for term in self._terms]))
+            addmm_(dx_NI, dhidden_NR, torch.cat([term.A.to(dx_NI.dtype) for term in self._terms]))
             return
         for term in self._terms:
-            dx_NI.add_(term.seen(dhidden_NR[:, term.columns] @ term.A.to(dx_NI.dtype)))
+            dx_NI.add_(term.seen(mm(dhidden_NR[:, term.columns], term.A.to(dx_NI.dtype))))
 
     def gradients_of_A(
         self, dhidden_NR: Tensor | None, x_NI: Tensor | None, needs: Sequence[bool]
@@ -120,7 +121,7 @@ class Updates:
         gradients: list[Tensor | None] = [None] * self._num_projections
         wanted = [term for term in self._terms if needs[term.index]]
         if self._share_x and len(wanted) > 1:
-            stacked_RI = dhidden_NR.t() @ x_NI
+            stacked_RI = mm(dhidden_NR.t(), x_NI)
             for term in wanted:
                 gradients[term.index] = _deliver(term.A, stacked_RI[term.columns])
         else:

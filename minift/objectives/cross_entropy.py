@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minift.grad_slot import claim_slot, slot_of, without_slots
+from minift.ops.matmul import addmm_, mm
 
 IGNORE = -100  # target of a row that is not supervised
 
@@ -121,17 +122,17 @@ def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trai
         hidden_CD = hidden_MD[here]
         logits_CV = buffer_CV[: len(hidden_CD)]
         if bias_V is None:
-            torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+            mm(hidden_CD, weight_VD.t(), out=logits_CV)
         else:
-            torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=logits_CV)
+            addmm_(logits_CV.copy_(bias_V), hidden_CD, weight_VD.t())
         loss_sum += _to_gradient_(logits_CV, targets_M1[here], needs_hidden or bool(trainable))
         if needs_hidden:
-            torch.mm(logits_CV, weight_VD, out=d_hidden_MD[here])
+            mm(logits_CV, weight_VD, out=d_hidden_MD[here])
         for parameter in trainable:
             if parameter is bias_V:
                 _add_to(totals, parameter, logits_CV.sum(0, dtype=loss_sum.dtype))
             elif parameter in totals and logits_CV.dtype == loss_sum.dtype:
-                totals[parameter].addmm_(logits_CV.t(), hidden_CD)
+                addmm_(totals[parameter], logits_CV.t(), hidden_CD)
             else:
                 place = claim_slot(parameter, logits_CV.dtype) if is_one_chunk and not is_fp16 else None
                 _add_to(totals, parameter, _sum_over_rows(logits_CV, hidden_CD, place))
@@ -207,7 +208,7 @@ def _sum_over_rows(logits_CV: Tensor, hidden_CD: Tensor, place: Tensor | None) -
     """The gradient (V, D) of the weight, into `place` if there is one. Of fp16 in fp32: before it is divided by the
     step's weight, that of a frequent token may pass 65504, and no loss scale would cure it, as that comes later."""
     if hidden_CD.dtype != torch.float16:
-        return torch.mm(logits_CV.t(), hidden_CD, out=place)
+        return mm(logits_CV.t(), hidden_CD, out=place)
     if hidden_CD.is_cuda:
         return torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
     return torch.mm(logits_CV.t().float(), hidden_CD.float())

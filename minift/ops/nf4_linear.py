@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minift.ops import extension
+from minift.ops.matmul import mm
 from minift.ops.nf4 import (
     Nf4,
     dequantize_nf4,
@@ -45,7 +46,7 @@ def nf4_linear(x_TD: Tensor, nf4: Nf4) -> Tensor:
         stop = min(start + rows, num_outputs)
         weight = scratch[: (stop - start) * num_inputs]
         dequantize_nf4(nf4, x_TD.dtype, start * num_inputs, stop * num_inputs, out=weight)
-        torch.mm(x_TD, weight.view(stop - start, num_inputs).t(), out=y_TF[:, start:stop])
+        mm(x_TD, weight.view(stop - start, num_inputs).t(), out=y_TF[:, start:stop])
     return y_TF
 
 
@@ -58,14 +59,14 @@ def nf4_linear_dx(dy_TF: Tensor, nf4: Nf4) -> Tensor:
     """
     num_outputs, num_inputs = _check("nf4_linear_dx", "dy", dy_TF, nf4, dim=0)
     if num_inputs % nf4.block_size:
-        return torch.mm(dy_TF, dequantize_nf4(nf4, dy_TF.dtype).view(num_outputs, num_inputs))
+        return mm(dy_TF, dequantize_nf4(nf4, dy_TF.dtype).view(num_outputs, num_inputs))
     columns = _slice_width(num_inputs, nf4.block_size, num_outputs * dy_TF.element_size())
     dx_TD = dy_TF.new_empty(dy_TF.shape[0], num_inputs)
     scratch = dy_TF.new_empty(num_outputs * columns)
     for start in range(0, num_inputs, columns):
         width = min(columns, num_inputs - start)
         weight = dequantize_nf4_columns(nf4, start, scratch[: num_outputs * width].view(num_outputs, width))
-        torch.mm(dy_TF, weight, out=dx_TD[:, start : start + width])
+        mm(dy_TF, weight, out=dx_TD[:, start : start + width])
     return dx_TD
 
 
@@ -81,7 +82,7 @@ def nf4_gemv_reference(
     """x (T, in) times the transpose of the matrix that codes and scales describe, in plain PyTorch."""
     weight = x.new_empty(1, 2 * codes.numel())
     dequantize_nf4_reference(weight, codes, scales, nested_absmax, offset, nested_map, block_size, 0, 0)
-    return torch.mm(x, weight.view(-1, x.shape[1]).t())
+    return mm(x, weight.view(-1, x.shape[1]).t())
 
 
 def _check(function: str, name: str, tensor: Tensor, nf4: Nf4, dim: int) -> tuple[int, int]:
