@@ -111,7 +111,8 @@ def peft_step(job: Job, **quantization: object) -> Step:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(f"{job.folder}/base", dtype=getattr(torch, job.peft_dtype), **quantization)
+    dtype = getattr(torch, job.peft_dtype)
+    model = AutoModelForCausalLM.from_pretrained(f"{job.folder}/base", dtype=dtype, **quantization)
     model = PeftModel.from_pretrained(model, f"{job.folder}/adapter", is_trainable=True)
     model.train()
     optimizer = torch.optim.AdamW(

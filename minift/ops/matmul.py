@@ -34,15 +34,12 @@ def mm(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def addmm_(out: Tensor, a_MK: Tensor, b_KN: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """out = beta out + alpha a b in place, rounded once; `out` (M, N) is returned. With beta = 0 it is not read."""
+    """out = beta out + alpha a b in place, rounded once; `out` (M, N) is returned. With beta = 0 what is in it is ignored, NaN too."""
     if not _must_widen(a_MK):
         return out.addmm_(a_MK, b_KN, beta=beta, alpha=alpha)
     for rows, columns, a_wide, b_wide in _blocks(a_MK, b_KN):
         block = out[rows, columns]
-        if beta == 0.0:
-            block.copy_(torch.mm(a_wide, b_wide).mul_(alpha))
-        else:
-            block.copy_(block.float().addmm_(a_wide, b_wide, beta=beta, alpha=alpha))
+        block.copy_(block.float().addmm_(a_wide, b_wide, beta=beta, alpha=alpha))
     return out
 
 
@@ -72,7 +69,7 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 
 def _blocks(a_MK: Tensor, b_KN: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """(rows, columns) of the result, and what they are the product of, in fp32. K stays whole: one sum, one rounding."""
+    """Blocks (rows, columns) of the result, and the fp32 factors of each. K stays whole: one sum, rounded once."""
     size = max(MIN_BLOCK, BLOCK_BYTES // (4 * max(1, a_MK.shape[1])))
     for column in range(0, b_KN.shape[1], size):
         columns = slice(column, column + size)
