@@ -6,6 +6,7 @@ Exit status: 0 done; 2 a mistake of the user's, told in one line on stderr; 130 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -21,7 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             order = "; the recipe comes first: RECIPE --section.field VALUE" if "overrides" in options else ""
             raise ValueError(f"{unknown[0]} is not an option of this command{order}")
-        return options.command(options) or 0
+        status = options.command(options) or 0
+        # What still refers to a process group goes now: its threads may hold the tensors of the last collective for a
+        # moment longer, and one that asks for the interpreter when that is gone aborts a process whose work is done.
+        gc.collect()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

@@ -11,6 +11,7 @@ import pytest
 
 from minift import commands
 from minift.cli import main
+from tests.tiny import write_inputs
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "run_dir: run\nmodel: {path: model}\ndata: {train: [rows.jsonl], max_length_tokens: 16}\n"
@@ -123,3 +124,31 @@ def test_as_a_process(folder):
     pipe = f"{sys.executable} -m minift train --help | true"
     headed = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], env=environment, capture_output=True, text=True)
     assert (headed.returncode, headed.stderr) == (0, "")
+
+
+IN_A_PROCESS = """
+import glob, sys
+from pathlib import Path
+from minift.cli import main
+from tests.tiny import write_inputs
+status = main(["train", sys.argv[1]])
+print(status, *(Path(thread).read_text().strip() for thread in glob.glob("/proc/self/task/*/comm")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed where there is /proc")
+def test_no_thread_of_a_process_group_outlives_a_command(tmp_path):
+    """One that asks for the interpreter when that is gone aborts the process, after all work is done."""
+    write_inputs(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run_dir: {tmp_path}/run\nmodel: {{path: {tmp_path}/model}}\ndevice: cpu\nadapter: {{r: 2}}\n"
+        f"data: {{train: [{tmp_path}/train.jsonl], max_length_tokens: 256, template: chatml}}\n"
+        "loop: {examples_per_step: 4, microbatch_tokens: 256, max_steps: 1}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IN_A_PROCESS, str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    status, *threads = done.stdout.splitlines()[-1].split()
+    assert status == "0", done.stderr
+    assert not [name for name in threads if "gloo" in name]
