@@ -18,6 +18,8 @@ that says how to multiply with it, `product` and `product_dx`, and needs to know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -31,8 +33,8 @@ class LinearBase(nn.Module):
     """A projection from `in_features` to `out_features`, however its weight is stored.
 
     A subclass that stores a weight has a `bias` and writes `product`, `product_dx`, `dense_weight` and, to be merged
-    into, `storing`. One that wraps another projection writes `dense_weight` and `parts`, or its own `forward` where
-    `parts` cannot tell.
+    into, `storing`. One that wraps another projection writes `dense_weight` and `parts`, perhaps `after`, or its own
+    `forward` where these cannot tell.
     """
 
     in_features: int
@@ -43,9 +45,13 @@ class LinearBase(nn.Module):
         """x (..., in_features) -> (..., out_features)."""
         return project(x, self)[0]
 
-    def parts(self) -> tuple[LinearBase, LowRank | None] | None:
-        """A projection with `product`s and an update of it, which together are this one; None: only `forward` knows."""
-        return self, None
+    def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]] | None:
+        """A projection with `product`s and updates, of whose sum `after` makes this one; None: only `forward` knows."""
+        return self, ()
+
+    def after(self, out_NO: Tensor) -> Tensor:
+        """This projection's output, a differentiable function of the sum of its parts: the sum itself, as a rule."""
+        return out_NO
 
     def product(self, x_NI: Tensor) -> Tensor:
         """x Wᵀ + b, a fresh (N, out_features) in x's dtype. Runs without autograd, like the next."""
@@ -117,48 +123,60 @@ def project(x: Tensor, *projections: LinearBase) -> list[Tensor]:
     if None in parts:
         return [projection(x) for projection in projections]
     x_NI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    parameters: list[nn.Parameter | None] = []
-    for base, update in parts:
-        A, B = (None, None) if update is None else (update.A, update.B)
-        parameters += [base.dense_parameter(), base.bias, A, B]
-    outs = _Project.apply(x_NI, [base for base, _ in parts], [update for _, update in parts], *parameters)
-    return list(outs) if x.ndim == 2 else [out_NO.view(*x.shape[:-1], out_NO.shape[-1]) for out_NO in outs]
+    bases, updates = [base for base, _ in parts], [updates for _, updates in parts]
+    parameters = [parameter for base in bases for parameter in (base.dense_parameter(), base.bias)]
+    parameters += [factor for of_one in updates for update in of_one for factor in (update.A, update.B)]
+    sums = _Project.apply(x_NI, bases, updates, *parameters)
+    outs = [projection.after(sum_NO) for projection, sum_NO in zip(projections, sums, strict=True)]
+    return outs if x.ndim == 2 else [out_NO.view(*x.shape[:-1], out_NO.shape[-1]) for out_NO in outs]
 
 
 class _Project(torch.autograd.Function):
-    """Its inputs are x, what says how to compute, and four parameters or Nones of each projection: W, b, A, B."""
+    """Its inputs are x, what says how to compute, and parameters or Nones: W, b of each projection, A, B of each
+    update."""
 
     @staticmethod
     def forward(
-        ctx, x_NI: Tensor, bases: list[LinearBase], updates: list[LowRank | None], *parameters: nn.Parameter | None
+        ctx,
+        x_NI: Tensor,
+        bases: list[LinearBase],
+        updates: list[tuple[LowRank, ...]],
+        *parameters: nn.Parameter | None,
     ) -> tuple[Tensor, ...]:
         outs = [base.product(x_NI) for base in bases]
         ctx.bases, ctx.updates = bases, Updates(updates)
         hidden_NR = ctx.updates.add_(outs, x_NI)
-        needs = ctx.needs_input_grad[3:]
-        ctx.save_for_backward(
-            x_NI if any(needs[0::4]) or any(needs[2::4]) else None, hidden_NR if any(needs[3::4]) else None
-        )
+        needs_W, _, needs_A, needs_B = ctx.needs = _Project.needs(ctx)
+        ctx.save_for_backward(x_NI if any(needs_W) or any(needs_A) else None, hidden_NR if any(needs_B) else None)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *douts: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, hidden_NR = ctx.saved_tensors
-        needs_dx, _, _, *needs = ctx.needs_input_grad
-        gradients: list[Tensor | None] = [None] * len(needs)
-        for i, (base, dout_NO) in enumerate(zip(ctx.bases, douts, strict=True)):
-            if needs[4 * i]:
-                gradients[4 * i] = deliver_product(base.dense_parameter(), dout_NO.t(), x_NI)
-            if needs[4 * i + 1]:
-                gradients[4 * i + 1] = dout_NO.sum(0)
-        gradients[3::4] = ctx.updates.gradients_of_B(douts, hidden_NR, needs[3::4])
+        needs_dx = ctx.needs_input_grad[0]
+        needs_W, needs_b, needs_A, needs_B = ctx.needs
+        gradients: list[Tensor | None] = []
+        for base, dout_NO, needs_dW, needs_db in zip(ctx.bases, douts, needs_W, needs_b, strict=True):
+            gradients.append(deliver_product(base.dense_parameter(), dout_NO.t(), x_NI) if needs_dW else None)
+            gradients.append(dout_NO.sum(0) if needs_db else None)
+        of_B = ctx.updates.gradients_of_B(douts, hidden_NR, needs_B)
+        of_A: Sequence[Tensor | None] = [None] * len(of_B)
         dx_NI = None
-        if needs_dx or any(needs[2::4]):
+        if needs_dx or any(needs_A):
             dhidden_NR = ctx.updates.dhidden(douts)
-            gradients[2::4] = ctx.updates.gradients_of_A(dhidden_NR, x_NI, needs[2::4])
+            of_A = ctx.updates.gradients_of_A(dhidden_NR, x_NI, needs_A)
             if needs_dx:
                 for base, dout_NO in zip(ctx.bases, douts, strict=True):
                     dx_NI = base.product_dx(dout_NO, dx_NI)
                 ctx.updates.add_dx_(dx_NI, dhidden_NR)
+        for pair in zip(of_A, of_B, strict=True):
+            gradients += pair
         return dx_NI, None, None, *gradients
+
+    @staticmethod
+    def needs(ctx) -> tuple[tuple[bool, ...], ...]:
+        """Which of the W, b, A and B need a gradient."""
+        _, _, _, *needs = ctx.needs_input_grad
+        border = 2 * len(ctx.bases)
+        return tuple(needs[:border:2]), tuple(needs[1:border:2]), tuple(needs[border::2]), tuple(needs[border + 1 :: 2])

@@ -60,17 +60,17 @@ class _Term:
 
 
 class Updates:
-    """The updates in one call of `project`, of as many projections; None for a projection without.
+    """The updates in one call of `project`: any number for each of its projections.
 
-    Lists of what belongs to projections, `outs`, `douts`, `needs` and gradients, have an entry for each.
+    `outs` and `douts` have an entry for each projection; `needs` and gradients one for each update, all those of the
+    first projection first.
     """
 
-    def __init__(self, updates: Sequence[LowRank | None]) -> None:
-        self._num_projections = len(updates)
+    def __init__(self, updates: Sequence[Sequence[LowRank]]) -> None:
         self._terms: list[_Term] = []
         self._rank = 0
-        for index, update in enumerate(updates):
-            if update is not None:
+        for index, of_one in enumerate(updates):
+            for update in of_one:
                 columns = slice(self._rank, self._rank + len(update.A))
                 num_dropped = dropout_steps(update.dropout)
                 factor = update.scale / (1.0 - num_dropped / DROPOUT_STEPS)
@@ -118,26 +118,25 @@ class Updates:
         self, dhidden_NR: Tensor | None, x_NI: Tensor | None, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Of each A that `needs` one; None also for those that have been delivered to a slot."""
-        gradients: list[Tensor | None] = [None] * self._num_projections
-        wanted = [term for term in self._terms if needs[term.index]]
-        if self._share_x and len(wanted) > 1:
+        if self._share_x and sum(needs) > 1:
             stacked_RI = mm(dhidden_NR.t(), x_NI)
-            for term in wanted:
-                gradients[term.index] = _deliver(term.A, stacked_RI[term.columns])
-        else:
-            for term in wanted:
-                gradients[term.index] = deliver_product(term.A, dhidden_NR[:, term.columns].t(), term.seen(x_NI))
-        return gradients
+            return [
+                _deliver(term.A, stacked_RI[term.columns]) if needed else None
+                for term, needed in zip(self._terms, needs, strict=True)
+            ]
+        return [
+            deliver_product(term.A, dhidden_NR[:, term.columns].t(), term.seen(x_NI)) if needed else None
+            for term, needed in zip(self._terms, needs, strict=True)
+        ]
 
     def gradients_of_B(
         self, douts: Sequence[Tensor], hidden_NR: Tensor | None, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """As `gradients_of_A`."""
-        gradients: list[Tensor | None] = [None] * self._num_projections
-        for term in self._terms:
-            if needs[term.index]:
-                gradients[term.index] = deliver_product(term.B, douts[term.index].t(), hidden_NR[:, term.columns])
-        return gradients
+        return [
+            deliver_product(term.B, douts[term.index].t(), hidden_NR[:, term.columns]) if needed else None
+            for term, needed in zip(self._terms, needs, strict=True)
+        ]
 
 
 def _deliver(parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:

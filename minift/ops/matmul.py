@@ -34,7 +34,7 @@ def mm(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def addmm_(out: Tensor, a_MK: Tensor, b_KN: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """out = beta out + alpha a b in place, rounded once; `out` (M, N) is returned. With beta = 0 even a NaN in it goes."""
+    """out = beta out + alpha a b in place, rounded once; `out` (M, N) is returned. beta = 0 ignores what is in it."""
     if not _must_widen(a_MK):
         return out.addmm_(a_MK, b_KN, beta=beta, alpha=alpha)
     for rows, columns, a_wide, b_wide in _blocks(a_MK, b_KN):

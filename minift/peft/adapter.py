@@ -1,11 +1,12 @@
-"""What an adapter is: a `LinearBase` that wraps another `LinearBase` and owns a few trainable parameters.
+"""What an adapter is: a module that wraps another one, as `base`, and owns a few trainable parameters.
 
 Adding a method is adding one file with two classes, and one line in `checkpoint/adapters.py` (its PEFT name):
 
-  * a frozen dataclass derived from `AdapterConfig`: the user's settings, which projections to wrap (inherited), how to
-    wrap one, and how the settings are spelled in PEFT's `adapter_config.json`;
-  * a module derived from `Adapter`: the low-rank update that it is, or its forward if it is something else; its
-    parameters' initial values; and the dense weight it amounts to.
+  * a frozen dataclass derived from `AdapterConfig`: the user's settings, which modules to wrap (inherited: projections)
+    and how, and how the settings are spelled in PEFT's `adapter_config.json`;
+  * a module derived from `Adapter`, a projection around a projection: the low-rank updates that it adds (`parts`),
+    what it does to their sum (`after`), or its forward if it is something else; its parameters' initial values; and the
+    dense weight and bias it amounts to. What wraps another kind of module derives from `AdapterModule`.
 
 `inject` wraps and freezes, `manage` merges, `checkpoint.adapters` stores and `checkpoint.merge` merges on disk: none
 of them knows a method. Two rules hold for every method: all parameters outside `base` are trainable and stored; and a
@@ -42,8 +43,13 @@ class AdapterConfig(ABC):
     parameter_names: ClassVar[tuple[str, ...]]
     """Names of an adapter's own parameters below its module, e.g. ("lora_A.weight", "lora_B.weight")."""
 
+    @classmethod
+    def candidates(cls, model: nn.Module) -> dict[str, nn.Module]:
+        """Full name -> module, in the model's order, of what `targets` chooses from: projections."""
+        return {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
+
     @abstractmethod
-    def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> Adapter:
+    def wrap(self, name: str, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterModule:
         """The adapter around `base`, whose full name in the model is `name`; own parameters uninitialised."""
 
     @abstractmethod
@@ -60,8 +66,22 @@ class AdapterConfig(ABC):
         """Inverse of `to_peft` for any file that PEFT wrote. ValueError names a setting that minift does not have."""
 
 
-class Adapter(LinearBase):
-    """A projection with an adapter: `base` is frozen, every other parameter is the method's own.
+class AdapterModule(nn.Module):
+    """A module with an adapter: `base` is frozen, every other parameter is the method's own."""
+
+    base: nn.Module
+
+    def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
+        """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
+        raise NotImplementedError
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(local name, Parameter) of everything outside `base`: what is stored, and trained unless it is frozen."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+
+
+class Adapter(AdapterModule, LinearBase):
+    """A projection around a projection.
 
     Merged in memory, the adapter costs no time and another base takes the place of its own, with the weight W + ΔW,
     added in fp32 (fp64 for fp64 weights) and rounded once; see `drift` for the choice of W and of the format. Its own
@@ -76,25 +96,27 @@ class Adapter(LinearBase):
         self.base = base
         self._own_base: tuple[LinearBase] | None = None  # while merged; in a tuple, as it is no submodule then
 
-    # What a method writes #
+    # What a method writes, beside `init_parameter` and perhaps `after` #
 
-    def parts(self) -> tuple[LinearBase, LowRank | None] | None:
-        """The base and the update added to it, see `LinearBase`; None for a method with a `forward` of its own."""
-        raise NotImplementedError
-
-    def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
-        """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
+    def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]] | None:
+        """The base and the updates added to it, see `LinearBase`; None for a method with a `forward` of its own."""
         raise NotImplementedError
 
     def effective_weight(self, weight: Tensor) -> Tensor:
-        """The dense weight (out, in) that the adapter makes of the base weight `weight`, in its dtype: fp32 or fp64."""
+        """The dense weight (out, in) that the adapter makes of the base weight `weight`, in its dtype: fp32 or fp64.
+        ValueError, with what to do instead, for a method that is no dense weight."""
         raise NotImplementedError
+
+    def effective_bias(self, bias: nn.Parameter | None) -> nn.Parameter | None:
+        """The bias (out,) that goes with it."""
+        return bias
 
     # What they all share #
 
-    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(local name, Parameter) of everything outside `base`."""
-        return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Of the projection as it is, adapter included."""
+        return self.base.bias if self.merged else self.effective_bias(self.base.bias)
 
     @torch.no_grad()
     def exact_weight(self, weight: Tensor) -> Tensor:
@@ -127,8 +149,9 @@ class Adapter(LinearBase):
         exact = self.exact_weight(weight if target != "original" or original is None else original)
         if target == "requantized":
             merged_base = self.base.storing(exact)
+            merged_base.bias = self.bias
         else:
-            merged_base = Linear.holding(exact.to(weight.dtype), self.base.bias)
+            merged_base = Linear.holding(exact.to(weight.dtype), self.bias)
         self._own_base = (self.base,)
         self.base = merged_base.train(self.training)
 

@@ -12,47 +12,51 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from minift.model.linear import LinearBase
-from minift.peft.adapter import Adapter, AdapterConfig
+from minift.peft.adapter import Adapter, AdapterConfig, AdapterModule
 from minift.peft.patterns import select_modules
 
 
 def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Wrap the projections that `config` names, train the adapters and nothing else; return the trainable names.
+    """Wrap the modules that `config` names, train the adapters and nothing else; return the trainable names.
 
     Adapter parameters get `dtype` and their base's device, and `init_tensor`'s values unless that is the meta device.
     ValueError if the model has adapters already, or a pattern matches nothing (the model is unchanged then).
     """
-    if any(isinstance(module, Adapter) for module in model.modules()):
+    if any(isinstance(module, AdapterModule) for module in model.modules()):
         raise ValueError("the model has adapters already; inject works once per model")
-    projections = {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
-    names = select_modules(list(projections), config.targets, config.exclude)
+    candidates = config.candidates(model)
+    names = select_modules(list(candidates), config.targets, config.exclude)
     config.check(names)
     model.requires_grad_(False)
     for name in names:
-        base = projections[name]
+        base = candidates[name]
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         adapter = config.wrap(name, base, dtype, device)
         adapter.train(base.training)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, adapter)
-    trainable = adapter_parameters(model)
-    for name, parameter in trainable.items():
+    own_parameters = adapter_parameters(model)
+    for name, parameter in own_parameters.items():
         if not parameter.is_meta:
             parameter.data.copy_(init_tensor(model, name, seed))
-    return list(trainable)
+    return [name for name, parameter in own_parameters.items() if parameter.requires_grad]
+
+
+def adapter_modules(model: nn.Module) -> dict[str, AdapterModule]:
+    """Full name -> module with an adapter, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterModule)}
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Full name -> adapter, in the model's order."""
+    """Of these, the projections."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Full name -> parameter of every adapter, in the model's order: what is trained and stored."""
+    """Full name -> parameter of every adapter, in the model's order: what is stored, and trained unless frozen."""
     return {
         f"{name}.{local_name}": parameter
-        for name, adapter in adapters(model).items()
+        for name, adapter in adapter_modules(model).items()
         for local_name, parameter in adapter.own_parameters()
     }
 
@@ -60,9 +64,9 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def init_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device."""
     path = name.split(".")
-    for depth in range(1, len(path)):
+    for depth in range(len(path) - 1, 0, -1):  # the innermost: an adapter may wrap another
         module = model.get_submodule(".".join(path[:depth]))
-        if isinstance(module, Adapter):
+        if isinstance(module, AdapterModule):
             return module.init_parameter(".".join(path[depth:]), named_generator(seed, name))
     raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
 

@@ -179,11 +179,11 @@ class LoraLinear(Adapter):
         self.lora_A = LowRankFactor(rank, base.in_features, dtype, device)
         self.lora_B = LowRankFactor(base.out_features, rank, dtype, device)
 
-    def parts(self) -> tuple[LinearBase, LowRank | None]:
+    def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]]:
         if self.merged:
-            return self.base, None
+            return self.base, ()
         dropout = self.dropout if self.training else 0.0
-        return self.base, LowRank(self.lora_A.weight, self.lora_B.weight, self.scale, dropout)
+        return self.base, (LowRank(self.lora_A.weight, self.lora_B.weight, self.scale, dropout),)
 
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         if local_name == "lora_B.weight":

@@ -47,8 +47,9 @@ class Updated(LinearBase):
         self.A = nn.Parameter(torch.empty(rank, base.in_features))
         self.B = nn.Parameter(torch.empty(base.out_features, rank))
 
-    def parts(self) -> tuple[LinearBase, LowRank | None]:
-        return self.base, LowRank(self.A, self.B, self.scale, 0.0)
+    def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]]:
+        base, updates = self.base.parts()
+        return base, (*updates, LowRank(self.A, self.B, self.scale, 0.0))
 
 
 class Opaque(nn.Module):
@@ -73,7 +74,7 @@ class Spec:
     kind: str
     has_bias: bool
     trained: tuple[bool, bool, bool, bool]  # W, b, A, B
-    rank: int  # 0: no update
+    ranks: tuple[int, ...]  # of the updates
     scale: float
 
 
@@ -83,7 +84,7 @@ specs = st.builds(
     kind=st.sampled_from(["dense", "dense", "rounded", "opaque"]),
     has_bias=st.booleans(),
     trained=st.tuples(*[st.booleans()] * 4),
-    rank=st.sampled_from([0, 1, 2, 5, 12]),
+    ranks=st.sampled_from([(), (1,), (2,), (5,), (12,), (2, 3), (1, 4, 2)]),
     scale=st.floats(0.1, 8.0),
 )
 
@@ -96,8 +97,8 @@ def make(spec: Spec, in_features: int) -> LinearBase:
         projection.weight.requires_grad_(spec.trained[0])
         if spec.has_bias:
             projection.bias.requires_grad_(spec.trained[1])
-    if spec.rank:
-        projection = Updated(projection, spec.rank, spec.scale)
+    for rank in spec.ranks:
+        projection = Updated(projection, rank, spec.scale)
         projection.A.requires_grad_(spec.trained[2])
         projection.B.requires_grad_(spec.trained[3])
     projection.double()
@@ -108,9 +109,9 @@ def make(spec: Spec, in_features: int) -> LinearBase:
 
 def expected(x: Tensor, projection: LinearBase) -> Tensor:
     """Autograd through one dense matrix."""
-    base, update = projection.parts()
+    base, updates = projection.parts()
     weight = base.weight if isinstance(base, Linear) else base.dense_weight()
-    if update is not None:
+    for update in updates:
         weight = weight + update.scale * update.B @ update.A
     return F.linear(x, weight, base.bias)
 
@@ -169,8 +170,8 @@ def test_values_and_every_gradient(leading, in_features, all_specs, x_needs_grad
 def test_gradients_go_into_slots(slot_dtype):
     """All of them with a slot and none to autograd; a second backward is added to the first."""
     torch.manual_seed(0)
-    projections = [make(Spec(5, "dense", False, (True,) * 4, rank, 0.7), 6) for rank in (3, 2)]
-    projections.append(make(Spec(4, "dense", False, (True,) * 4, 0, 1.0), 6))
+    projections = [make(Spec(5, "dense", False, (True,) * 4, ranks, 0.7), 6) for ranks in ((3,), (2, 1))]
+    projections.append(make(Spec(4, "dense", False, (True,) * 4, (), 1.0), 6))
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     douts = [torch.randn(7, p.out_features, dtype=torch.float64) for p in projections]
     parameters = [parameter for projection in projections for parameter in projection.parameters()]
@@ -204,7 +205,7 @@ def test_the_input_is_saved_only_for_a_trained_weight_and_the_weight_never(train
 
 
 def test_projections_of_one_input_save_it_once_and_their_narrow_products():
-    projections = [make(Spec(5, "dense", False, (False, False, True, True), rank, 1.0), 3) for rank in (2, 4)]
+    projections = [make(Spec(5, "dense", False, (False, False, True, True), (rank,), 1.0), 3) for rank in (2, 4)]
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     assert sorted(saved_by(lambda: project(x, *projections))) == [(7, 3), (7, 6)]
     for projection in projections:
@@ -222,7 +223,7 @@ def test_x_itself_is_saved():
 def test_backward_reads_weights_as_they_are_then():
     """What FSDP does: between forward and backward the weights move to other storage and the old one is overwritten."""
     torch.manual_seed(0)
-    projections = [make(Spec(4, "dense", False, (True,) * 4, 2, 0.5), 6) for _ in range(3)]
+    projections = [make(Spec(4, "dense", False, (True,) * 4, (2,), 0.5), 6) for _ in range(3)]
     x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     douts = [torch.randn(8, 4, dtype=torch.float64) for _ in projections]
     still = gradients(project(x, *projections), douts, x, projections)
