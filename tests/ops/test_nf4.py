@@ -129,6 +129,28 @@ def test_every_length_of_the_last_block(kernels, remainder):
     assert torch.equal(codes, expected_codes.view(-1)) and torch.equal(absmax, state.absmax)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_both_sides_of_every_threshold(kernels, block_size):
+    """The threshold itself and its neighbours, under scales whose reciprocal is exact and others, where a product with
+    the reciprocal (complete blocks) and a quotient (the last one) fall on different sides."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.cat([torch.tensor([1.0, 0.25, 8.0, 3.0, 0.7]), torch.rand(40, generator=generator) + 0.01])
+    steps = torch.arange(-3, 4, dtype=torch.int32)
+    reciprocal_matters = 0
+    for scale in scales:
+        near = (bits(nf4.THRESHOLDS * scale)[:, None] + steps).view(torch.float32).view(-1)  # 105
+        borders = nf4.THRESHOLDS.repeat_interleave(7)
+        reciprocal_matters += ((near * (1 / scale) > borders) != (near / scale > borders)).sum()
+        parts = [torch.cat([part, scale.expand(1)]) for part in near.split(block_size - 1)]
+        complete = [torch.nn.functional.pad(part, (0, block_size - len(part))) for part in parts]
+        for last in (part[-(block_size - 1) :] for part in parts):  # of odd and of even lengths
+            weight = torch.cat([*complete, last])
+            codes, absmax = nf4.quantize_nf4(weight, block_size)
+            expected_codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+            assert torch.equal(codes, expected_codes.view(-1)) and torch.equal(absmax, state.absmax)
+    assert reciprocal_matters > 100
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
 def test_every_16_bit_pattern(kernels, dtype, block_size):
