@@ -6,8 +6,8 @@ has absolute values inside; `Case.slack` is this. A dense target rounds it once 
 
 from __future__ import annotations
 
-import gc
 import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from minift.cli import main
 from minift.model.weights import WeightReader
 from minift.ops.nf4 import dequantize_nf4
 from minift.ops.nf4_tables import CODEBOOK
+from minift.peft.adapter import Adapter
 from minift.peft.drift import MergeReport
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.model import load_model
@@ -46,6 +47,9 @@ class Case:
 
     def merge(self, out: str, base: str = "nf4", **options) -> MergeReport:
         return merge_adapter(self.folder / base, self.folder / "adapter", self.folder / out, **options)
+
+    def original_names(self) -> list[str]:
+        return WeightReader(self.folder / "dense").names()
 
     def original(self, name: str) -> Tensor:
         return WeightReader(self.folder / "dense").read(name)
@@ -317,33 +321,33 @@ def test_the_command(small_case: Case, capsys) -> None:
 
 @pytest.mark.parametrize("target", ["dequantized", "original", "requantized"])
 def test_one_projection_at_a_time(small_case: Case, monkeypatch, target: str) -> None:
-    """Whenever a weight is read, its bytes are filled in or it is written, no other weight is alive as floats."""
-    shapes = {(64, 64), (32, 64), (96, 64), (64, 96), (40, 64)}
-    watched = []
+    """Whenever another weight is read or dequantized, all dense tensors of the one before are gone."""
+    shapes = {name: WeightReader(small_case.folder / "dense").shape(name) for name in small_case.original_names()}
+    made: list[weakref.ref[Tensor]] = []
+    num_watched = 0
 
-    def alive() -> list[Tensor]:
-        gc.collect()
-        tensors = (t for t in gc.get_objects() if isinstance(t, Tensor) and t.is_floating_point() and not t.is_meta)
-        return [t for t in tensors if tuple(t.shape) in shapes and id(t) not in before]
+    def alive() -> set[tuple[int, ...]]:
+        return {tuple(tensor.shape) for ref in made if (tensor := ref()) is not None}
 
-    def watch(owner, method: str, name_of) -> None:
-        function = getattr(owner, method)
+    def watch(owner, function_name: str, shape_of=None, track=lambda result, args: [result]) -> None:
+        function = getattr(owner, function_name)
 
-        def watching(*args, **kwargs):
-            watched.append((name_of(*args, **kwargs), {tuple(tensor.shape) for tensor in alive()}))
-            return function(*args, **kwargs)
+        def watching(*args):
+            nonlocal num_watched
+            if shape_of is not None:
+                num_watched += 1
+                assert alive() <= {shape_of(*args)}, args
+            result = function(*args)
+            made.extend(map(weakref.ref, track(result, args)))
+            return result
 
-        monkeypatch.setattr(owner, method, watching)
+        monkeypatch.setattr(owner, function_name, watching)
 
-    before = {id(tensor) for tensor in gc.get_objects() if isinstance(tensor, Tensor)}
-    watch(merge._Base, "trained_weight", lambda base, name: name)
-    watch(merge._Base, "filled", lambda base, projection: f"{projection}.weight")
-    watch(QuantWeights, "read", lambda weights, name: name)
-    watch(merge, "measure_drift", lambda name, *_: name)
+    watch(QuantWeights, "read", lambda weights, name: shapes[name])
+    watch(merge._Base, "filled", lambda base, projection: shapes[f"{projection}.weight"], lambda *_: [])
+    watch(merge, "measure_drift", lambda name, *_: shapes[name], lambda result, args: args[1:])
+    watch(NF4Linear, "dense_weight")
+    watch(Adapter, "exact_weight")
     original = {"original_folder": small_case.folder / "dense"} if target == "original" else {}
     small_case.merge("out", target=target, **original)
-    assert {name for name, _ in watched} >= {
-        n for n in QuantWeights(small_case.folder / "dense").names() if "q_proj" in n
-    }
-    for name, found in watched:
-        assert found <= {WeightReader(small_case.folder / "dense").shape(name)}, (name, found)
+    assert num_watched >= len(shapes) and len(made) >= len(shapes) and not alive()
