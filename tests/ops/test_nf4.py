@@ -204,6 +204,19 @@ def test_nan_and_infinity_are_refused(kernels, dtype, bad, position):
             function(weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_that_is_no_number_is_refused(kernels, dtype):
+    """All NaNs, whatever their sign and payload, and both infinities; in complete blocks and in the last one."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    patterns = patterns[~patterns.isfinite()]
+    assert len(patterns) == 2**16 - len(finite_patterns(dtype))
+    weight = torch.zeros(40, dtype=dtype)
+    for index, pattern in enumerate(patterns):
+        weight.zero_()[index % 40] = pattern
+        with pytest.raises(ValueError, match="NaN or an infinity among elements"):
+            nf4.quantize_nf4(weight, 32)
+
+
 @pytest.mark.parametrize("block_size", [0, 16, 48, 96, 8192, -64])
 def test_other_block_sizes_are_refused(block_size):
     with pytest.raises(ValueError, match=f"the block size is {block_size}; expected one of"):
@@ -414,3 +427,49 @@ def test_ops_refuse_tensors_that_end_early(instruction_set):
     for shape, start, stride in (((1, 200), -64, 0), ((1, 200), 1, 0), ((1, 200), 64, 0), ((2, 64), 64, 128)):
         with pytest.raises(RuntimeError, match="nf4_dequantize"):
             torch.ops.minift.nf4_dequantize(torch.empty(shape), *arguments, start, stride)
+
+
+def test_ops_refuse_scales_that_do_not_fit(instruction_set):
+    quantised = quantize(torch.randn(600, 32), 32, double=True)
+    scales, nested_absmax, offset, nested_map = nf4.scale_tensors(quantised)
+    absmax = torch.rand(600)
+    for bad in (
+        (scales, nested_absmax[:2], offset, nested_map),
+        (scales, torch.cat([nested_absmax, offset]), offset, nested_map),
+        (scales, nested_absmax.double(), offset, nested_map),
+        (scales.float(), nested_absmax, offset, nested_map),
+        (scales.repeat(2)[::2], nested_absmax, offset, nested_map),
+        (scales, nested_absmax, offset.double(), nested_map),
+        (scales, nested_absmax, offset.repeat(2), nested_map),
+        (scales, nested_absmax, offset, nested_map[:255]),
+        (scales, nested_absmax, offset, nested_map.double()),
+        (scales, nested_absmax, offset, None),
+        (scales, nested_absmax, None, nested_map),
+        (scales, None, None, None),
+        (absmax.double(), None, None, None),
+        (absmax.repeat(2)[::2], None, None, None),
+    ):
+        with pytest.raises(RuntimeError, match="nf4"):
+            torch.ops.minift.nf4_dequantize(torch.empty(1, 600 * 32), quantised.codes, *bad, 32, 0, 0)
+        with pytest.raises(RuntimeError, match="nf4"):
+            torch.ops.minift.nf4_gemv(torch.randn(1, 32), quantised.codes, *bad, 32)
+    for codes in (quantised.codes.float(), quantised.codes.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="codes must be contiguous uint8"):
+            torch.ops.minift.nf4_dequantize(torch.empty(1, 600 * 32), codes, absmax, None, None, None, 32, 0, 0)
+
+
+@pytest.mark.parametrize("n", [65, 95, 96, 97])
+def test_ops_refuse_codes_or_scales_that_lack_one_element(instruction_set, n):
+    """Odd and even lengths, with and without an incomplete block."""
+    codes, absmax = nf4.quantize_nf4(torch.randn(n), 32)
+    for short in ((codes[:-1], absmax), (codes, absmax[:-1])):
+        with pytest.raises(RuntimeError, match="codes or scales end before"):
+            torch.ops.minift.nf4_dequantize(torch.empty(1, n), *short, None, None, None, 32, 0, 0)
+    torch.ops.minift.nf4_dequantize(torch.empty(1, n), codes, absmax, None, None, None, 32, 0, 0)
+
+
+def test_ops_refuse_rows_that_are_not_whole_blocks(instruction_set):
+    codes, absmax = nf4.quantize_nf4(torch.randn(40, 64), 32)
+    for width, start, stride in ((33, 0, 64), (32, 0, 33), (32, 64, -32), (32, 16, 64)):
+        with pytest.raises(RuntimeError, match="nf4_dequantize"):
+            torch.ops.minift.nf4_dequantize(torch.empty(2, width), codes, absmax, None, None, None, 32, start, stride)

@@ -212,3 +212,18 @@ def test_the_op_refuses_tensors_that_do_not_belong_together(instruction_set):
     for width, block_size in ((96, 64), (192, 64), (64, 32)):
         with pytest.raises(RuntimeError, match="nf4_gemv"):
             torch.ops.minift.nf4_gemv(torch.randn(1, width), matrix.codes, *nf4.scale_tensors(matrix), block_size)
+    one_too_many = torch.cat([matrix.codes, matrix.codes[:1]])
+    with pytest.raises(RuntimeError, match="nf4_gemv: codes and scales must be those of a matrix"):
+        torch.ops.minift.nf4_gemv(torch.randn(1, 64), one_too_many, *nf4.scale_tensors(matrix), 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_the_scales_of_an_earlier_matrix(instruction_set, dtype):
+    """Beyond the end of a row x is zero, and zero times a NaN that lies there is none."""
+    poisoned = draw_matrix(torch.Generator().manual_seed(0), (20, 4096), 32, double=False)
+    poisoned.absmax.fill_(torch.nan)
+    for num_inputs in (32, 96, 160, 224, 4096 + 32):
+        matrix = draw_matrix(torch.Generator().manual_seed(1), (5, num_inputs), 32, double=False)
+        for tokens in (1, 2, 4, 8):
+            assert nf4_linear.nf4_linear(torch.ones(tokens, 4096, dtype=dtype), poisoned).isnan().all()
+            assert nf4_linear.nf4_linear(torch.ones(tokens, num_inputs, dtype=dtype), matrix).isfinite().all()
