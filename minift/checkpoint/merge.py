@@ -71,20 +71,21 @@ def merge_adapter(
     sources = base.weights if original_folder is None else _open_original(original_folder, base)
     drifts: list[WeightDrift] = []
 
-    def unmerged(name: str) -> Tensor:
-        """A weight as the target has it before its update, if it has one."""
-        if target != "original":
-            return base.trained_weight(name)
+    def original_weight(name: str) -> Tensor:
         weight = sources.read(name)
-        if sources is not base.weights:
-            base.check_made_from(name, weight, sources.folder)
+        if original_folder is not None:
+            base.check_made_from(name, weight, original_folder)
         return weight
+
+    takes_trained = target != "original" or not base.quantized
+    unmerged = base.trained_weight if takes_trained else original_weight
 
     def merged(name: str, out_dtype: torch.dtype) -> Tensor:
         """The dense W + ΔW, rounded and measured."""
-        written = updates[name].exact_weight(unmerged(name)).to(out_dtype)
         trained = base.trained_weight(name)
-        drifts.append(measure_drift(name, written, updates[name].exact_weight(trained), trained))
+        exact = updates[name].exact_weight(trained)
+        written = (exact if takes_trained else updates[name].exact_weight(unmerged(name))).to(out_dtype)
+        drifts.append(measure_drift(name, written, exact, trained))
         return written
 
     def requantized(projection: str, measure: Callable[[WeightDrift], None]) -> NF4Linear:
@@ -154,7 +155,7 @@ class _Base:
         self.weights.fill(projection, linear, torch.device("cpu"))
         return linear
 
-    def check_made_from(self, name: str, original: Tensor, original_folder: Path) -> None:
+    def check_made_from(self, name: str, original: Tensor, original_folder: str | Path) -> None:
         """ValueError if the weight called `name` is quantized here, and not from `original`."""
         projection = name.removesuffix(".weight")
         if projection not in self.quantized:
