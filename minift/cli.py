@@ -14,6 +14,12 @@ from collections.abc import Sequence
 
 from minift import commands
 
+MERGE_TARGETS = """for an adapter over NF4, what the update is added to. dequantized (default): the 4-bit weights,
+written dense; the model that was trained, rounded once, four times the bytes. original: the weights from before
+quantisation, written dense; often better, but a model that nobody has evaluated yet; needs --original if --model is
+stored in NF4. requantized: the 4-bit weights, the sum rounded to 4 bits again; as small as before, loses much of the
+update."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -76,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter folder")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
+    merge.add_argument("--nf4", action="store_true", help="the adapter was trained over this model in 4 bits (QLoRA)")
+    merge.add_argument("--target", metavar="dequantized|original|requantized", help=MERGE_TARGETS)
+    merge.add_argument("--original", metavar="DIR", help="what a --model in NF4 was quantised from, for that --target")
 
     generate = _add(top, "generate", commands.generate, "answer a prompt")
     _add_assistant(generate)

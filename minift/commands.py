@@ -96,8 +96,18 @@ def quantize(options: Namespace) -> None:
 
 def merge(options: Namespace) -> None:
     from minift.checkpoint.merge import merge_adapter
+    from minift.quant.linear import QuantConfig
 
-    print(merge_adapter(options.model, options.adapter, options.out))
+    report = merge_adapter(
+        options.model,
+        options.adapter,
+        options.out,
+        target=options.target,
+        quant=QuantConfig() if options.nf4 else None,
+        original_folder=options.original,
+    )
+    print(report.table())
+    print(report)
     print(f"wrote {options.out}")
 
 

@@ -1,15 +1,22 @@
 """Merge an adapter into its base model on disk: a PEFT folder and a Hugging Face folder become a Hugging Face folder.
 
-One tensor at a time: W is read, W + ΔW is computed in fp32, rounded once to the output dtype and written. Memory is the
-adapter, and a few copies of the largest weight in fp32; no model is ever built.
+One projection at a time: W is read, W + ΔW is computed in fp32, rounded once to what is written, measured and let go.
+Memory is the adapter, and a few copies of the largest weight in fp32; no model is ever built.
 
 What a merge costs in accuracy is rounding: in bf16 a weight keeps 8 significant bits, and an update smaller than that
 is lost. The report has it for every weight; `peft.drift` defines it, and the three targets that a merge may have if the
-adapter was trained over a quantized base.
+adapter was trained over a quantized base. Here they are files:
+
+    dequantized    a dense folder; every quantized projection becomes dense, adapted or not
+    original       a dense folder; all weights are read from the one that the base was quantized from
+    requantized    an NF4 folder; adapted projections are quantized anew, the others keep their bytes. bitsandbytes
+                   spells the mean of the scales in JSON, so the size of a file depends on its values, and sizes are
+                   needed before anything is written: every sum is computed twice
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +25,20 @@ from torch import Tensor
 
 from minift.checkpoint.adapters import read_config, read_tensors
 from minift.checkpoint.atomic import atomic_folder
-from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.model.hf import load_config, save_model
-from minift.model.weights import WeightReader
+from minift.model.hf import TIED_HEAD, check_weights, load_config, save_model
+from minift.model.weights import TensorSpec, WeightReader
+from minift.ops.nf4 import quantize_nf4
 from minift.peft.adapter import Adapter
 from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, check_target, measure_drift
 from minift.peft.inject import adapter_parameters, adapters, inject
+from minift.quant.bitsandbytes import quantization_config, stored_tensors
+from minift.quant.linear import NF4Linear, QuantConfig
+from minift.quant.weights import QuantWeights, quantize_for
+
+# Another implementation may round the few elements that lie on a threshold, to the last bit, to the other side. The
+# codes of another model, even one trained a little further, differ in more places than this.
+_MOST_DIFFERENT_CODES = 0.01
 
 
 def merge_adapter(
@@ -33,59 +47,166 @@ def merge_adapter(
     out_folder: str | Path,
     dtype: torch.dtype | None = None,
     *,
-    target: MergeTarget = "original",
-    as_trained: Callable[[Tensor], Tensor] | None = None,
+    target: MergeTarget | None = None,
+    quant: QuantConfig | None = None,
+    original_folder: str | Path | None = None,
 ) -> MergeReport:
     """Write the merged model to `out_folder`, which must be new or empty; it appears only when complete.
 
-    dtype: of all weights written; None keeps each one's own.
-    as_trained: what became of a base weight for training, dequantize(quantize(W)), the same shape and dtype; None: it
-        was used as it is. Into this are merged "dequantized" and "requantized", and the latter is passed through it
-        once more: weights that lie on the quantizer's grid, in a dense file.
+    dtype: of all dense weights written; None keeps each one's own, that of before quantization where it was quantized.
+    target: None is "dequantized" over a quantized base, "original" over a dense one, which has no other.
+    quant: how a dense base folder was quantized on its way into training; None: it was not.
+    original_folder: the dense folder from which a base stored in NF4 was made, for the target "original" only. (A dense
+        folder that was quantized on the way is its own.)
 
     ValueError if the adapter does not fit the base (names, shapes), or adapts an LM head whose weight is the
-    embedding's: the format has no place for two different ones.
+    embedding's: the format has no place for two different ones; if the base does not have the target; if
+    `original_folder` is not what the base was quantized from (names, shapes, codes).
     """
-    check_target(target)
-    as_trained = as_trained or (lambda weight: weight)
-    config = load_config(base_folder)
-    reader = WeightReader(base_folder)
-    targets = _load_adapters(config, adapter_folder)
-    if config.tie_word_embeddings and "lm_head.weight" in targets:
+    base = _Base(base_folder, quant)
+    target = _choose_target(target, base, original_folder)
+    updates = base.load_adapters(adapter_folder)
+    if base.config.tie_word_embeddings and TIED_HEAD in updates:
         raise ValueError(f"{adapter_folder} adapts lm_head, whose weight is the embedding's; merging would change both")
-    names = list(reader.names())
-    missing = sorted(targets.keys() - set(names))
-    if missing:
-        raise ValueError(f"{base_folder} lacks {len(missing)} weights that the adapter changes, e.g. {missing[0]}")
-    specs = {name: (dtype or reader.dtype(name), tuple(reader.shape(name))) for name in names}
+    sources = base.weights if original_folder is None else _open_original(original_folder, base)
     drifts: list[WeightDrift] = []
 
-    def merged_tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            tensor, out_dtype = reader.read(name), specs[name][0]
-            if name in targets:
-                trained = as_trained(tensor)
-                exact = targets[name].exact_weight(trained)
-                if target == "original":
-                    merged = targets[name].exact_weight(tensor).to(out_dtype)
-                elif target == "dequantized":
-                    merged = exact.to(out_dtype)
-                else:
-                    merged = as_trained(exact.to(tensor.dtype)).to(out_dtype)
-                drifts.append(measure_drift(name, merged, exact, trained))
-                tensor = merged
-            yield name, tensor.to(out_dtype)
+    def original_weight(name: str) -> Tensor:
+        weight = sources.read(name)
+        if original_folder is not None:
+            base.check_made_from(name, weight, original_folder)
+        return weight
+
+    takes_trained = target != "original" or not base.quantized
+    unmerged = base.trained_weight if takes_trained else original_weight
+
+    def merged(name: str, out_dtype: torch.dtype) -> Tensor:
+        """The dense W + ΔW, rounded and measured."""
+        trained = base.trained_weight(name)
+        exact = updates[name].exact_weight(trained)
+        written = (exact if takes_trained else updates[name].exact_weight(unmerged(name))).to(out_dtype)
+        drifts.append(measure_drift(name, written, exact, trained))
+        return written
+
+    def requantized(projection: str, measure: Callable[[WeightDrift], None]) -> NF4Linear:
+        linear, name = base.filled(projection), f"{projection}.weight"
+        if name not in updates:
+            return linear
+        trained = linear.dense_weight()
+        exact = updates[name].exact_weight(trained)
+        stored = linear.storing(exact)
+        measure(measure_drift(name, stored.dense_weight(), exact, trained))
+        return stored
+
+    again = list(base.quantized) if target == "requantized" else []
+    dense = [name for name in base.names if name.removesuffix(".weight") not in again]
+    specs: dict[str, TensorSpec] = {name: (dtype or sources.dtype(name), base.weights.shape(name)) for name in dense}
+    for projection in again:
+        parts = stored_tensors(projection, requantized(projection, lambda drift: None))
+        specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in dense:
+            yield name, merged(name, specs[name][0]) if name in updates else unmerged(name)
+        for projection in again:
+            yield from stored_tensors(projection, requantized(projection, drifts.append))
 
     with atomic_folder(Path(out_folder)) as temporary:
-        save_model(merged_tensors(), config, temporary, specs, source_folder=base_folder)
+        save_model(
+            tensors(),
+            base.config,
+            temporary,
+            specs,
+            source_folder=base_folder,
+            quantization_config=base.quantization_config() if again else None,
+        )
     return MergeReport(target, tuple(drifts))
 
 
-def _load_adapters(config: ModelConfig, adapter_folder: str | Path) -> dict[str, Adapter]:
-    """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta."""
-    with torch.device("meta"):
-        model = CausalLM(config)
-    inject(model, read_config(adapter_folder))
-    shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
-    model.load_state_dict(read_tensors(adapter_folder, shapes), strict=False, assign=True)
-    return {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
+class _Base:
+    """The folder that an adapter was trained on, and which of its projections were in NF4 then."""
+
+    def __init__(self, folder: str | Path, quant: QuantConfig | None) -> None:
+        self.folder = folder
+        self.config = load_config(folder)
+        self.weights = QuantWeights(folder)
+        with torch.device("meta"):
+            self._model = CausalLM(self.config)
+        check_weights(self.weights, self._model)
+        self.names = [name for name, _ in self._model.named_parameters()]
+        self.quantized = quantize_for(self._model, self.weights, quant)
+        self.is_stored_quantized = bool(self.weights.stored.projections)
+
+    def load_adapters(self, adapter_folder: str | Path) -> dict[str, Adapter]:
+        """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta."""
+        inject(self._model, read_config(adapter_folder))
+        shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(self._model).items()}
+        self._model.load_state_dict(read_tensors(adapter_folder, shapes), strict=False, assign=True)
+        return {f"{name}.weight": adapter for name, adapter in adapters(self._model).items()}
+
+    def trained_weight(self, name: str) -> Tensor:
+        """A weight, dense, as training saw it."""
+        projection = name.removesuffix(".weight")
+        return self.filled(projection).dense_weight() if projection in self.quantized else self.weights.read(name)
+
+    def filled(self, projection: str) -> NF4Linear:
+        """A quantized projection with its bytes, in memory of its own."""
+        linear = copy.deepcopy(self.quantized[projection])  # on meta: copies no bytes
+        self.weights.fill(projection, linear, torch.device("cpu"))
+        return linear
+
+    def check_made_from(self, name: str, original: Tensor, original_folder: str | Path) -> None:
+        """ValueError if the weight called `name` is quantized here, and not from `original`."""
+        projection = name.removesuffix(".weight")
+        if projection not in self.quantized:
+            return
+        linear = self.filled(projection)
+        codes, _ = quantize_nf4(original.to(linear.dtype), linear.block_size)
+        changed_bits = codes ^ linear.codes.data
+        num_different = (changed_bits >> 4 != 0).sum() + (changed_bits & 15 != 0).sum()
+        if num_different > _MOST_DIFFERENT_CODES * linear.numel:
+            raise ValueError(
+                f"{original_folder} is not the model from which {self.folder} was quantized: of {name}, "
+                f"{int(num_different) / linear.numel:.0%} of the 4-bit codes differ"
+            )
+
+    def quantization_config(self) -> dict:
+        """For the config.json of a folder whose projections are stored as this one's were."""
+        first = next(iter(self.quantized.values()))
+        kind = QuantConfig(block_size=first.block_size, double_quant=first.double_quant)
+        return quantization_config(kind, first.dtype)
+
+
+def _choose_target(target: MergeTarget | None, base: _Base, original_folder: str | Path | None) -> MergeTarget:
+    target = target or ("dequantized" if base.quantized else "original")
+    check_target(target)
+    if not base.quantized and target != "original":
+        raise ValueError(
+            f"there is nothing to be {target} in {base.folder}, which is dense: leave the merge target out; or, if the "
+            "adapter was trained over this model in NF4, say so with --nf4"
+        )
+    if target == "original" and base.is_stored_quantized and original_folder is None:
+        raise ValueError(
+            f"{base.folder} is stored in NF4, so merging into its original weights needs the folder of the model from "
+            "which it was quantized: give it with --original, or choose the target dequantized"
+        )
+    if original_folder is not None and not (target == "original" and base.is_stored_quantized):
+        why = f"the target is {target}" if base.is_stored_quantized else f"{base.folder} is dense, its own original"
+        raise ValueError(f"--original is for merging into the original of a model stored in NF4, but {why}")
+    return target
+
+
+def _open_original(folder: str | Path, base: _Base) -> WeightReader:
+    """Its weights, if they are dense and have the names and shapes of the base's."""
+    weights = QuantWeights(folder)
+    if weights.stored.projections:
+        raise ValueError(f"--original {folder} is stored in NF4 itself; give the dense model from which it was made")
+    found = set(weights.names())
+    for name in base.names:
+        shape = weights.shape(name) if name in found else "missing"
+        if shape != base.weights.shape(name):
+            raise ValueError(
+                f"{folder} is not the model from which {base.folder} was quantized: {name} is {shape} in the first and "
+                f"{base.weights.shape(name)} in the second"
+            )
+    return weights

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minift.ops import extension
-from minift.ops.matmul import mm
+from minift.ops.matmul import addmm_, mm
 from minift.ops.nf4 import (
     Nf4,
     dequantize_nf4,
@@ -51,22 +51,27 @@ def nf4_linear(x_TD: Tensor, nf4: Nf4) -> Tensor:
 
 
 @torch.no_grad()
-def nf4_linear_dx(dy_TF: Tensor, nf4: Nf4) -> Tensor:
+def nf4_linear_dx(dy_TF: Tensor, nf4: Nf4, add_to: Tensor | None = None) -> Tensor:
     """dy (T, out) times nf4 (out, in): the gradient dx (T, in) in dy's dtype. Not differentiable.
+
+    add_to: (T, in) in dy's dtype, to which it is added in place, and which is returned. The product is not rounded
+    before it is added, and there is no tensor of its size: a slice at a time goes into add_to.
 
     Slices are columns of W, so each element of dx is one sum in fp32, rounded once. A weight whose rows are not whole
     blocks has no such slices and is dequantised at once.
     """
     num_outputs, num_inputs = _check("nf4_linear_dx", "dy", dy_TF, nf4, dim=0)
     if num_inputs % nf4.block_size:
-        return mm(dy_TF, dequantize_nf4(nf4, dy_TF.dtype).view(num_outputs, num_inputs))
+        weight = dequantize_nf4(nf4, dy_TF.dtype).view(num_outputs, num_inputs)
+        return mm(dy_TF, weight) if add_to is None else addmm_(add_to, dy_TF, weight)
     columns = _slice_width(num_inputs, nf4.block_size, num_outputs * dy_TF.element_size())
-    dx_TD = dy_TF.new_empty(dy_TF.shape[0], num_inputs)
+    dx_TD = dy_TF.new_empty(dy_TF.shape[0], num_inputs) if add_to is None else add_to
     scratch = dy_TF.new_empty(num_outputs * columns)
     for start in range(0, num_inputs, columns):
         width = min(columns, num_inputs - start)
         weight = dequantize_nf4_columns(nf4, start, scratch[: num_outputs * width].view(num_outputs, width))
-        mm(dy_TF, weight, out=dx_TD[:, start : start + width])
+        dx_TS = dx_TD[:, start : start + width]
+        mm(dy_TF, weight, out=dx_TS) if add_to is None else addmm_(dx_TS, dy_TF, weight)
     return dx_TD
 
 

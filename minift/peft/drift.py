@@ -18,6 +18,7 @@ run both models.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -66,28 +67,44 @@ def measure_drift(name: str, merged: Tensor, exact: Tensor, base: Tensor) -> Wei
 
 @dataclass(frozen=True)
 class MergeReport:
-    """One `WeightDrift` per merged weight, in the order of the model or file."""
+    """One `WeightDrift` per merged weight, in the order of the model."""
 
     target: MergeTarget
     drifts: tuple[WeightDrift, ...]
 
+    @property
+    def lost_ratio(self) -> float:
+        """That of all weights together, as if they were one."""
+        norms = [[drift.error_norm for drift in self.drifts], [drift.update_norm for drift in self.drifts]]
+        error_norm, update_norm = (math.hypot(*of_each) for of_each in norms)
+        return WeightDrift("", update_norm, error_norm, 0.0, 0.0).lost_ratio
+
     def __str__(self) -> str:
         """The sum of it, in one line."""
         worst = max(self.drifts, key=lambda drift: drift.lost_ratio)
-        mean = sum(drift.lost_ratio for drift in self.drifts) / len(self.drifts)
         return (
-            f"merged {len(self.drifts)} weights ({self.target}); error / update: mean {mean:.2%}, "
+            f"merged {len(self.drifts)} weights ({self.target}); error / update: overall {self.lost_ratio:.2%}, "
             f"largest {worst.lost_ratio:.2%} ({worst.name})"
         )
 
+    def worst(self) -> list[WeightDrift]:
+        """Of each projection of a block (q_proj, ...), wherever it occurs, the weight that lost most."""
+        worst: dict[str, WeightDrift] = {}
+        for drift in self.drifts:
+            projection = drift.name.removesuffix(".weight").rpartition(".")[2]
+            if projection not in worst or drift.lost_ratio > worst[projection].lost_ratio:
+                worst[projection] = drift
+        return list(worst.values())
+
     def table(self) -> str:
-        """A line for each weight."""
-        width = max(len(drift.name) for drift in self.drifts)
-        lines = [f"{'weight':{width}}  |update|   |error|  error/update  mean error   max error"]
+        """A line for each of `worst`."""
+        rows = self.worst()
+        width = max(len("worst of each projection"), *(len(drift.name) for drift in rows))
+        lines = [f"{'worst of each projection':{width}}  |update|   |error|  error/update  mean error   max error"]
         lines += [
             f"{d.name:{width}}  {d.update_norm:8.2e}  {d.error_norm:8.2e}  {d.lost_ratio:12.2%}  "
             f"{d.mean_error:10.2e}  {d.max_error:10.2e}"
-            for d in self.drifts
+            for d in rows
         ]
         return "\n".join(lines)
 

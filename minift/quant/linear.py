@@ -108,8 +108,7 @@ class NF4Linear(LinearBase):
         return out_NO if self.bias is None else out_NO.add_(self.bias)
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
-        dx_NI = nf4_linear_dx(dy_NO, self.nf4())
-        return dx_NI if add_to_NI is None else add_to_NI.add_(dx_NI)
+        return nf4_linear_dx(dy_NO, self.nf4(), add_to_NI)
 
     def dense_weight(self) -> Tensor:
         return dequantize_nf4(self.nf4(), self.dtype).view(self.out_features, self.in_features)

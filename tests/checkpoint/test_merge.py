@@ -1,4 +1,7 @@
-"""The merged folder against transformers with the adapter on top, and against PEFT's own merge."""
+"""The merged folder against transformers with the adapter on top, and against PEFT's own merge.
+
+Over NF4 bases: test_merge_nf4.py.
+"""
 
 from __future__ import annotations
 
@@ -100,36 +103,6 @@ def test_rounds_once_from_fp32_and_reports_it(folders, tmp_path, base_dtype, out
 def test_lost_ratio_of_an_update_of_zero():
     assert WeightDrift("w", 0.0, 0.0, 0.0, 0.0).lost_ratio == 0.0
     assert WeightDrift("w", 0.0, 0.1, 0.01, 0.05).lost_ratio == float("inf")
-
-
-def test_targets_of_a_merge_over_a_quantized_base(folders, tmp_path):
-    """A quantizer to multiples of 1/8: the written weights by their definition, the drift by its own."""
-    base, adapter, _ = folders()
-
-    def as_trained(weight):
-        return (weight * 8).round() / 8
-
-    before, factors = stored_tensors(base), stored_tensors(adapter)
-    reports = {}
-    for target in ("original", "dequantized", "requantized"):
-        reports[target] = merge_adapter(base, adapter, tmp_path / target, target=target, as_trained=as_trained)
-        ours = stored_tensors(tmp_path / target)
-        for drift in reports[target].drifts:
-            prefix = f"base_model.model.{drift.name.removesuffix('.weight')}"
-            A, B = (factors[f"{prefix}.lora_{factor}.weight"] for factor in "AB")
-            update, original = 6 / A.shape[0] * B @ A, before[drift.name]
-            exact = as_trained(original) + update
-            expected = {"original": original + update, "dequantized": exact, "requantized": as_trained(exact)}[target]
-            torch.testing.assert_close(ours[drift.name], expected, rtol=1e-6, atol=1e-6)
-            error = (expected.double() - exact.double()).abs()
-            assert drift.max_error == pytest.approx(error.max().item(), rel=1e-3, abs=1e-6)
-            assert drift.mean_error == pytest.approx(error.mean().item(), rel=1e-3, abs=1e-6)
-            assert drift.error_norm == pytest.approx(error.norm().item(), rel=1e-3, abs=1e-5)
-            assert drift.update_norm == pytest.approx(update.norm().item(), rel=1e-5)
-    assert all(drift.lost_ratio == 0.0 for drift in reports["dequantized"].drifts)
-    assert all(0 < drift.max_error <= 1 / 16 + 1e-6 for drift in reports["requantized"].drifts)
-    with pytest.raises(ValueError, match="merge target is 'quantized'; valid: dequantized, original, requantized"):
-        merge_adapter(base, adapter, tmp_path / "other", target="quantized")
 
 
 def test_refuses_and_leaves_nothing_behind(folders, tmp_path):

@@ -129,6 +129,28 @@ def test_every_length_of_the_last_block(kernels, remainder):
     assert torch.equal(codes, expected_codes.view(-1)) and torch.equal(absmax, state.absmax)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_both_sides_of_every_threshold(kernels, block_size):
+    """The threshold itself and its neighbours, under scales whose reciprocal is exact and others, where a product with
+    the reciprocal (complete blocks) and a quotient (the last one) fall on different sides."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.cat([torch.tensor([1.0, 0.25, 8.0, 3.0, 0.7]), torch.rand(40, generator=generator) + 0.01])
+    steps = torch.arange(-3, 4, dtype=torch.int32)
+    reciprocal_matters = 0
+    for scale in scales:
+        near = (bits(nf4.THRESHOLDS * scale)[:, None] + steps).view(torch.float32).view(-1)  # 105
+        borders = nf4.THRESHOLDS.repeat_interleave(7)
+        reciprocal_matters += ((near * (1 / scale) > borders) != (near / scale > borders)).sum()
+        parts = [torch.cat([part, scale.expand(1)]) for part in near.split(block_size - 1)]
+        complete = [torch.nn.functional.pad(part, (0, block_size - len(part))) for part in parts]
+        for last in (part[-(block_size - 1) :] for part in parts):  # of odd and of even lengths
+            weight = torch.cat([*complete, last])
+            codes, absmax = nf4.quantize_nf4(weight, block_size)
+            expected_codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+            assert torch.equal(codes, expected_codes.view(-1)) and torch.equal(absmax, state.absmax)
+    assert reciprocal_matters > 100
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
 def test_every_16_bit_pattern(kernels, dtype, block_size):
@@ -180,6 +202,19 @@ def test_nan_and_infinity_are_refused(kernels, dtype, bad, position):
     for function in (nf4.quantize_nf4, nf4.absmax_of):
         with pytest.raises(ValueError, match=f"NaN or an infinity among elements {first} to {first + 63}"):
             function(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_that_is_no_number_is_refused(kernels, dtype):
+    """All NaNs, whatever their sign and payload, and both infinities; in complete blocks and in the last one."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    patterns = patterns[~patterns.isfinite()]
+    assert len(patterns) == 2**16 - len(finite_patterns(dtype))
+    weight = torch.zeros(40, dtype=dtype)
+    for index, pattern in enumerate(patterns):
+        weight.zero_()[index % 40] = pattern
+        with pytest.raises(ValueError, match="NaN or an infinity among elements"):
+            nf4.quantize_nf4(weight, 32)
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, 96, 8192, -64])
@@ -392,3 +427,49 @@ def test_ops_refuse_tensors_that_end_early(instruction_set):
     for shape, start, stride in (((1, 200), -64, 0), ((1, 200), 1, 0), ((1, 200), 64, 0), ((2, 64), 64, 128)):
         with pytest.raises(RuntimeError, match="nf4_dequantize"):
             torch.ops.minift.nf4_dequantize(torch.empty(shape), *arguments, start, stride)
+
+
+def test_ops_refuse_scales_that_do_not_fit(instruction_set):
+    quantised = quantize(torch.randn(600, 32), 32, double=True)
+    scales, nested_absmax, offset, nested_map = nf4.scale_tensors(quantised)
+    absmax = torch.rand(600)
+    for bad in (
+        (scales, nested_absmax[:2], offset, nested_map),
+        (scales, torch.cat([nested_absmax, offset]), offset, nested_map),
+        (scales, nested_absmax.double(), offset, nested_map),
+        (scales.float(), nested_absmax, offset, nested_map),
+        (scales.repeat(2)[::2], nested_absmax, offset, nested_map),
+        (scales, nested_absmax, offset.double(), nested_map),
+        (scales, nested_absmax, offset.repeat(2), nested_map),
+        (scales, nested_absmax, offset, nested_map[:255]),
+        (scales, nested_absmax, offset, nested_map.double()),
+        (scales, nested_absmax, offset, None),
+        (scales, nested_absmax, None, nested_map),
+        (scales, None, None, None),
+        (absmax.double(), None, None, None),
+        (absmax.repeat(2)[::2], None, None, None),
+    ):
+        with pytest.raises(RuntimeError, match="nf4"):
+            torch.ops.minift.nf4_dequantize(torch.empty(1, 600 * 32), quantised.codes, *bad, 32, 0, 0)
+        with pytest.raises(RuntimeError, match="nf4"):
+            torch.ops.minift.nf4_gemv(torch.randn(1, 32), quantised.codes, *bad, 32)
+    for codes in (quantised.codes.float(), quantised.codes.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="codes must be contiguous uint8"):
+            torch.ops.minift.nf4_dequantize(torch.empty(1, 600 * 32), codes, absmax, None, None, None, 32, 0, 0)
+
+
+@pytest.mark.parametrize("n", [65, 95, 96, 97])
+def test_ops_refuse_codes_or_scales_that_lack_one_element(instruction_set, n):
+    """Odd and even lengths, with and without an incomplete block."""
+    codes, absmax = nf4.quantize_nf4(torch.randn(n), 32)
+    for short in ((codes[:-1], absmax), (codes, absmax[:-1])):
+        with pytest.raises(RuntimeError, match="codes or scales end before"):
+            torch.ops.minift.nf4_dequantize(torch.empty(1, n), *short, None, None, None, 32, 0, 0)
+    torch.ops.minift.nf4_dequantize(torch.empty(1, n), codes, absmax, None, None, None, 32, 0, 0)
+
+
+def test_ops_refuse_rows_that_are_not_whole_blocks(instruction_set):
+    codes, absmax = nf4.quantize_nf4(torch.randn(40, 64), 32)
+    for width, start, stride in ((33, 0, 64), (32, 0, 33), (32, 64, -32), (32, 16, 64)):
+        with pytest.raises(RuntimeError, match="nf4_dequantize"):
+            torch.ops.minift.nf4_dequantize(torch.empty(2, width), codes, absmax, None, None, None, 32, start, stride)

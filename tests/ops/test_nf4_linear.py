@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.ops import nf4, nf4_linear
 
@@ -86,6 +87,49 @@ def test_the_input_gradient_is_the_product(
     assert dx.dtype == dtype
     weight = nf4.dequantize_nf4(matrix, torch.float64).view(num_outputs, num_inputs)
     assert_is_product(dx, dy.double(), weight, rounding)
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 5000, nf4_linear.SLICE_BYTES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(property_test, max_examples=15)
+@given(**cases)
+def test_the_input_gradient_added_to_another(
+    draw_tensor, rounding, monkeypatch, slice_bytes, dtype, tokens, num_outputs, num_inputs, block_size, double, seed
+):
+    """Rounded once, after the addition."""
+    monkeypatch.setattr(nf4_linear, "SLICE_BYTES", slice_bytes)
+    generator = torch.Generator().manual_seed(seed)
+    matrix = draw_matrix(generator, (num_outputs, num_inputs), block_size, double)
+    dy = draw_tensor(generator, (tokens, num_outputs), dtype, ["contiguous", "slice of wider rows"][seed % 2])
+    add_to = torch.randn(tokens, num_inputs, generator=generator).to(dtype)
+    before = add_to.double()
+    dx = nf4_linear.nf4_linear_dx(dy, matrix, add_to)
+    assert dx is add_to
+    weight = nf4.dequantize_nf4(matrix, torch.float64).view(num_outputs, num_inputs)
+    exact, absolute = dy.double() @ weight + before, dy.double().abs() @ weight.abs()
+    limit = torch.finfo(dtype).eps / 2 * absolute + rounding(exact, dtype)
+    limit += (num_outputs + 5) * U32 * (absolute + before.abs())
+    limit += 2.0**-25 * dy.double().abs().sum(1, keepdim=True) if dtype == torch.float16 else 0
+    assert ((dx.double() - exact).abs() <= 1.01 * limit).all()
+
+
+def test_the_input_gradient_needs_no_second_tensor_of_its_size(monkeypatch):
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, result.untyped_storage().nbytes())
+            return result
+
+    monkeypatch.setattr(nf4_linear, "SLICE_BYTES", 64 * 24 * 4)
+    matrix = draw_matrix(torch.Generator().manual_seed(0), (24, 256), 64, double=True)
+    dy, add_to = torch.randn(100, 24), torch.zeros(100, 256)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (dy, add_to)}
+    with Sizes() as sizes:
+        nf4_linear.nf4_linear_dx(dy, matrix, add_to)
+    assert 0 < sizes.largest <= nf4_linear.SLICE_BYTES < add_to.nbytes
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 5000, 20000])
@@ -168,3 +212,18 @@ def test_the_op_refuses_tensors_that_do_not_belong_together(instruction_set):
     for width, block_size in ((96, 64), (192, 64), (64, 32)):
         with pytest.raises(RuntimeError, match="nf4_gemv"):
             torch.ops.minift.nf4_gemv(torch.randn(1, width), matrix.codes, *nf4.scale_tensors(matrix), block_size)
+    one_too_many = torch.cat([matrix.codes, matrix.codes[:1]])
+    with pytest.raises(RuntimeError, match="nf4_gemv: codes and scales must be those of a matrix"):
+        torch.ops.minift.nf4_gemv(torch.randn(1, 64), one_too_many, *nf4.scale_tensors(matrix), 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_the_scales_of_an_earlier_matrix(instruction_set, dtype):
+    """Beyond the end of a row x is zero, and zero times a NaN that lies there is none."""
+    poisoned = draw_matrix(torch.Generator().manual_seed(0), (20, 4096), 32, double=False)
+    poisoned.absmax.fill_(torch.nan)
+    for num_inputs in (32, 96, 160, 224, 4096 + 32):
+        matrix = draw_matrix(torch.Generator().manual_seed(1), (5, num_inputs), 32, double=False)
+        for tokens in (1, 2, 4, 8):
+            assert nf4_linear.nf4_linear(torch.ones(tokens, 4096, dtype=dtype), poisoned).isnan().all()
+            assert nf4_linear.nf4_linear(torch.ones(tokens, num_inputs, dtype=dtype), matrix).isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase
+from minift.ops.nf4 import dequantize_nf4
 from minift.peft.adapter import Adapter
 from minift.peft.inject import adapter_parameters, adapters, inject
 from minift.peft.lora import LoraConfig
 from minift.peft.manage import merge_all, unmerge_all
+from minift.quant.linear import NF4Linear, QuantConfig
 
 TOKENS = torch.arange(11) * 3
 
@@ -150,3 +153,87 @@ def test_dense_weight_is_the_effective_weight(tiny_model):
     adapter.merge()
     assert torch.equal(adapter.dense_weight(), unmerged)
     assert adapter.dense_weight().data_ptr() == adapter.base.weight.data_ptr()
+
+
+NF4_CASES = {
+    "seed": st.integers(0, 2**31),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    "quant": st.builds(QuantConfig, block_size=st.sampled_from([32, 64]), double_quant=st.booleans()),
+    "shape": st.sampled_from([(64, 96), (7, 33), (5, 128)]),  # whole rows of blocks; nothing whole; few blocks
+    "has_bias": st.booleans(),
+    "log_scale": st.floats(-4, 1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["dequantized", "original", "requantized"])
+@settings(max_examples=25, deadline=None)
+@given(**NF4_CASES)
+def test_targets_over_nf4(target, seed, dtype, quant, shape, has_bias, log_scale):
+    """In fp64: the written weight W', the drift, x W'ᵀ beside the unmerged forward, and the bits after `unmerge`.
+
+    W' is within half an eps of the sum of W and the update, both rounded to `dtype` or fp32 first (1.01: products of
+    roundings). Merged and unmerged outputs, in fp32, differ by |W' - (W + ΔW)| |x| and the roundings of two sums.
+    """
+    torch.manual_seed(seed)
+    rows, columns = shape
+    original, bias = (torch.randn(shape) / 8).to(dtype), nn.Parameter(torch.randn(rows)) if has_bias else None
+    meta = NF4Linear(columns, rows, False, quant.block_size, quant.double_quant, dtype, torch.device("meta"))
+    meta.bias = bias
+    base = meta.storing(original)
+    adapter = LoraConfig(r=3, alpha=3).wrap("x", base, torch.float32, torch.device("cpu"))
+    nn.init.normal_(adapter.lora_A.weight)
+    nn.init.normal_(adapter.lora_B.weight, std=0.1 * 10.0**log_scale)
+    before = {name: parameter.clone() for name, parameter in adapter.named_parameters()}
+    A, B = adapter.lora_A.weight.double(), adapter.lora_B.weight.double()
+    update, absolute_update = B @ A, B.abs() @ A.abs()
+    W = dequantize_nf4(base.nf4(), torch.float64).view(shape)
+    x = torch.randn(5, columns)
+    unmerged = adapter(x)
+
+    (drift,) = merge_all(nn.Sequential(adapter), target, lambda name: original).drifts
+    merged_base, half_eps, u32 = adapter.base, torch.finfo(dtype).eps / 2, 2.0**-24
+    tiny = 2.0**-25 if dtype == torch.float16 else torch.finfo(torch.float32).tiny  # half a subnormal's spacing
+    onto = original.double() if target == "original" else W
+    exact, slack = onto + update, 6 * u32 * (onto.abs() + absolute_update)
+    slack += half_eps * W.abs() + tiny if target != "original" else 0  # `dense_weight` rounds W
+    if target == "requantized":
+        assert isinstance(merged_base, NF4Linear) and repr(merged_base) == repr(base)
+        written = dequantize_nf4(merged_base.nf4(), torch.float64).view(shape)
+        stored_in_dtype = merged_base.dense_weight().double()
+    else:
+        assert isinstance(merged_base, Linear) and merged_base.weight.dtype == dtype
+        written = stored_in_dtype = merged_base.weight.double()
+        assert ((written - exact).abs() <= 1.01 * (half_eps * exact.abs() + slack) + tiny).all()
+
+    # The report compares weights in `dtype`: W as `dense_weight` has it, and the merged one likewise.
+    W_in_dtype = base.dense_weight().double()
+    error, fp32 = (stored_in_dtype - (W_in_dtype + update)).abs(), 6 * u32 * (W_in_dtype.abs() + absolute_update)
+    assert abs(drift.error_norm - error.norm()) <= fp32.norm()
+    assert abs(drift.update_norm - update.norm()) <= fp32.norm()
+    assert abs(drift.max_error - error.max()) <= fp32.max()
+    assert abs(drift.mean_error - error.mean()) <= fp32.mean()
+
+    if dtype == torch.float32:
+        sums = (columns + 8) * u32 * ((W.abs() + written.abs() + absolute_update) @ x.double().abs().t()).t()
+        sums += 4 * u32 * (0 if bias is None else bias.double().abs())
+        bound = x.double().abs() @ (written - (W + update)).abs().t() + 1.01 * sums
+        assert ((adapter(x).double() - unmerged.double()).abs() <= bound).all()
+
+    adapter.unmerge()
+    assert adapter.base is base and adapter(x).equal(unmerged)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapter.named_parameters())
+
+
+@torch.no_grad()
+def test_requantized_is_the_nearest_on_the_grid_of_the_sum():
+    """Codes and scales are those of bitsandbytes for the fp32 sum."""
+    torch.manual_seed(0)
+    meta = NF4Linear(96, 64, False, 64, True, torch.bfloat16, torch.device("meta"))
+    adapter = LoraConfig(r=3, alpha=3).wrap("x", meta.storing(torch.randn(64, 96)), torch.float32, torch.device("cpu"))
+    for parameter in adapter.lora_A.weight, adapter.lora_B.weight:
+        nn.init.normal_(parameter, std=0.3)
+    exact = adapter.exact_weight(adapter.base.dense_weight())
+    adapter.merge("requantized")
+    codes, state = bnb.quantize_4bit(exact, blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(adapter.base.codes, codes.view(-1)) and torch.equal(adapter.base.scales, state.absmax)
