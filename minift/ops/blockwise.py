@@ -57,8 +57,22 @@ class DynamicMap:
 
 def dynamic_map(signed: bool) -> DynamicMap:
     """The map of first moments (signed) or second moments (unsigned)."""
-    values = _values(signed)
+    values = dynamic_map_values(signed)
     return DynamicMap(values, _buckets(_middles(values), signed))
+
+
+def dynamic_map_values(signed: bool) -> Tensor:
+    """(256,) fp32, ascending: 0 to 6 bits of (decimal) exponent, and the rest of a byte a linear fraction.
+
+    Dettmers 2016, arXiv 1511.04561. Operation for operation what `bitsandbytes.functional.create_dynamic_map` does,
+    because rounding shows.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        ends = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
+        middles = 10.0 ** (decade - 6) * ((ends[:-1] + ends[1:]) / 2.0)
+        values += middles.tolist() + ((-middles).tolist() if signed else [])
+    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def quantize_blockwise(values: Tensor, dynamic_map: DynamicMap) -> tuple[Tensor, Tensor]:
@@ -81,16 +95,6 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, dynamic_map: DynamicMap)
 def _blocks(values: Tensor) -> Tensor:
     """(blocks, BLOCK), the last one filled up with zeros."""
     return torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
-
-
-def _values(signed: bool) -> Tensor:
-    """Operation for operation what `bitsandbytes.functional.create_dynamic_map` does, because rounding shows."""
-    values = [0.0, 1.0]
-    for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
-        middles = 10.0 ** (decade - 6) * ((ends[:-1] + ends[1:]) / 2.0)
-        values += middles.tolist() + ((-middles).tolist() if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def _middles(values: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """The numbers of the NF4 format: csrc/nf4.h is their definition, repeated here for machines without the extension.
 
-Papers: Dettmers et al. 2023, arXiv 2305.14314, appendix E (the codebook); Dettmers 2016, arXiv 1511.04561 (the map).
+Paper: Dettmers et al. 2023, arXiv 2305.14314, appendix E (the codebook). Scales are quantised by the map of 8-bit
+optimizer states (`blockwise.py`).
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from minift.ops.blockwise import dynamic_map_values
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -39,16 +41,5 @@ THRESHOLDS = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2
 
 SMALLEST_DIVISOR = 1e-38  # blocks of smaller numbers are divided by this, as the reciprocal of less would overflow
 
-
-def _dynamic_map() -> Tensor:
-    """Signed 8-bit numbers with 0 to 6 bits of (decimal) exponent and the rest a linear fraction."""
-    magnitudes = []
-    for fraction_bits in range(7):
-        borders = torch.linspace(0.1, 1, 2**fraction_bits + 1)
-        magnitudes.append(10 ** (fraction_bits - 6) * ((borders[:-1] + borders[1:]) / 2))
-    magnitude = torch.cat(magnitudes)
-    return torch.cat((-magnitude, torch.zeros(1), magnitude, torch.ones(1))).sort().values
-
-
-DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP = dynamic_map_values(signed=True)
 """(256,) fp32, ascending: what a byte of double-quantised scales stands for; zero is number 127."""
