@@ -21,17 +21,19 @@ STABLE_TORCH_LIBRARY(minift, m) {
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 
-  // minift/ops/adamw.py. All 1-D; grad_factor: one fp32, or none. key and first: of the random bits of a bf16 master.
+  // minift/ops/adamw.py. All 1-D; wire: gets the new weights too, or none; grad_factor: one fp32, or none. key and
+  // first: of the random bits of a bf16 master.
   m.def(
-      "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad_factor,"
-      " float beta1, float beta2, float eps, float step_size, float keep, int key, int first) -> ()");
+      "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? wire,"
+      " Tensor? grad_factor, float beta1, float beta2, float eps, float step_size, float keep, int key, int first)"
+      " -> ()");
 
   // minift/ops/adamw_8bit.py. As above, with moments as codes and one absmax for every 256 elements.
   m.def(
       "adamw_8bit(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg_codes, Tensor(c!) exp_avg_absmax,"
       " Tensor(d!) exp_avg_sq_codes, Tensor(e!) exp_avg_sq_absmax, Tensor signed_values, Tensor signed_buckets,"
-      " Tensor unsigned_values, Tensor unsigned_buckets, Tensor? grad_factor, float beta1, float beta2, float eps,"
-      " float step_size, float keep, int key, int first) -> ()");
+      " Tensor unsigned_values, Tensor unsigned_buckets, Tensor(f!)? wire, Tensor? grad_factor, float beta1,"
+      " float beta2, float eps, float step_size, float keep, int key, int first) -> ()");
 
   // minift/ops/nf4.py. scales are fp32 per block; or uint8, with nested_absmax, offset and nested_map.
   m.def("nf4_tables() -> (Tensor codebook, Tensor thresholds)");

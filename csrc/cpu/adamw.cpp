@@ -6,8 +6,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <type_traits>
-
 #define MINIFT_KERNELS "adamw_kernels.h"
 #include "for_each_instruction_set.h"
 
@@ -31,38 +29,34 @@ AdamwStep::AdamwStep(const std::optional<Tensor>& factor, double beta1, double b
   grad_factor = *static_cast<const float*>(factor->data_ptr());
 }
 
-void check_master_and_grad(const Tensor& master, const Tensor& grad) {
+void check_weights(const Tensor& master, const Tensor& grad, const std::optional<Tensor>& wire) {
   STD_TORCH_CHECK(master.dim() == 1 && master.is_contiguous() &&
                       (master.scalar_type() == ScalarType::Float || master.scalar_type() == ScalarType::BFloat16),
                   "adamw: master must be 1-D contiguous float32 or bfloat16");
   STD_TORCH_CHECK(grad.dim() == 1 && grad.is_contiguous() && grad.scalar_type() == ScalarType::Float &&
                       grad.size(0) == master.size(0),
                   "adamw: grad must be contiguous float32 of the shape of master");
+  if (!wire.has_value()) return;
+  STD_TORCH_CHECK(wire->dim() == 1 && wire->is_contiguous() && wire->size(0) == master.size(0),
+                  "adamw: wire must be contiguous and of the shape of master");
 }
 
 namespace {
 
 void adamw(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-           const std::optional<Tensor>& grad_factor, double beta1, double beta2, double eps, double step_size,
-           double keep, int64_t key, int64_t first) {
-  check_master_and_grad(master, grad);
+           const std::optional<Tensor>& wire, const std::optional<Tensor>& grad_factor, double beta1, double beta2,
+           double eps, double step_size, double keep, int64_t key, int64_t first) {
+  check_weights(master, grad, wire);
   check_same(exp_avg, grad, "adamw: exp_avg must have the shape and dtype of grad");
   check_same(exp_avg_sq, grad, "adamw: exp_avg_sq must have the shape and dtype of grad");
   STD_TORCH_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(), "adamw: moments must be contiguous");
   AdamwStep step(grad_factor, beta1, beta2, eps, step_size, keep, key, first);
-  const float* g = static_cast<const float*>(grad.data_ptr());
   float* m = static_cast<float*>(exp_avg.data_ptr());
   float* v = static_cast<float*>(exp_avg_sq.data_ptr());
-  auto update = [&](auto* weights) {
-    using T = std::remove_pointer_t<decltype(weights)>;
-    auto* kernel = MINIFT_KERNEL(adamw<T>);
-    parallel_rows(master.size(0), 1, [&](int64_t begin, int64_t end) { kernel(step, weights, g, m, v, begin, end); });
-  };
-  if (master.scalar_type() == ScalarType::Float) {
-    update(static_cast<float*>(master.data_ptr()));
-  } else {
-    update(static_cast<Bf16*>(master.data_ptr()));
-  }
+  dispatch_weights(master, grad, wire, [&](auto weights) {
+    auto* kernel = MINIFT_KERNEL(adamw<decltype(weights)>);
+    parallel_rows(master.size(0), 1, [&](int64_t begin, int64_t end) { kernel(step, weights, m, v, begin, end); });
+  });
 }
 
 }  // namespace

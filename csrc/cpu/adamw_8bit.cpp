@@ -7,8 +7,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <type_traits>
-
 #define MINIFT_KERNELS "adamw_8bit_kernels.h"
 #include "for_each_instruction_set.h"
 
@@ -34,9 +32,9 @@ DynamicMap dynamic_map(const Tensor& values, const Tensor& buckets, int64_t num_
 void adamw_8bit(const Tensor& master, const Tensor& grad, const Tensor& exp_avg_codes, const Tensor& exp_avg_absmax,
                 const Tensor& exp_avg_sq_codes, const Tensor& exp_avg_sq_absmax, const Tensor& signed_values,
                 const Tensor& signed_buckets, const Tensor& unsigned_values, const Tensor& unsigned_buckets,
-                const std::optional<Tensor>& grad_factor, double beta1, double beta2, double eps, double step_size,
-                double keep, int64_t key, int64_t first) {
-  check_master_and_grad(master, grad);
+                const std::optional<Tensor>& wire, const std::optional<Tensor>& grad_factor, double beta1,
+                double beta2, double eps, double step_size, double keep, int64_t key, int64_t first) {
+  check_weights(master, grad, wire);
   int64_t numel = master.size(0), num_blocks = (numel + BLOCK - 1) / BLOCK;
   constexpr const char* CODES = "adamw_8bit: codes must be contiguous uint8 of the shape of master";
   constexpr const char* ABSMAX = "adamw_8bit: absmax must be contiguous float32, one for every 256 elements";
@@ -49,19 +47,12 @@ void adamw_8bit(const Tensor& master, const Tensor& grad, const Tensor& exp_avg_
       dynamic_map(unsigned_values, unsigned_buckets, UNSIGNED_BUCKETS),
   };
   AdamwStep step(grad_factor, beta1, beta2, eps, step_size, keep, key, first);
-  const float* g = static_cast<const float*>(grad.data_ptr());
-  auto update = [&](auto* weights) {
-    using T = std::remove_pointer_t<decltype(weights)>;
-    auto* kernel = MINIFT_KERNEL(adamw_8bit<T>);
+  dispatch_weights(master, grad, wire, [&](auto weights) {
+    auto* kernel = MINIFT_KERNEL(adamw_8bit<decltype(weights)>);
     parallel_rows(num_blocks, BLOCK, [&](int64_t begin, int64_t end) {
-      kernel(step, moments, weights, g, numel, begin, end);
+      kernel(step, moments, weights, numel, begin, end);
     });
-  };
-  if (master.scalar_type() == ScalarType::Float) {
-    update(static_cast<float*>(master.data_ptr()));
-  } else {
-    update(static_cast<Bf16*>(master.data_ptr()));
-  }
+  });
 }
 
 }  // namespace

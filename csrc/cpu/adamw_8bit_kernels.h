@@ -4,10 +4,11 @@
 #include "blockwise_kernels.h"
 
 // `count` elements from `i` on, count <= LANES; the moments go to m and v.
-template <class T>
-static inline __attribute__((always_inline)) void adamw_8bit_lanes(const AdamwStep& step, const QuantizedMoments& moments,
-                                                                   T* master, const float* grad, int64_t i,
-                                                                   int64_t count, float* m, float* v) {
+template <class T, class Wire>
+static inline __attribute__((always_inline)) void adamw_8bit_lanes(const AdamwStep& step,
+                                                                   const QuantizedMoments& moments,
+                                                                   Weights<T, Wire> weights, int64_t i, int64_t count,
+                                                                   float* m, float* v) {
   int64_t block = i / BLOCK;
   uint8_t padded[2][LANES] = {};
   const uint8_t *m_codes = moments.exp_avg + i, *v_codes = moments.exp_avg_sq + i;
@@ -18,34 +19,29 @@ static inline __attribute__((always_inline)) void adamw_8bit_lanes(const AdamwSt
   }
   F32 exp_avg = dequantize(m_codes, moments.exp_avg_absmax[block], moments.signed_map);
   F32 exp_avg_sq = dequantize(v_codes, moments.exp_avg_sq_absmax[block], moments.unsigned_map);
+  adamw_lanes(step, weights, i, count, exp_avg, exp_avg_sq);
   if (count == LANES) {
-    F32 weight = adamw_lanes(step, load(master + i), load(grad + i), exp_avg, exp_avg_sq);
-    store_weights(master + i, weight, step.key, step.first + i);
     store(m, exp_avg);
     store(v, exp_avg_sq);
   } else {
-    T last[LANES];
-    F32 weight = adamw_lanes(step, load(master + i, count), load(grad + i, count), exp_avg, exp_avg_sq);
-    store_weights(last, weight, step.key, step.first + i);
-    __builtin_memcpy(master + i, last, count * sizeof(T));
     store(m, exp_avg, count);
     store(v, exp_avg_sq, count);
   }
 }
 
-// Blocks [begin, end) of `numel` elements; the last one may be shorter.
-template <class T>
-void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, T* master, const float* grad, int64_t numel,
-                int64_t begin, int64_t end) {
+// Blocks [begin, end) of `numel` elements; W is a Weights<T, Wire>; the last one may be shorter.
+template <class W>
+void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, W weights, int64_t numel, int64_t begin,
+                int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     int64_t start = block * BLOCK, count = numel - start < BLOCK ? numel - start : BLOCK, i = 0;
     float m[BLOCK], v[BLOCK];
     for (; i + LANES <= count; i += LANES) {
-      adamw_8bit_lanes(step, moments, master, grad, start + i, LANES, m + i, v + i);
+      adamw_8bit_lanes(step, moments, weights, start + i, LANES, m + i, v + i);
     }
     if (count < BLOCK) {
       for (int64_t k = i; k < BLOCK; ++k) m[k] = v[k] = 0.0f;
-      if (i < count) adamw_8bit_lanes(step, moments, master, grad, start + i, count - i, m + i, v + i);
+      if (i < count) adamw_8bit_lanes(step, moments, weights, start + i, count - i, m + i, v + i);
     }
     moments.exp_avg_absmax[block] = quantize_block<true>(m, count, moments.signed_map, moments.exp_avg + start);
     moments.exp_avg_sq_absmax[block] = quantize_block<false>(v, count, moments.unsigned_map, moments.exp_avg_sq + start);

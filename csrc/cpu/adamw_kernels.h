@@ -11,15 +11,6 @@ static inline __attribute__((always_inline)) F32 square_root(F32 v) {
 #endif
 }
 
-// The moments become those of this step; returns the new weights.
-static inline __attribute__((always_inline)) F32 adamw_lanes(const AdamwStep& step, F32 weight, F32 grad, F32& exp_avg,
-                                                             F32& exp_avg_sq) {
-  grad *= step.grad_factor;
-  exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * grad;
-  exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * grad * grad;
-  return step.keep * weight - step.step_size * (exp_avg / (square_root(exp_avg_sq) + step.eps));
-}
-
 // ---- new weights to memory: fp32 as they are, bf16 rounded stochastically (minift/ops/rounding.py) ----
 
 #include "random_bits.h"
@@ -37,25 +28,52 @@ static inline __attribute__((always_inline)) void store_weights(Bf16* to, F32 we
   __builtin_memcpy(to, &rounded, sizeof rounded);
 }
 
-// Elements [begin, end). `step.first` is the number of element 0.
+// ---- the update ----
+
+// The first `count` <= LANES elements; the other lanes are zero.
 template <class T>
-void adamw(const AdamwStep& step, T* master, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t begin,
-           int64_t end) {
+static inline __attribute__((always_inline)) F32 load_up_to(const T* from, int64_t count) {
+  return count == LANES ? load(from) : load(from, count);
+}
+
+// `count` <= LANES weights from i on, and their moments, which become those of this step.
+template <class T, class Wire>
+static inline __attribute__((always_inline)) void adamw_lanes(const AdamwStep& step, Weights<T, Wire> weights,
+                                                              int64_t i, int64_t count, F32& exp_avg,
+                                                              F32& exp_avg_sq) {
+  F32 grad = step.grad_factor * load_up_to(weights.grad + i, count);
+  exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * grad;
+  exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * grad * grad;
+  F32 old = load_up_to(weights.master + i, count);
+  F32 weight = step.keep * old - step.step_size * (exp_avg / (square_root(exp_avg_sq) + step.eps));
+  if (count == LANES) {
+    store_weights(weights.master + i, weight, step.key, step.first + i);
+    if (weights.wire != nullptr) store_exactly(weights.wire + i, load(weights.master + i));
+  } else {
+    T last[LANES];
+    store_weights(last, weight, step.key, step.first + i);
+    __builtin_memcpy(weights.master + i, last, count * sizeof(T));
+    if (weights.wire == nullptr) return;
+    Wire last_wire[LANES];
+    store_exactly(last_wire, load(last));
+    __builtin_memcpy(weights.wire + i, last_wire, count * sizeof(Wire));
+  }
+}
+
+// Elements [begin, end); W is a Weights<T, Wire>. `step.first` is the number of element 0.
+template <class W>
+void adamw(const AdamwStep& step, W weights, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end) {
   int64_t i = begin;
   for (; i + LANES <= end; i += LANES) {
     F32 m = load(exp_avg + i), v = load(exp_avg_sq + i);
-    F32 weight = adamw_lanes(step, load(master + i), load(grad + i), m, v);
+    adamw_lanes(step, weights, i, LANES, m, v);
     store(exp_avg + i, m);
     store(exp_avg_sq + i, v);
-    store_weights(master + i, weight, step.key, step.first + i);
   }
   if (int64_t left = end - i; left > 0) {
     F32 m = load(exp_avg + i, left), v = load(exp_avg_sq + i, left);
-    F32 weight = adamw_lanes(step, load(master + i, left), load(grad + i, left), m, v);
+    adamw_lanes(step, weights, i, left, m, v);
     store(exp_avg + i, m, left);
     store(exp_avg_sq + i, v, left);
-    T last[LANES];
-    store_weights(last, weight, step.key, step.first + i);
-    __builtin_memcpy(master + i, last, left * sizeof(T));
   }
 }

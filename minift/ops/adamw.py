@@ -3,16 +3,17 @@
     g = f g     m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2     w = keep w - step_size m / (sqrt(v) + eps)
 
 Paper: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, with the bias corrections folded into step_size and
-eps by the caller (`minift/optim/adamw.py`). fp32 inside. A bf16 master is rounded stochastically (`rounding.py`).
+eps by the caller (`minift/optim/adamw.py`). fp32 inside. A bf16 master is rounded stochastically (`rounding.py`). The
+new weights may go to a second place too, in the dtype in which they are sent: that saves a pass over the masters.
 
-Bytes per element that go over the bus: 28 (fp32 master) or 24 (bf16), each of them once. That is all the time it takes,
-as long as nobody goes over the same memory twice: the reference, seven element-wise operations, works on blocks that
-stay in the cache for this reason. On a GPU the reference is also what runs.
+Bytes per element that go over the bus: 28 (fp32 master) or 24 (bf16) and those of the second place, each of them once.
+That is all the time it takes, as long as nobody goes over the same memory twice: the reference, seven element-wise
+operations, works on blocks that stay in the cache for this reason. On a GPU the reference is also what runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """The constants of one step, for weights that are treated alike.
+    """The constants of one step, for weights that are treated alike, in the order in which the ops take them.
 
     eps: already times sqrt(1 - beta2^t).
     step_size: lr sqrt(1 - beta2^t) / (1 - beta1^t).
@@ -43,25 +44,31 @@ class AdamWStep:
     key: int
 
 
-def adamw_(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad_factor: Tensor | None,
-    step: AdamWStep,
-    first: int,
-) -> None:
-    """Update master, exp_avg (m) and exp_avg_sq (v) in place.
+@dataclass(frozen=True)
+class Weights:
+    """A range of weights that is updated. All contiguous.
 
-    master: (n,) fp32 or bf16. grad, exp_avg, exp_avg_sq: (n,) fp32. All contiguous.
-    grad_factor: f, one fp32 on the same device, which the host does not wait for; None: 1.
+    master: (n,) fp32 or bf16; updated in place.
+    grad: (n,) fp32; only read.
     first: number of element 0 within its parameter, for random bits.
+    wire: (n,) fp32, bf16 or fp16, overwritten with the new master, rounded to nearest even as `Tensor.copy_` does; or
+        None.
     """
-    _adamw(
-        master, grad, exp_avg, exp_avg_sq, grad_factor,
-        step.beta1, step.beta2, step.eps, step.step_size, step.keep, step.key, first,
-    )  # fmt: skip
+
+    master: Tensor
+    grad: Tensor
+    first: int = 0
+    wire: Tensor | None = None
+
+
+def adamw_(weights: Weights, exp_avg: Tensor, exp_avg_sq: Tensor, grad_factor: Tensor | None, step: AdamWStep) -> None:
+    """Update weights, exp_avg (m) and exp_avg_sq (v) in place.
+
+    exp_avg, exp_avg_sq: (n,) fp32, contiguous.
+    grad_factor: f, one fp32 on the same device, which the host does not wait for; None: 1.
+    """
+    moments = exp_avg, exp_avg_sq
+    _adamw(weights.master, weights.grad, *moments, weights.wire, grad_factor, *astuple(step), weights.first)
 
 
 def adamw_reference(
@@ -69,39 +76,38 @@ def adamw_reference(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    wire: Tensor | None,
     grad_factor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step_size: float,
-    keep: float,
-    key: int,
-    first: int,
+    *constants: float,
 ) -> None:
-    """`adamw_` in plain PyTorch."""
-    whole = (master, grad, exp_avg, exp_avg_sq)
+    """`adamw_` in plain PyTorch; constants: of an `AdamWStep`, then `first`."""
+    *of_step, first = constants
+    step = AdamWStep(*of_step)
     block = min(BLOCK_ELEMENTS[master.device.type], len(master))
     scratch = torch.empty(block, dtype=torch.float32, device=master.device)
     for start in range(0, len(master), max(block, 1)):
-        w, g, m, v = (tensor[start : start + block] for tensor in whole)
+        here = slice(start, start + block)
+        g, m, v = grad[here], exp_avg[here], exp_avg_sq[here]
         if grad_factor is not None:
             g = torch.mul(g, grad_factor, out=scratch[: len(g)])
-        m.lerp_(g, 1.0 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
-        denominator = torch.sqrt(v, out=scratch[: len(v)]).add_(eps)
-        update_weights_(w, m, denominator, step_size, keep, key, first + start)
+        m.lerp_(g, 1.0 - step.beta1)
+        v.mul_(step.beta2).addcmul_(g, g, value=1.0 - step.beta2)
+        denominator = torch.sqrt(v, out=scratch[: len(v)]).add_(step.eps)
+        update_weights_(master[here], None if wire is None else wire[here], m, denominator, step, first + start)
 
 
 def update_weights_(
-    weights: Tensor, exp_avg: Tensor, denominator: Tensor, step_size: float, keep: float, key: int, first: int
+    master: Tensor, wire: Tensor | None, exp_avg: Tensor, denominator: Tensor, step: AdamWStep, first: int
 ) -> None:
-    """weights (fp32, or bf16 with stochastic rounding) = keep weights - step_size exp_avg / denominator."""
-    wide = weights.float()  # fp32 weights themselves
-    if keep != 1.0:
-        wide.mul_(keep)
-    wide.addcdiv_(exp_avg, denominator, value=-step_size)
-    if weights.dtype == torch.bfloat16:
-        round_stochastically_(weights, wide, random_bits(key, first, len(weights), weights.device))
+    """wire = master = keep master - step_size exp_avg / denominator; a bf16 master with stochastic rounding."""
+    wide = master.float()  # fp32 weights themselves
+    if step.keep != 1.0:
+        wide.mul_(step.keep)
+    wide.addcdiv_(exp_avg, denominator, value=-step.step_size)
+    if master.dtype == torch.bfloat16:
+        round_stochastically_(master, wide, random_bits(step.key, first, len(master), master.device))
+    if wire is not None:
+        wire.copy_(master)
 
 
 def _adamw_fake(*arguments: object) -> None:

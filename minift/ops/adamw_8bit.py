@@ -12,13 +12,13 @@ whole block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 from minift.ops import extension
-from minift.ops.adamw import BLOCK_ELEMENTS, AdamWStep, update_weights_
+from minift.ops.adamw import BLOCK_ELEMENTS, AdamWStep, Weights, update_weights_
 from minift.ops.blockwise import BLOCK, DynamicMap, dequantize_blockwise, quantize_blockwise
 
 
@@ -33,21 +33,19 @@ class QuantizedMoments:
 
 
 def adamw_8bit_(
-    master: Tensor,
-    grad: Tensor,
+    weights: Weights,
     moments: QuantizedMoments,
     signed_map: DynamicMap,
     unsigned_map: DynamicMap,
     grad_factor: Tensor | None,
     step: AdamWStep,
-    first: int,
 ) -> None:
-    """Update master and moments in place; see `adamw_` for the other arguments. The maps are on master's device."""
+    """Update weights and moments in place; `adamw_` says what the rest is. The maps are on the weights' device."""
     _adamw_8bit(
-        master, grad,
+        weights.master, weights.grad,
         moments.exp_avg_codes, moments.exp_avg_absmax, moments.exp_avg_sq_codes, moments.exp_avg_sq_absmax,
-        signed_map.values, signed_map.buckets, unsigned_map.values, unsigned_map.buckets, grad_factor,
-        step.beta1, step.beta2, step.eps, step.step_size, step.keep, step.key, first,
+        signed_map.values, signed_map.buckets, unsigned_map.values, unsigned_map.buckets,
+        weights.wire, grad_factor, *astuple(step), weights.first,
     )  # fmt: skip
 
 
@@ -62,16 +60,14 @@ def adamw_8bit_reference(
     signed_buckets: Tensor,
     unsigned_values: Tensor,
     unsigned_buckets: Tensor,
+    wire: Tensor | None,
     grad_factor: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step_size: float,
-    keep: float,
-    key: int,
-    first: int,
+    *constants: float,
 ) -> None:
-    """`adamw_8bit_` in plain PyTorch. Scratch: fp32 moments, and what quantising takes, of one piece."""
+    """`adamw_8bit_` in plain PyTorch; constants: of an `AdamWStep`, then `first`. Scratch: fp32 moments, and what
+    quantising takes, of one piece."""
+    *of_step, first = constants
+    step = AdamWStep(*of_step)
     signed_map = DynamicMap(signed_values, signed_buckets)
     unsigned_map = DynamicMap(unsigned_values, unsigned_buckets)
     piece = BLOCK_ELEMENTS[master.device.type]
@@ -79,10 +75,11 @@ def adamw_8bit_reference(
     for start in range(0, len(master), piece):
         here, blocks = slice(start, start + piece), slice(start // BLOCK, (start + piece) // BLOCK)
         g = grad[here] if grad_factor is None else grad[here] * grad_factor
-        m = dequantize_blockwise(exp_avg_codes[here], exp_avg_absmax[blocks], signed_map).lerp_(g, 1.0 - beta1)
+        m = dequantize_blockwise(exp_avg_codes[here], exp_avg_absmax[blocks], signed_map).lerp_(g, 1.0 - step.beta1)
         v = dequantize_blockwise(exp_avg_sq_codes[here], exp_avg_sq_absmax[blocks], unsigned_map)
-        v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
-        update_weights_(master[here], m, torch.sqrt(v).add_(eps), step_size, keep, key, first + start)
+        v.mul_(step.beta2).addcmul_(g, g, value=1.0 - step.beta2)
+        denominator = torch.sqrt(v).add_(step.eps)
+        update_weights_(master[here], None if wire is None else wire[here], m, denominator, step, first + start)
         for values, codes, absmax, dynamic_map in (
             (m, exp_avg_codes, exp_avg_absmax, signed_map),
             (v, exp_avg_sq_codes, exp_avg_sq_absmax, unsigned_map),

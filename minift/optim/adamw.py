@@ -13,8 +13,9 @@ Everything is computed in fp32, in one pass over memory (`minift/ops/adamw.py`, 
 rounded stochastically, with random bits that depend on the element and not on the shard (`minift/ops/rounding.py`).
 
 Memory beside master and gradient: 8 bytes per element, with 8-bit moments 2.03 (`moments.py`), on the device or on the
-host (`memory.py`). Not here: the gradient's norm and the cast of the new weights to the wire dtype (fsdp), schedules
-(`schedule.py`), the loss scale (`loss_scaler.py`).
+host (`memory.py`). Where `FlatShard.wire` says where weights are sent from, they are written there in the same pass.
+Not here: the gradient's norm and when weights are sent (fsdp), schedules (`schedule.py`), the loss scale
+(`loss_scaler.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.ops.adamw import AdamWStep
+from minift.ops.adamw import AdamWStep, Weights
 from minift.ops.rounding import stream_key
 from minift.optim.config import OptimConfig
 from minift.optim.memory import Memory, moments_memory
@@ -105,9 +106,12 @@ class AdamW:
         def update_piece(number: int, states: tuple[Tensor, ...]) -> None:
             segment, here = pieces[number]
             first = segment.param_start + here.start - segment.start
-            moments.update(shard.master[here], shard.grad[here], states, grad_factor, steps[segment], first)
+            wire = None if shard.wire is None else shard.wire[here]
+            weights = Weights(shard.master[here], shard.grad[here], first, wire)
+            moments.update(weights, states, grad_factor, steps[segment])
 
         memory.lend([moments.views(segment, here) for segment, here in pieces], update_piece)
+        shard.wire_is_written = shard.wire is not None
 
     def _constants(self, segment: Segment) -> AdamWStep:
         beta1, beta2 = self.config.betas

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minift.ops.adamw import AdamWStep, adamw_
+from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import BLOCK, ZERO_CODES, dynamic_map
 from minift.optim.segments import Segment
@@ -62,16 +62,8 @@ class Moments(Protocol):
         """The state of elements `here` of the shard, a part of `segment`."""
         ...
 
-    def update(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        views: tuple[Tensor, ...],
-        grad_factor: Tensor | None,
-        step: AdamWStep,
-        first: int,
-    ) -> None:
-        """One step, in place, of elements whose state `views` are (or a copy of them elsewhere); see `ops.adamw`."""
+    def update(self, weights: Weights, states: tuple[Tensor, ...], grad_factor: Tensor | None, step: AdamWStep) -> None:
+        """One step, in place, of weights whose `views` are `states` (or a copy of them elsewhere); see `ops.adamw`."""
         ...
 
 
@@ -91,17 +83,8 @@ class Fp32Moments:
     def views(self, segment: Segment, here: slice) -> tuple[Tensor, ...]:
         return tuple(tensor[here] for tensor in self.tensors.values())
 
-    def update(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        views: tuple[Tensor, ...],
-        grad_factor: Tensor | None,
-        step: AdamWStep,
-        first: int,
-    ) -> None:
-        exp_avg, exp_avg_sq = views
-        adamw_(master, grad, exp_avg, exp_avg_sq, grad_factor, step, first)
+    def update(self, weights: Weights, states: tuple[Tensor, ...], grad_factor: Tensor | None, step: AdamWStep) -> None:
+        adamw_(weights, *states, grad_factor, step)
 
 
 class BlockwiseMoments:
@@ -162,19 +145,11 @@ class BlockwiseMoments:
             self.tensors["exp_avg_sq_absmax"][blocks],
         )
 
-    def update(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        views: tuple[Tensor, ...],
-        grad_factor: Tensor | None,
-        step: AdamWStep,
-        first: int,
-    ) -> None:
-        if len(views) == 2:  # a small parameter
-            adamw_(master, grad, *views, grad_factor, step, first)
+    def update(self, weights: Weights, states: tuple[Tensor, ...], grad_factor: Tensor | None, step: AdamWStep) -> None:
+        if len(states) == 2:  # a small parameter
+            adamw_(weights, *states, grad_factor, step)
         else:
-            adamw_8bit_(master, grad, QuantizedMoments(*views), *self._maps, grad_factor, step, first)
+            adamw_8bit_(weights, QuantizedMoments(*states), *self._maps, grad_factor, step)
 
 
 def _is_small(piece: ParamRange) -> bool:

@@ -36,12 +36,17 @@ class FlatShard:
     master: (n,) fp32 or bf16, the weights that the optimizer updates in place; bf16 is rounded stochastically.
     grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into; may be scaled (AdamW's grad_factor).
     ranges: ordered, not overlapping. Elements in no range are padding: zero in `master` and in `grad`.
+    wire: (n,) where its owner sends weights from, in the dtype in which they are sent; the optimizer, which has each
+        weight at hand, writes it there too. None: the owner casts for itself.
+    wire_is_written: set by the optimizer when `wire` holds the master just updated; its owner takes it back.
     """
 
     name: str
     master: Tensor
     grad: Tensor
     ranges: list[ParamRange]
+    wire: Tensor | None = None
+    wire_is_written: bool = False
 
     def __post_init__(self) -> None:
         valid = self.master.dim() == 1 and self.master.dtype in (torch.float32, torch.bfloat16)

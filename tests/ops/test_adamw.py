@@ -6,18 +6,21 @@ v likewise of two positive terms; the quotient adds 4 roundings and half of v's,
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.ops import adamw as module
-from minift.ops.adamw import AdamWStep, adamw_
+from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.rounding import random_bits, round_stochastically_
 
 U = 2.0**-24
 STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-6, step_size=2e-3, keep=1.0 - 3e-4, key=-(2**60) + 7)
 MASTERS = [torch.float32, torch.bfloat16]
+WIRES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.one_of(st.integers(0, 40), st.integers(200, 300))
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -38,14 +41,13 @@ def draw(n, seed, master_dtype):
     return master.to(master_dtype), grad * scale, exp_avg * scale, exp_avg_sq
 
 
-def update(implementation, tensors, factor=None, step=STEP, first=0):
+def update(implementation, tensors, factor=None, step=STEP, first=0, wire=None):
     """The new master, exp_avg and exp_avg_sq."""
     master, grad, exp_avg, exp_avg_sq = (tensor.clone() for tensor in tensors)
     if implementation == "reference":
-        constants = (step.beta1, step.beta2, step.eps, step.step_size, step.keep, step.key)
-        module.adamw_reference(master, grad, exp_avg, exp_avg_sq, factor, *constants, first)
+        module.adamw_reference(master, grad, exp_avg, exp_avg_sq, wire, factor, *astuple(step), first)
     else:
-        adamw_(master, grad, exp_avg, exp_avg_sq, factor, step, first)
+        adamw_(Weights(master, grad, first, wire), exp_avg, exp_avg_sq, factor, step)
     assert torch.equal(grad.view(torch.int32), tensors[1].view(torch.int32))
     return master, exp_avg, exp_avg_sq
 
@@ -110,6 +112,24 @@ def test_a_bf16_master_is_one_of_the_two_neighbours_of_the_fp32_update(implement
     assert (down | (up & (wide != towards_zero))).all() and down.any() and up.any()
 
 
+@pytest.mark.parametrize("wire_dtype", WIRES)
+@pytest.mark.parametrize("master_dtype", MASTERS)
+@property_test
+@given(n=SIZES, seed=st.integers(0, 999), first=st.integers(0, 70))
+def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, master_dtype, wire_dtype, n, seed, first):
+    """Of numbers up to fp16's infinity and down to subnormals of both; and masters and moments are as without it."""
+    master, grad, exp_avg, exp_avg_sq = draw(n, seed, torch.float32)
+    scale = 10.0 ** torch.randint(-44, 7, (n,), generator=torch.Generator().manual_seed(seed))
+    # An update that is small beside the weight: what is written is near `master * scale`.
+    tensors = ((master * scale).to(master_dtype), grad * 0.0, exp_avg * 0.0, exp_avg_sq)
+    wire = torch.full((n + 2,), 7.0, dtype=wire_dtype)
+    actual = update(implementation, tensors, first=first, wire=wire[1:-1])
+    for ours, expected in zip(actual, update(implementation, tensors, first=first), strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(wire[1:-1].view(torch.uint8), actual[0].to(wire_dtype).view(torch.uint8))
+    assert wire[0] == wire[-1] == 7.0
+
+
 @pytest.mark.parametrize("master_dtype", MASTERS)
 def test_a_non_finite_gradient_shows(implementation, master_dtype):
     """Nothing hides it. (An infinite weight is stored as NaN in bf16, see `round_stochastically_`.)"""
@@ -137,8 +157,9 @@ def test_many_threads_give_the_same_bits(instruction_set):
 @pytest.mark.parametrize("factor", [None, torch.tensor(0.5)])
 def test_opcheck(instruction_set, master_dtype, factor):
     tensors = draw(20, 0, master_dtype)
-    arguments = (*tensors, factor, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
-    torch.library.opcheck(torch.ops.minift.adamw.default, arguments)
+    for wire in (None, torch.zeros(20, dtype=torch.float16)):
+        arguments = (*tensors, wire, factor, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
+        torch.library.opcheck(torch.ops.minift.adamw.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +170,14 @@ def test_opcheck(instruction_set, master_dtype, factor):
         (lambda t: t.update(exp_avg=torch.zeros(8, dtype=torch.bfloat16)), "exp_avg must"),
         (lambda t: t.update(exp_avg_sq=torch.zeros(16)[::2]), "moments must be contiguous"),
         (lambda t: t.update(grad_factor=torch.ones(2)), "grad_factor must be"),
+        (lambda t: t.update(wire=torch.zeros(7)), "wire must be"),
+        (lambda t: t.update(wire=torch.zeros(16)[::2]), "wire must be"),
+        (lambda t: t.update(wire=torch.zeros(8, dtype=torch.float64)), "dtype must be"),
     ],
 )
 def test_what_the_kernel_cannot_read_is_refused(instruction_set, spoil, complaint):
-    tensors = {name: torch.zeros(8) for name in ("master", "grad", "exp_avg", "exp_avg_sq")} | {"grad_factor": None}
-    spoil(tensors)
+    t = {name: torch.zeros(8) for name in ("master", "grad", "exp_avg", "exp_avg_sq")}
+    t |= {"grad_factor": None, "wire": None}
+    spoil(t)
     with pytest.raises(RuntimeError, match=complaint):
-        adamw_(*tensors.values(), STEP, 0)
+        adamw_(Weights(t["master"], t["grad"], 0, t["wire"]), t["exp_avg"], t["exp_avg_sq"], t["grad_factor"], STEP)

@@ -6,7 +6,7 @@ border between two codes its code is the neighbour.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import astuple, fields
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.ops import adamw, adamw_8bit
-from minift.ops.adamw import AdamWStep, adamw_
+from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import BLOCK, dequantize_blockwise, dynamic_map, quantize_blockwise
 
@@ -23,6 +23,7 @@ SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
 STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-6, step_size=2e-3, keep=1.0 - 3e-4, key=-(2**60) + 7)
 FORGETFUL = AdamWStep(beta1=0.0, beta2=0.0, eps=1e-6, step_size=0.0, keep=1.0, key=0)
 MASTERS = [torch.float32, torch.bfloat16]
+WIRES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.one_of(st.integers(0, 40), st.integers(240, 900), st.sampled_from([256, 512, 768]))
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,15 +56,15 @@ def decoded(moments):
     )
 
 
-def update(implementation, master, grad, moments, factor=None, step=STEP, first=0):
+def update(implementation, master, grad, moments, factor=None, step=STEP, first=0, wire=None):
     """The new master and moments."""
     master, moments = master.clone(), QuantizedMoments(*(tensor.clone() for tensor in tensors_of(moments)))
     if implementation == "reference":
         maps = (SIGNED.values, SIGNED.buckets, UNSIGNED.values, UNSIGNED.buckets)
-        constants = (step.beta1, step.beta2, step.eps, step.step_size, step.keep, step.key)
-        adamw_8bit.adamw_8bit_reference(master, grad, *tensors_of(moments), *maps, factor, *constants, first)
+        constants = (*astuple(step), first)
+        adamw_8bit.adamw_8bit_reference(master, grad, *tensors_of(moments), *maps, wire, factor, *constants)
     else:
-        adamw_8bit_(master, grad, moments, SIGNED, UNSIGNED, factor, step, first)
+        adamw_8bit_(Weights(master, grad, first, wire), moments, SIGNED, UNSIGNED, factor, step)
     return master, moments
 
 
@@ -112,14 +113,29 @@ def test_weights_are_updated_from_the_decoded_moments(implementation, master_dty
     new_master, after = update(implementation, master, grad, moments, factor)
     exp_avg, exp_avg_sq = decoded(moments)
     if implementation == "reference":
-        constants = (STEP.beta1, STEP.beta2, STEP.eps, STEP.step_size, STEP.keep, STEP.key)
-        adamw.adamw_reference(master, grad, exp_avg, exp_avg_sq, factor, *constants, 0)
+        adamw.adamw_reference(master, grad, exp_avg, exp_avg_sq, None, factor, *astuple(STEP), 0)
     else:
-        adamw_(master, grad, exp_avg, exp_avg_sq, factor, STEP, 0)
+        adamw_(Weights(master, grad), exp_avg, exp_avg_sq, factor, STEP)
     assert torch.equal(new_master, master)
     for ours, exact, bound in zip(decoded(after), (exp_avg, exp_avg_sq), (0.9 / 64, 0.9 / 128), strict=True):
         for ours_block, block in zip(ours.split(BLOCK), exact.split(BLOCK), strict=True):
             assert ((ours_block - block).abs() <= 0.501 * bound * block.abs().max(0, keepdim=True)[0]).all()
+
+
+@pytest.mark.parametrize("wire_dtype", WIRES)
+@pytest.mark.parametrize("master_dtype", MASTERS)
+@property_test
+@given(n=SIZES, seed=st.integers(0, 999))
+def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, master_dtype, wire_dtype, n, seed):
+    """And masters and moments are as without it."""
+    master, grad, moments = draw(n, seed, master_dtype)
+    wire = torch.full((n + 2,), 7.0, dtype=wire_dtype)
+    new_master, after = update(implementation, master, grad, moments, first=3, wire=wire[1:-1])
+    expected_master, expected = update(implementation, master, grad, moments, first=3)
+    assert torch.equal(new_master, expected_master)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(after), tensors_of(expected), strict=True))
+    assert torch.equal(wire[1:-1].view(torch.uint8), new_master.to(wire_dtype).view(torch.uint8))
+    assert wire[0] == wire[-1] == 7.0
 
 
 @pytest.mark.parametrize("master_dtype", MASTERS)
@@ -177,8 +193,9 @@ def test_many_threads_give_the_same_bits(instruction_set):
 def test_opcheck(instruction_set, master_dtype):
     master, grad, moments = draw(300, 0, master_dtype)
     maps = (SIGNED.values, SIGNED.buckets, UNSIGNED.values, UNSIGNED.buckets)
-    arguments = (master, grad, *tensors_of(moments), *maps, None, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
-    torch.library.opcheck(torch.ops.minift.adamw_8bit.default, arguments)
+    for wire in (None, torch.zeros(300, dtype=torch.bfloat16)):
+        arguments = (master, grad, *tensors_of(moments), *maps, wire, None, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
+        torch.library.opcheck(torch.ops.minift.adamw_8bit.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -194,4 +211,4 @@ def test_what_the_kernel_cannot_read_is_refused(instruction_set, spoil, complain
     named = {field.name: getattr(moments, field.name) for field in fields(moments)}
     spoil(named)
     with pytest.raises(RuntimeError, match=complaint):
-        adamw_8bit_(master, grad, QuantizedMoments(**named), SIGNED, UNSIGNED, None, STEP, 0)
+        adamw_8bit_(Weights(master, grad), QuantizedMoments(**named), SIGNED, UNSIGNED, None, STEP)
