@@ -89,6 +89,7 @@ def train_step(
     if scaler is not None:
         scaler.update(result.was_skipped)
     if not math.isfinite(result.loss) or not (math.isfinite(norm) or result.was_skipped):
+        engine.weights_changed()  # those that were updated in backward
         engine.clear_gradients()
         raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
     if early is None and not result.was_skipped:

@@ -180,6 +180,41 @@ def test_a_loss_that_is_no_number_stops_all_ranks() -> None:
     run_ranks(2, infinite_loss)
 
 
+def restored_after_a_failure(world: World) -> tuple[float, float]:
+    """The loss before a step that fails when backward has updated weights, and after those have been written back."""
+    model = CausalLM(ModelConfig.from_hf(CONFIG))
+    model.init_weights(seed=3)
+    recorder, policy = Recorder(world.rank, world.device), ShardPolicy(strategy="zero2", step_in_backward=True)
+    engine = shard(model, model.shard_units(), world, policy, Precision(), recorder)
+    optimizer = AdamW(engine.trainable_shards(), OptimConfig(lr=0.01, max_grad_norm=None))
+    masters = [flat_shard.master for flat_shard in optimizer.shards]
+    initial = [master.clone() for master in masters]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(SupervisedTokens()(model, batch([world.rank], 0)).loss_sum)
+
+    before = loss()
+    for master in masters:
+        master.fill_(math.nan)
+    engine.weights_changed()
+    with pytest.raises(NonFiniteError):
+        train_step(
+            model, engine, optimizer, SupervisedTokens(), [batch([world.rank], 0)],
+            lr_scale=1.0, max_grad_norm=None, scaler=None, recorder=recorder,
+        )  # fmt: skip
+    for master, values in zip(masters, initial, strict=True):
+        master.copy_(values)
+    engine.weights_changed()
+    return before, loss()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_that_a_failed_step_updated_can_be_written_back(world_size: int) -> None:
+    for before, after in run_ranks(world_size, restored_after_a_failure):
+        assert before == after
+
+
 def cleared_before_backward(world: World, strategy: str) -> str:
     model = CausalLM(ModelConfig.from_hf(CONFIG))
     model.init_weights(seed=3)

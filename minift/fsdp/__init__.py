@@ -18,7 +18,8 @@ Follow one weight W of one block through a step on N ranks (strategy zero3; `pol
    buffer begins (a sum, never a mean: the loss was divided by the global weight), and the gathered buffer is freed.
    While the next two blocks go backward, this rank's chunk is added up into the fp32 gradient shard.
 7. `clip` takes the global norm from the shards, the optimizer updates the fp32 master shard in place, and the next
-   gather (2) sends the new values.
+   gather (2) sends the new values. Of units that are always gathered in the same place (the root; all blocks but in
+   zero3) it writes them there too, and nothing is left to cast.
 
 Per step a block costs two all-gathers and one reduce-scatter of its trainable part (the last block one all-gather: it
 ends the forward and begins the backward). Per rank it holds 1/N of parameters, gradients and optimizer state, plus a

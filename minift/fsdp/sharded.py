@@ -71,8 +71,8 @@ class ShardedModel:
         groups = assign_parameters(module, unit_modules)
         buckets = {group.name: self._make_buckets(group, precision) for group in groups}
         self.units = self._make_units(groups, buckets)
-        self._has_live_weights = any(bucket.resident and bucket.trainable for bucket in self.buckets)
-        """Whether updates of one rank are seen by others at once, so that they must not read meanwhile."""
+        self._has_live_weights = any(bucket.is_updated_in_place for bucket in self.buckets)
+        """Whether updates of one rank may be seen by others at once, so that they must not read meanwhile."""
         self.hooks = Hooks(self.units, policy.prefetch_units, recorder, self._meet_around_update)
         self._share_loaded()
 
@@ -104,16 +104,17 @@ class ShardedModel:
         self._meet()
         for bucket in self.buckets:
             bucket.load(read)
-        self.hooks.free_updated()
+        self._drop_copies()
         self._share_loaded()
 
     def weights_changed(self) -> None:
-        """To be called after masters were written: by an optimizer, from a checkpoint. Collective.
+        """To be called after masters were written: by an optimizer, from a checkpoint; after each, not after both.
+        Collective.
 
         Masters may be written when a backward has ended that completed the gradients of the step, or at the start: then
         no rank is reading them.
         """
-        self.hooks.free_updated()
+        self._drop_copies()
         self._meet_around_update()
 
     def full_tensors(self, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +157,7 @@ class ShardedModel:
         """
         self.hooks.reset()
         self.clear_gradients()
-        self._meet_around_update()
+        self.weights_changed()
 
     # Memory #
 
@@ -299,6 +300,12 @@ class ShardedModel:
     def _reduce_ring(self, count: int, num_bytes: int, scratch: Tensor | None = None) -> Ring:
         buffers = self._links.reduce.reduce_buffers(count, num_bytes)
         return Ring("gradients", buffers, num_bytes, self._links.recorder, scratch)
+
+    def _drop_copies(self) -> None:
+        """The masters have changed: forget what was gathered, and cast copies unless an update has renewed them."""
+        self.hooks.free_updated()
+        for bucket in self.buckets:
+            bucket.masters_changed()
 
     def _meet_around_update(self) -> None:
         """Before and after updates are seen by other ranks that might be reading."""

@@ -12,6 +12,7 @@ Gradients go their own way beside it, because a reduction outlives the gathered 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +140,10 @@ class Unit:
         self.reduce_ring = reduce_ring
         self._links = links
         self._to_gather = [bucket for bucket in buckets if not bucket.resident]
+        if keep is not Keep.UNTIL_FORWARD_ENDS and self._to_gather:  # it has a ring of its own, of one buffer
+            (buffer,) = gather_ring.buffers
+            for bucket, memory in self._pieces(buffer):
+                bucket.settle_in(memory)
         self.keeps_full_grads = any(bucket.keeps_full_grads for bucket in self.trainable)
         self.pending_backwards = 0
         """Forwards since the last backward, that a backward may still go through."""
@@ -171,13 +176,17 @@ class Unit:
         self._buffer = self.gather_ring.acquire()
         with self._links.gather_lane.run():
             started = self._links.recorder.mark()
-            fulls, offset = [], 0
-            for bucket in self._to_gather:
-                fulls.append(bucket.place(self._buffer.memory[offset : offset + bucket.gather_bytes]))
-                offset += aligned(bucket.gather_bytes)
+            fulls = [bucket.place(memory) for bucket, memory in self._pieces(self._buffer)]
             self._gathering = self._links.gather.all_gather(self._buffer, fulls)
             self._gather_time = started, self._links.gather_lane.clock(self._links.recorder)
         self._gather_mark = self._links.gather_lane.mark()
+
+    def _pieces(self, buffer: Buffer) -> Iterator[tuple[Bucket, Tensor]]:
+        """Where in `buffer` each bucket is gathered."""
+        offset = 0
+        for bucket in self._to_gather:
+            yield bucket, buffer.memory[offset : offset + bucket.gather_bytes]
+            offset += aligned(bucket.gather_bytes)
 
     def wait_gather(self) -> None:
         """Parameters become readable."""

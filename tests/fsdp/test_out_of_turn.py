@@ -210,12 +210,12 @@ def test_a_unit_may_be_called_root() -> None:
 # Ranks that drift apart #
 
 
-def three_ones(world: World, precision) -> tuple[nn.Module, ShardedModel]:
+def three_ones(world: World, precision, policy) -> tuple[nn.Module, ShardedModel]:
     """Three 4 x 4 unit matrices: ones in, ones out."""
     model = nn.Sequential(*(Linear(4, 4) for _ in range(3)))
     for block in model:
         nn.init.eye_(block.weight)
-    return model, shard(model, list(model), world, ShardPolicy(), precision)
+    return model, shard(model, list(model), world, policy, precision)
 
 
 def sleep_in(model: nn.Module, world: World, slow_rank: int):
@@ -226,14 +226,18 @@ def sleep_in(model: nn.Module, world: World, slow_rank: int):
 
 
 def add_one(engine: ShardedModel) -> None:
+    """As an optimizer does it."""
     for flat_shard in engine.trainable_shards():
         flat_shard.master.add_(1.0)
+        if flat_shard.wire is not None:
+            flat_shard.wire.copy_(flat_shard.master)
+            flat_shard.wire_is_written = True
     engine.weights_changed()
 
 
-def forward_before_the_update(world: World, precision) -> tuple[float, float]:
+def forward_before_the_update(world: World, precision, policy) -> tuple[float, float]:
     """backward, an evaluation that takes one rank long, the update, an evaluation."""
-    model, engine = three_ones(world, precision)
+    model, engine = three_ones(world, precision, policy)
     model(torch.ones(1, 4)).sum().backward()
     hook = sleep_in(model, world, slow_rank=1)
     with torch.no_grad():
@@ -243,8 +247,8 @@ def forward_before_the_update(world: World, precision) -> tuple[float, float]:
         return float(before), float(model(torch.ones(1, 4)).mean())
 
 
-def forward_after_a_slow_update(world: World, precision) -> float:
-    model, engine = three_ones(world, precision)
+def forward_after_a_slow_update(world: World, precision, policy) -> float:
+    model, engine = three_ones(world, precision, policy)
     model(torch.ones(1, 4)).sum().backward()
     time.sleep(SLOW_S if world.rank == 1 else 0.0)
     add_one(engine)
@@ -252,8 +256,8 @@ def forward_after_a_slow_update(world: World, precision) -> float:
         return float(model(torch.ones(1, 4)).mean())
 
 
-def forward_before_a_load(world: World, precision) -> tuple[float, float]:
-    model, engine = three_ones(world, precision)
+def forward_before_a_load(world: World, precision, policy) -> tuple[float, float]:
+    model, engine = three_ones(world, precision, policy)
     hook = sleep_in(model, world, slow_rank=1)
     with torch.no_grad():
         before = model(torch.ones(1, 4)).mean()
@@ -262,12 +266,21 @@ def forward_before_a_load(world: World, precision) -> tuple[float, float]:
         return float(before), float(model(torch.ones(1, 4)).mean())
 
 
-@pytest.mark.parametrize("precision", [FP32, NARROW_MASTERS], ids=["resident", "gathered"])
-def test_no_rank_reads_weights_that_another_is_writing(precision) -> None:
+@pytest.mark.parametrize(
+    ("precision", "policy"),
+    [
+        (FP32, ShardPolicy()),
+        (NARROW_MASTERS, ShardPolicy()),
+        (NARROW_MASTERS, ShardPolicy(strategy="zero2")),
+        (NARROW_MASTERS, ShardPolicy(reshard_after_forward=False)),
+    ],
+    ids=["resident", "gathered", "kept until the update", "kept until backward"],
+)
+def test_no_rank_reads_weights_that_another_is_writing(precision, policy) -> None:
     """(I + 1)³ of ones is 5³; (2 · 1)³ of ones is 8³."""
-    assert run_ranks(2, forward_before_the_update, precision) == [(1.0, 125.0)] * 2
-    assert run_ranks(2, forward_after_a_slow_update, precision) == [125.0] * 2
-    assert run_ranks(2, forward_before_a_load, precision) == [(1.0, 512.0)] * 2
+    assert run_ranks(2, forward_before_the_update, precision, policy) == [(1.0, 125.0)] * 2
+    assert run_ranks(2, forward_after_a_slow_update, precision, policy) == [125.0] * 2
+    assert run_ranks(2, forward_before_a_load, precision, policy) == [(1.0, 512.0)] * 2
 
 
 def resident_without_room(world: World, case: Case) -> tuple[set[bool], dict[str, Tensor]]:
