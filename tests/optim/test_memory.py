@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import errno
+import mmap
 import os
 import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,21 +40,28 @@ def resident_bytes(tensor: torch.Tensor) -> int:
     raise AssertionError("the tensor is in no mapping")
 
 
-def page_out(tensor: torch.Tensor) -> None:
+@pytest.fixture
+def page_out() -> Callable[[torch.Tensor], None]:
     """What the kernel does when memory is short: write the pages back and take them away."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as probe:
+        try:
+            probe.madvise(MADV_PAGEOUT)
+        except OSError as error:
+            pytest.skip(f"this kernel cannot page out on request ({error})")
     libc = ctypes.CDLL(None, use_errno=True)
-    address, length = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
-    for failed in (libc.msync(address, length, MS_SYNC), libc.madvise(address, length, MADV_PAGEOUT)):
-        if failed:
-            code = ctypes.get_errno()
-            if code == errno.EINVAL:
-                pytest.skip("this kernel cannot page out on request")
-            raise OSError(code, os.strerror(code))
+
+    def page_out(tensor: torch.Tensor) -> None:
+        address, length = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        for failed in (libc.msync(address, length, MS_SYNC), libc.madvise(address, length, MADV_PAGEOUT)):
+            if failed:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    return page_out
 
 
 @states
-def test_moments_leave_memory_between_steps_and_no_bit_changes(state: str) -> None:
-    """8 MiB of weights. A spike of memory is simulated by what it makes the kernel do, after every step."""
+def test_moments_leave_memory_between_steps_and_no_bit_changes(state: str, page_out) -> None:
+    """8 MiB of weights. After every step the kernel does what a spike of memory makes it do."""
     n = 1 << 21
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, generator=generator)
@@ -72,6 +82,57 @@ def test_moments_leave_memory_between_steps_and_no_bit_changes(state: str) -> No
                 assert resident_bytes(tensor) <= tensor.nbytes // 20
     assert torch.equal(shards[0].master, shards[1].master)
     for what, tensor in resident.state_dict()["s"].items():
+        assert torch.equal(tensor, paged.state_dict()["s"][what])
+
+
+MIB = 1 << 20
+SPIKE_BYTES = 128 * MIB
+WEIGHTS = 9 << 20  # 36 MiB a tensor in fp32: more than what malloc ever keeps when it is freed
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Private memory beyond what the process has now; what the kernel can write back to a file does not count."""
+    status = Path("/proc/self/status").read_text()
+    now = int(re.search(r"VmData:\s+(\d+) kB", status).group(1)) << 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def spike() -> None:
+    """Raises RuntimeError if there is no memory for it."""
+    torch.ones(SPIKE_BYTES, dtype=torch.uint8)  # every page is written
+
+
+def steps_with(shard: FlatShard, start: torch.Tensor, config: OptimConfig, between_steps) -> AdamW:
+    shard.master.copy_(start)
+    optimizer = AdamW([shard], config)
+    for number in range(2):
+        torch.randn(shard.grad.shape, generator=torch.Generator().manual_seed(number), out=shard.grad)
+        optimizer.step(1.0)
+        between_steps()
+    return optimizer
+
+
+@states
+def test_a_spike_that_leaves_no_room_for_resident_moments(state: str) -> None:
+    """There is memory for the spike and half of the fp32 moments. With paged ones the steps are the same to the bit."""
+    start = torch.randn(WEIGHTS, generator=torch.Generator().manual_seed(9))
+    shard = FlatShard("s", start.clone(), torch.zeros(WEIGHTS), [ParamRange("w", 0, WEIGHTS, 0, (WEIGHTS,))])
+    config = {"lr": 1e-2, "state": state}
+    resident = steps_with(shard, start, OptimConfig(**config), spike)
+    exact = shard.master.clone(), resident.state_dict()["s"]
+    with room_for(SPIKE_BYTES + 4 * WEIGHTS):
+        paged = steps_with(shard, start, OptimConfig(**config, paged=True), spike)
+        assert torch.equal(shard.master, exact[0])
+        if state == "fp32":
+            with pytest.raises(RuntimeError, match="allocate memory"):
+                steps_with(shard, start, OptimConfig(**config), spike)
+    for what, tensor in exact[1].items():
         assert torch.equal(tensor, paged.state_dict()["s"][what])
 
 
