@@ -4,9 +4,11 @@
     python benchmarks/optimizer.py --threads 2 --rounds 15
 
 torch.optim.AdamW(fused=True), which is PyTorch's best on a CPU, minift's AdamW with fp32 and 8-bit moments, resident
-and paged, with fp32 and bf16 masters, and bitsandbytes' AdamW8bit. First all of them take the same three steps and must
-end within what their number formats allow of torch. Then they are timed in turns, so that other load on the machine
-meets all; ratios are medians of torch's time over theirs in the same round. Prints a table, and one line of JSON last.
+and paged, with fp32 and bf16 masters, and bitsandbytes' AdamW8bit. First all of them take the same three steps and
+must end within what their number formats allow of torch; paged ones and those with a wire must be equal to the bit.
+Then they are timed in turns, so that other load on the machine meets all; ratios are medians of torch's time over
+theirs in the same round. "wire" is the bf16 copy from which weights are gathered: written in the same pass, or by a
+cast afterwards. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Variant:
     weights: Tensor
     state_bytes: int
     bound: float
+    wire: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,24 @@ class Result:
     state_bytes_per_weight: float
 
 
-def minift_variant(name: str, start: Tensor, grad: Tensor, master: torch.dtype, bound: float, **config) -> Variant:
+def minift_variant(
+    name: str, start: Tensor, grad: Tensor, master: torch.dtype, bound: float, wire: str = "none", **config
+) -> Variant:
+    """wire: "none"; "fused", written by the update; or "cast", after it."""
     n = len(start)
-    shard = FlatShard("all", start.to(master), grad, [ParamRange("w", 0, n, 0, (n,))])
+    shard = FlatShard("all", start.to(master, copy=True), grad, [ParamRange("w", 0, n, 0, (n,))])
+    copy = None if wire == "none" else torch.zeros(n, dtype=torch.bfloat16)
     optimizer = AdamW([shard], OptimConfig(lr=LR, weight_decay=DECAY, no_decay=(), **config))
     state_bytes = sum(tensor.nbytes for tensor in optimizer.state_dict()["all"].values())
-    return Variant(name, lambda: optimizer.step(1.0, grad_factor=0.5), shard.master, state_bytes, bound)
+
+    def step() -> None:
+        optimizer.step(1.0, grad_factor=0.5)
+        if wire == "cast":
+            copy.copy_(shard.master)
+
+    if wire == "fused":
+        shard.wire = copy
+    return Variant(name, step, shard.master, state_bytes, bound, copy)
 
 
 def other_variant(name: str, start: Tensor, grad: Tensor, bound: float, make: Callable, state_bytes: int) -> Variant:
@@ -76,8 +91,13 @@ def make_variants(n: int) -> list[Variant]:
         minift_variant("fp32", start, grad, fp32, 1e-3, state="fp32"),
         minift_variant("fp32, paged", start, grad, fp32, 1e-3, state="fp32", paged=True),
         # One rounding is at most 2^-7 of a weight; three updates move it by 0.003.
+        minift_variant("fp32, wire cast after", start, grad, fp32, 1e-3, "cast", state="fp32"),
+        minift_variant("fp32, wire fused", start, grad, fp32, 1e-3, "fused", state="fp32"),
         minift_variant("fp32, bf16 master", start, grad, bf16, 3.0, state="fp32"),
         minift_variant("8bit", start, grad, fp32, 0.05, state="8bit"),
+        minift_variant("8bit, paged", start, grad, fp32, 0.05, state="8bit", paged=True),
+        minift_variant("8bit, wire cast after", start, grad, fp32, 0.05, "cast", state="8bit"),
+        minift_variant("8bit, wire fused", start, grad, fp32, 0.05, "fused", state="8bit"),
         minift_variant("8bit, bf16 master", start, grad, bf16, 3.0, state="8bit"),
         other_variant("bitsandbytes 8bit", start, grad, 0.05, bitsandbytes.optim.AdamW8bit, 2 * n + 8 * (n // 256)),
     ]
@@ -90,9 +110,15 @@ def check(variants: list[Variant]) -> None:
         for _ in range(EQUAL_STEPS):
             variant.step()
     moved = (variants[0].weights - start).norm()
+    assert moved > 0
     for variant in variants:
         distance = ((variant.weights.float() - variants[0].weights).norm() / moved).item()
         assert distance <= variant.bound, f"{variant.name}: {distance:.1e} of the way from torch"
+        assert variant.wire is None or torch.equal(variant.wire, variant.weights.bfloat16()), variant.name
+    by_name = {variant.name: variant for variant in variants}
+    for state in ("fp32", "8bit"):
+        for other in ("paged", "wire cast after", "wire fused"):
+            assert torch.equal(by_name[state].weights, by_name[f"{state}, {other}"].weights), f"{state}, {other}"
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -125,8 +151,23 @@ def main() -> None:
             f"{result.name:22}{result.seconds * 1e3:8.0f}{result.gparams_per_second:12.2f}{result.speedup:9.2f}x"
             f"{result.state_bytes_per_weight:9.2f}"
         )
+    column = {variant.name: [row[index] for row in times] for index, variant in enumerate(variants)}
+
+    def ratio(slow: str, fast: str) -> float:
+        return statistics.median(a / b for a, b in zip(column[slow], column[fast], strict=True))
+
+    ratios = {
+        "torch_fused_over_fp32": ratio("torch fused", "fp32"),
+        "bitsandbytes_over_8bit": ratio("bitsandbytes 8bit", "8bit"),
+        "cast_after_over_wire_fused_fp32": ratio("fp32, wire cast after", "fp32, wire fused"),
+        "cast_after_over_wire_fused_8bit": ratio("8bit, wire cast after", "8bit, wire fused"),
+        "paged_over_resident_fp32": ratio("fp32, paged", "fp32"),
+        "paged_over_resident_8bit": ratio("8bit, paged", "8bit"),
+    }
     settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
-    print(json.dumps({"benchmark": "optimizer", **settings, "results": [asdict(result) for result in results]}))
+    settings["bitsandbytes"] = bitsandbytes.__version__
+    rows = [asdict(result) for result in results]
+    print(json.dumps({"benchmark": "optimizer", **settings, "ratios": ratios, "results": rows}))
 
 
 if __name__ == "__main__":
