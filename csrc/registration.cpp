@@ -21,6 +21,14 @@ STABLE_TORCH_LIBRARY(minift, m) {
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 
+  // minift/ops/attention.py. Bounds are int32; lse (T, H) is fp32. Backward takes what forward returned.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor q_bounds, Tensor kv_bounds, int? window)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor q_bounds,"
+      " Tensor kv_bounds, int? window) -> (Tensor dq, Tensor dk, Tensor dv)");
+
   // minift/ops/adamw.py. All 1-D; wire: gets the new weights too, or none; grad_factor: one fp32, or none. key and
   // first: of the random bits of a bf16 master.
   m.def(
