@@ -3,23 +3,24 @@
 H query heads share K key/value heads (query head h uses key head h // (H/K)); sliding windows throughout.
 
 Training and prefill: on CUDA in half precision PyTorch's variable-length flash attention, elsewhere
-blocked_attention.py. Decoding: one fused call for all sequences.
+minift/ops/attention.py. Decoding: one fused call for all sequences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.model.blocked_attention import BlockedAttention
 from minift.model.cache import Append
 from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
 from minift.model.linear import Linear, project
 from minift.model.norm import RMSNorm
+from minift.ops.attention import causal_attention
 from minift.ops.rope import apply_rope
 
 # torch 2.12 made grouped queries an option one must ask for; 2.11 has no such option and simply handles them.
@@ -88,8 +89,7 @@ def packed_attention(
             q_THE, k_TKE, v_TKE, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             window_size=(lookback, 0), **GROUPED_QUERIES,
         )  # fmt: skip
-    bounds = cu_seqlens.tolist()
-    return BlockedAttention.apply(q_THE, k_TKE, v_TKE, bounds, bounds, window)
+    return causal_attention(q_THE, k_TKE, v_TKE, cu_seqlens, cu_seqlens, window)
 
 
 def _cached_attention(
@@ -105,8 +105,8 @@ def _cached_attention(
         return decode_attention(q_THE, keys_BLKE[:, :longest], values_BLKE[:, :longest], append.lengths_B, window)
     k = torch.cat([row[:length] for row, length in zip(keys_BLKE, lengths, strict=True)])
     v = torch.cat([row[:length] for row, length in zip(values_BLKE, lengths, strict=True)])
-    kv_bounds = [sum(lengths[:row]) for row in range(len(lengths) + 1)]
-    return BlockedAttention.apply(q_THE, k, v, packing.cu_seqlens.tolist(), kv_bounds, window)
+    kv_bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=k.device)
+    return causal_attention(q_THE, k, v, packing.cu_seqlens, kv_bounds, window)
 
 
 def decode_attention(

@@ -1,0 +1,91 @@
+"""Causal attention over packed documents, forward and backward, with grouped queries and a sliding window.
+
+    s = q kᵀ / √E     p = softmax of the visible s     out = p v     lse = log Σ e^s
+    dv = pᵀ dout      ds = p (dout vᵀ - Σ_e dout out)  dq = ds k / √E      dk = dsᵀ q / √E
+
+Paper: Dao et al. 2022, arXiv 2205.14135: blocks of keys with online softmax (algorithm 1), p from lse in backward
+instead of another softmax (algorithm 4). The compiled kernel works on a block of queries and 64 keys at a time in a
+core's cache, the plain-PyTorch one (blocked_attention.py) on a block of queries and all their keys. fp32 inside, and
+nothing of the size T². Backward keeps q, k, v, out and lse; out costs nothing where the next projection keeps its
+input. As out is rounded, the row sum in ds is that of dout with the rounded out, here as in every flash attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minift.ops import extension
+from minift.ops.blocked_attention import blocked_attention, blocked_attention_backward
+
+
+def causal_attention(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, q_bounds: Tensor, kv_bounds: Tensor, window: int | None = None
+) -> Tensor:
+    """softmax(q kᵀ / √E) v inside each document, causal: (T, H, E) in q's dtype. Differentiable once in q, k and v.
+
+    q (T, H, E), k and v (T', K, E) of one dtype; query head h sees key head h // (H/K). Tokens and heads may be strided.
+    Document s has the queries [q_bounds[s], q_bounds[s+1]) and the keys [kv_bounds[s], kv_bounds[s+1]), its queries being
+    its *last* tokens; bounds are int32 of one dimension, from 0 to T or T'. With a window w, a token sees its own key and the
+    w-1 before it. float64 stays float64. The same bits with any number of threads, and in whatever pack a document is.
+    """
+    _check("causal_attention", q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
+    return _CausalAttention.apply(q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, q_bounds: Tensor, kv_bounds: Tensor, window: int | None
+    ) -> Tensor:
+        forward = blocked_attention if q_THE.dtype == torch.float64 else _attention
+        out_THE, lse_TH = forward(q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
+        ctx.save_for_backward(q_THE, k_TKE, v_TKE, out_THE, lse_TH, q_bounds, kv_bounds)
+        ctx.window = window
+        return out_THE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_THE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        backward = blocked_attention_backward if dout_THE.dtype == torch.float64 else _attention_backward
+        return *backward(dout_THE, *ctx.saved_tensors, ctx.window), None, None, None
+
+
+def _check(
+    op: str, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, q_bounds: Tensor, kv_bounds: Tensor, window: int | None
+) -> None:
+    shapes = f"q is {tuple(q_THE.shape)} {q_THE.dtype}, k {tuple(k_TKE.shape)} {k_TKE.dtype}"
+    if k_TKE.shape != v_TKE.shape or not q_THE.dtype == k_TKE.dtype == v_TKE.dtype:
+        raise ValueError(
+            f"{op}: {shapes}, v {tuple(v_TKE.shape)} {v_TKE.dtype}; k and v must have one shape, and all three one dtype"
+        )
+    if q_THE.dim() != 3 or k_TKE.dim() != 3 or q_THE.shape[2] != k_TKE.shape[2] or q_THE.shape[1] % k_TKE.shape[1]:
+        raise ValueError(f"{op}: {shapes}; expected (T, H, E) and (T', K, E) where K divides H")
+    for name, bounds in (("q_bounds", q_bounds), ("kv_bounds", kv_bounds)):
+        if bounds.dtype != torch.int32 or bounds.shape != q_bounds.shape or bounds.dim() != 1 or len(bounds) == 0:
+            raise ValueError(
+                f"{op}: {name} is {bounds.dtype} {tuple(bounds.shape)}; q_bounds and kv_bounds must be int32 of one "
+                "dimension, one longer than there are documents"
+            )
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}; valid: None, or 1 (a token sees itself) and more")
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_bounds: Tensor, kv_bounds: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _attention_backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_bounds: Tensor, kv_bounds: Tensor, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_attention = extension.op("attention", reference=blocked_attention, fake=_attention_fake)
+_attention_backward = extension.op(
+    "attention_backward", reference=blocked_attention_backward, fake=_attention_backward_fake
+)
