@@ -3,9 +3,12 @@
     python benchmarks/ops_cpu.py                       # the shapes of SmolLM2-135M, 500 tokens, one thread
     python benchmarks/ops_cpu.py --instruction-set avx2 --dtype float32
 
-"eager" is the formula as Hugging Face's modeling code writes it, its backward what autograd derives from that. Each
-case first checks that both sides agree, then times them in turns (eager, minift, eager, ...), so that other load on
-the machine meets both; the speedup is the median of the pairwise ratios. Prints a table, and one line of JSON last.
+"eager" is the formula as Hugging Face's modeling code writes it, its backward what autograd derives from that.
+Attention is compared with PyTorch's own, called once for each document (sdpa), and with the plain-PyTorch reference
+(blocked), on packs of documents with the lengths in DOCUMENTS, three query heads to a key head.
+
+Each case first checks that both sides agree, then times them in turns (eager, minift, eager, ...), so that other load
+on the machine meets both; the speedup is the median of the pairwise ratios. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
@@ -16,16 +19,26 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from minift.ops import extension
+from minift.ops.attention import causal_attention
+from minift.ops.blocked_attention import blocked_attention, blocked_attention_backward
 from minift.ops.norm import rms_norm, rms_norm_backward
 from minift.ops.rope import apply_rope
 from minift.ops.swiglu import swiglu
 
 EPS = 1e-5
+DOCUMENTS = {
+    "30 of 40": [40] * 30,
+    "8 of 100-250": [100, 120, 140, 165, 185, 205, 230, 250],
+    "1 of 512": [512],
+    "1 of 2048": [2048],
+}  # tokens
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,57 @@ def make_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[Case]:
     ]
 
 
+class Blocked(torch.autograd.Function):
+    """The reference as a differentiable function: what ran before there was a kernel."""
+
+    @staticmethod
+    def forward(ctx, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, bounds: Tensor) -> Tensor:
+        out_THE, lse_TH = blocked_attention(q_THE, k_TKE, v_TKE, bounds, bounds, None)
+        ctx.save_for_backward(q_THE, k_TKE, v_TKE, out_THE, lse_TH, bounds, bounds)
+        return out_THE
+
+    @staticmethod
+    def backward(ctx, dout_THE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *blocked_attention_backward(dout_THE, *ctx.saved_tensors, None), None
+
+
+def sdpa(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, lengths: list[int]) -> Tensor:
+    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_THE, k_TKE, v_TKE)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    outs = [attend(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0] for q, k, v in documents]
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def make_attention_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[Case]:
+    torch.manual_seed(0)
+    cases = []
+    for name, lengths in DOCUMENTS.items():
+        heads = (args.heads, args.heads // 3, args.heads // 3)
+        inputs = [torch.randn(sum(lengths), count, args.head_dim).to(dtype) for count in heads]
+        bounds, dout = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), torch.randn_like(inputs[0])
+        functions = {
+            "sdpa": partial(sdpa, lengths=lengths),
+            "blocked": lambda q, k, v, bounds=bounds: Blocked.apply(q, k, v, bounds),
+            "minift": partial(causal_attention, q_bounds=bounds, kv_bounds=bounds),
+        }
+
+        def forward(function: Callable[..., Tensor], inputs: list[Tensor] = inputs) -> Callable[[], tuple[Tensor, ...]]:
+            return lambda: (function(*inputs),)
+
+        def step(
+            function: Callable[..., Tensor], inputs: list[Tensor] = inputs, dout: Tensor = dout
+        ) -> Callable[[], tuple[Tensor, ...]]:
+            """Forward and backward."""
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+        for other in ("sdpa", "blocked"):
+            for what, timed in (("", forward), (", forward + backward", step)):
+                title = f"attention, {name}{what} ({other})"
+                cases.append(Case(title, timed(functions[other]), timed(functions["minift"])))
+    return cases
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     """Both sides compute the same thing: within 4 roundings of the dtype, relative to the largest element."""
     for expected, actual in zip(case.eager(), case.minift(), strict=True):
@@ -120,7 +184,9 @@ def seconds(function: Callable[[], object], calls: int) -> float:
 
 def measure(case: Case, dtype: torch.dtype, rounds: int) -> Result:
     check(case, dtype)
-    calls = max(1, int(2e-3 / seconds(case.eager, 3)))  # about 2 ms a turn
+    once = seconds(case.eager, 3)
+    calls = max(1, int(2e-3 / once))  # about 2 ms a turn
+    rounds = min(rounds, max(5, int(3 / once)))  # no more than some seconds a case
     pairs = [(seconds(case.eager, calls), seconds(case.minift, calls)) for _ in range(rounds)]
     return Result(
         case.name,
@@ -154,14 +220,14 @@ def main() -> None:
     torch.ops.minift.use_instruction_set(args.instruction_set)
 
     print(f"torch {torch.__version__}, {extension.instruction_set()}, {args.threads} thread(s), {args.tokens} tokens")
-    print(f"{'op':34}{'dtype':10}{'eager us':>10}{'minift us':>11}{'speedup':>9}")
+    print(f"{'op':56}{'dtype':10}{'eager us':>10}{'minift us':>11}{'speedup':>9}")
     results = []
     for dtype in (getattr(torch, name) for name in args.dtype):
-        for case in make_cases(args, dtype):
+        for case in make_cases(args, dtype) + make_attention_cases(args, dtype):
             result = measure(case, dtype, args.rounds)
             results.append(result)
             print(
-                f"{result.name:34}{result.dtype:10}{result.eager_us:10.0f}{result.minift_us:11.0f}{result.speedup:8.1f}x"
+                f"{result.name:56}{result.dtype:10}{result.eager_us:10.0f}{result.minift_us:11.0f}{result.speedup:8.1f}x"
             )
     settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "ops_cpu", **settings, "results": [asdict(result) for result in results]}))

@@ -3,14 +3,15 @@
 A unit is a decoder block. Bytes that one keeps from forward to backward, fine-tuned in full, with T tokens of b bytes
 an element, D hidden_size, Q = heads · head_dim, K = kv_heads · head_dim, F intermediate_size:
 
-    none         b·T·(4·D + 2·Q + 2·K + 3·F) + 8·T     everything that its operations read in backward
-    selective    b·T·(2·D + 2·Q + 2·K + 2·F) + 8·T     not what element-wise work makes from the rest
-    full         b·T·D                                 its input
-    offload      0; b·T·D in host memory               its input, on the other side of the bus
+    none         b·T·(4·D + 2·Q + 2·K + 3·F) + 4·T·(heads + 2)     everything that its operations read in backward
+    selective    b·T·(2·D + 2·Q + 2·K + 2·F) + 4·T·(heads + 2)     not what element-wise work makes from the rest
+    full         b·T·D                                             its input
+    offload      0; b·T·D in host memory                           its input, on the other side of the bus
 
 Rank-r LoRA on all seven projections instead: none and selective keep 7·b·T·r more, with dropout or without. Queries and
 keys with norms of their own cost 4·T·(heads + kv_heads) more, and none keeps b·T·(Q + K) more.
-CUDA's attention keeps its log-sum-exp, 4·T·heads. Beside these, `full` and `offload` keep 5 KB of generator state.
+4·T·heads is attention's log-sum-exp. Its result, b·T·Q, is kept once, for its own backward and that of o_proj; where
+o_proj is frozen and has no adapter, for attention alone. `full` and `offload` keep 5 KB of generator state besides.
 
 `full` runs the unit's forward without a graph, and in backward once more with one: a third more arithmetic, or half
 as much again where weights are frozen. [Note: rerun] Three things make the rerun the same to the bit and invisible from

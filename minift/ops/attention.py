@@ -25,10 +25,11 @@ def causal_attention(
 ) -> Tensor:
     """softmax(q kᵀ / √E) v inside each document, causal: (T, H, E) in q's dtype. Differentiable once in q, k and v.
 
-    q (T, H, E), k and v (T', K, E) of one dtype; query head h sees key head h // (H/K). Tokens and heads may be strided.
-    Document s has the queries [q_bounds[s], q_bounds[s+1]) and the keys [kv_bounds[s], kv_bounds[s+1]), its queries being
-    its *last* tokens; bounds are int32 of one dimension, from 0 to T or T'. With a window w, a token sees its own key and the
-    w-1 before it. float64 stays float64. The same bits with any number of threads, and in whatever pack a document is.
+    q (T, H, E), k and v (T', K, E) of one dtype, tokens and heads may be strided; query head h sees key head
+    h // (H/K). Document s has the queries [q_bounds[s], q_bounds[s+1]) and the keys [kv_bounds[s], kv_bounds[s+1]), its
+    queries being its *last* tokens; bounds are int32 of one dimension, from 0 to T or T'. With a window w, a token sees
+    its own key and the w-1 before it. float64 stays float64. Compiled: the same bits with any number of threads, and
+    in whatever pack a document is.
     """
     _check("causal_attention", q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
     return _CausalAttention.apply(q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
@@ -58,7 +59,7 @@ def _check(
     shapes = f"q is {tuple(q_THE.shape)} {q_THE.dtype}, k {tuple(k_TKE.shape)} {k_TKE.dtype}"
     if k_TKE.shape != v_TKE.shape or not q_THE.dtype == k_TKE.dtype == v_TKE.dtype:
         raise ValueError(
-            f"{op}: {shapes}, v {tuple(v_TKE.shape)} {v_TKE.dtype}; k and v must have one shape, and all three one dtype"
+            f"{op}: {shapes}, v {tuple(v_TKE.shape)} {v_TKE.dtype}; k and v must have one shape, all three one dtype"
         )
     if q_THE.dim() != 3 or k_TKE.dim() != 3 or q_THE.shape[2] != k_TKE.shape[2] or q_THE.shape[1] % k_TKE.shape[1]:
         raise ValueError(f"{op}: {shapes}; expected (T, H, E) and (T', K, E) where K divides H")

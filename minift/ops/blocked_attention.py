@@ -2,9 +2,9 @@
 
 The reference of minift/ops/attention.py, and what runs where that has no compiled kernel. A block is compared with all
 the keys it may see, so its softmax is the plain one; nothing of the size T² ever exists. What lies above the diagonal
-blocks or outside a sliding window is never computed. Everything inside is fp32 (float64 for float64 input) in the layout
-(K, T·G, E), G = H/K: the G query heads that share a key head lie next to each other as rows, so one matrix product
-serves them all.
+blocks or outside a sliding window is never computed. Everything inside is fp32 (float64 for float64 input) in the
+layout (K, T·G, E), G = H/K: the G query heads that share a key head lie next to each other as rows, so one matrix
+product serves them all.
 """
 
 from __future__ import annotations

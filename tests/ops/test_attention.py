@@ -1,10 +1,10 @@
 """causal_attention and its gradients against the formula with a T x T mask in fp64.
 
 Tolerances, with u = 2^-24. Rounding errors of a sum of n terms add up like a random walk, so it is given
-c(n) = 4 + 3 sqrt(n) units u of the sum of absolute terms, where the worst case would be n. A score is such a sum, and an
-error in a score is a relative error of its probability, as is u |score| from the subtraction of the maximum or of lse.
-The rest is propagated term by term in `exact_attention`: in particular, backward uses `out` as it was rounded, so the
-row sum of dout * out is off by up to |dout| times the rounding of out. Results are rounded once (conftest.py, `rounding`).
+c(n) = 4 + 3 sqrt(n) units u of the sum of absolute terms, where the worst case would be n. A score is such a sum, and
+an error in a score is a relative error of its probability, as is u |score| from the subtraction of the maximum or of
+lse. The rest is propagated term by term in `exact_attention`: in particular, backward uses `out` as it was rounded, so
+the row sum of dout * out is off by up to |dout| times the rounding of out. Results are rounded once (conftest.py).
 """
 
 from __future__ import annotations
@@ -73,13 +73,15 @@ def exact_attention(inputs: Inputs, rounding) -> list[tuple[Tensor, Tensor]]:
     dtype, (tokens, heads, dim), kv_heads = inputs.q.dtype, inputs.q.shape, inputs.k.shape[1]
     q, k, v, dout = (x.detach().double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    # One mask for the whole pack: query i of document s sees the keys of s up to its own, as far back as the window goes.
+    # One mask for the whole pack: a query sees the keys of its document up to its own, as far back as the window goes.
     query_document = torch.repeat_interleave(torch.tensor([n for n, _ in inputs.documents]))
     key_document = torch.repeat_interleave(torch.tensor([n + before for n, before in inputs.documents]))
     query_bounds, key_bounds = (x.long() for x in inputs.bounds)
     own_key = torch.arange(tokens) + (key_bounds[1:] - query_bounds[1:])[query_document]
     distance = own_key.unsqueeze(1) - torch.arange(len(k))
-    hidden = (query_document.unsqueeze(1) != key_document) | (distance < 0) | (distance >= (inputs.window or len(k) + 1))
+    hidden = (
+        (query_document.unsqueeze(1) != key_document) | (distance < 0) | (distance >= (inputs.window or len(k) + 1))
+    )
     most = int((~hidden).sum(1).max()) if tokens else 0
     scale = dim**-0.5
 
@@ -111,7 +113,9 @@ def exact_attention(inputs: Inputs, rounding) -> list[tuple[Tensor, Tensor]]:
     dq_error = scale * over_keys(ds_error + sum_error(most) * ds.abs(), k.abs())
     dk_error = scale * over_queries(ds_error + sum_error(many) * ds.abs(), q.abs())
     dv_error = over_queries(p * (p_error + sum_error(many)), dout.abs())
-    gradients = [(x, error + 1.01 * rounding(x, dtype)) for x, error in ((dq, dq_error), (dk, dk_error), (dv, dv_error))]
+    gradients = [
+        (x, error + 1.01 * rounding(x, dtype)) for x, error in ((dq, dq_error), (dk, dk_error), (dv, dv_error))
+    ]
     return [(out, out_error), (lse.squeeze(-1).T, lse_error.squeeze(-1).T), *gradients]
 
 
@@ -135,7 +139,19 @@ def assert_exact(results: tuple[Tensor, ...], exact: list[tuple[Tensor, Tensor]]
     seed=st.integers(0, 999),
 )
 def test_values_and_gradients_are_the_formula(
-    implementation, draw_tensor, rounding, dtype, documents, kv_heads, group, dim, window, layout, dout_layout, scale, seed
+    implementation,
+    draw_tensor,
+    rounding,
+    dtype,
+    documents,
+    kv_heads,
+    group,
+    dim,
+    window,
+    layout,
+    dout_layout,
+    scale,
+    seed,
 ):
     generator = torch.Generator().manual_seed(seed)
     inputs = draw_inputs(
@@ -144,6 +160,18 @@ def test_values_and_gradients_are_the_formula(
     inputs.q.mul_(scale)
     inputs.dout = draw_tensor(generator, inputs.q.shape, dtype, dout_layout)
     assert_exact(inputs.run(implementation), exact_attention(inputs, rounding), dtype)
+
+
+def test_probabilities_to_the_last_places(implementation):
+    """Documents of two keys with the scores s and 0: p = e^s / (1 + e^s). Relative to p: 3 |s| u from two roundings of
+    the scaled q and one of the product, 9 u from e^s, the sum, its inverse, the product. Below 2^-126, p may be 0."""
+    s = -torch.linspace(0, 100, 4001)
+    keys = torch.stack([s, torch.zeros_like(s)], 1).view(-1, 1, 1)
+    values = torch.tensor([1.0, 0.0]).repeat(len(s)).view(-1, 1, 1)
+    q = torch.ones(len(s), 1, 1)
+    p = Inputs([(1, 1)] * len(s), q, keys, values, q).run(implementation)[0].flatten()
+    exact = s.double().sigmoid()
+    assert ((p.double() - exact).abs() <= (3 * s.abs() + 9) * U32 * exact + torch.finfo(torch.float32).tiny).all()
 
 
 @pytest.mark.parametrize("window", [None, 70, 700])
@@ -284,7 +312,11 @@ def test_wrong_bounds_are_refused(instruction_set, q_bounds, kv_bounds, match):
 def test_opcheck(instruction_set, draw_tensor, dtype):
     generator = torch.Generator().manual_seed(0)
     inputs = draw_inputs(
-        [(7, 2), (5, 0)], 2, 2, 8, draw=lambda shape: draw_tensor(generator, shape, dtype, "slice of a fused projection")
+        [(7, 2), (5, 0)],
+        2,
+        2,
+        8,
+        draw=lambda shape: draw_tensor(generator, shape, dtype, "slice of a fused projection"),
     )
     q, k, v, window = inputs.q, inputs.k, inputs.v, 3
     torch.library.opcheck(torch.ops.minift.attention.default, (q, k, v, *inputs.bounds, window))
