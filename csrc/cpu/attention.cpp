@@ -5,6 +5,9 @@
 // keys' gradients. A document of one chunk is the rule, and its item writes dq as well. A longer document has up to
 // MAX_CHUNKS, whose parts of dq are added afterwards, in order. The cuts depend on sizes alone, and threads take the
 // next item when they are done with one: results have the same bits with any number of threads.
+//
+// Memory beside the results is linear in the number of tokens: for each thread a block of queries against 64 keys and,
+// in backward, fp32 dk and dv of a chunk; for long documents fp32 dq, once for each chunk that a token sees.
 
 #include "attention.h"
 
@@ -28,6 +31,7 @@ namespace {
 
 constexpr int64_t MAX_CHUNKS = 4, MIN_CHUNK_KEYS = 512;
 constexpr int64_t NO_WINDOW = int64_t(1) << 40;
+constexpr int64_t MOST_KEYS = int64_t(1) << 24;  // of a document: kernels count them in fp32
 
 struct Item {
   QueryBlock block;
@@ -53,11 +57,14 @@ const int32_t* check_bounds(const Tensor& bounds, int64_t tokens, const char* me
 std::vector<QueryBlock> documents(const Tensor& q, const Tensor& k, const Tensor& q_bounds, const Tensor& kv_bounds) {
   const int32_t* queries = check_bounds(q_bounds, q.size(0), "attention: q_bounds must rise from 0 to q's tokens");
   const int32_t* keys = check_bounds(kv_bounds, k.size(0), "attention: kv_bounds must rise from 0 to k's tokens");
-  STD_TORCH_CHECK(q_bounds.numel() == kv_bounds.numel(), "attention: q_bounds and kv_bounds must be of as many documents");
+  STD_TORCH_CHECK(q_bounds.numel() == kv_bounds.numel(), "attention: q_bounds and kv_bounds must be equally long");
   std::vector<QueryBlock> all;
   for (int64_t i = 0; i + 1 < q_bounds.numel(); ++i) {
-    STD_TORCH_CHECK(queries[i + 1] - queries[i] <= keys[i + 1] - keys[i], "attention: a document has more queries than keys");
-    all.push_back({queries[i], queries[i + 1], keys[i + 1] - queries[i + 1], keys[i], keys[i + 1]});
+    QueryBlock document{queries[i], queries[i + 1], keys[i + 1] - queries[i + 1], keys[i], keys[i + 1]};
+    int64_t num_keys = document.last_key - document.first_key;
+    STD_TORCH_CHECK(document.last - document.first <= num_keys, "attention: a document has more queries than keys");
+    STD_TORCH_CHECK(num_keys <= MOST_KEYS, "attention: a document has more than 2^24 keys");
+    all.push_back(document);
   }
   return all;
 }

@@ -112,9 +112,12 @@ INLINE void transpose_block(float* rows, float* panels, const BlockSize& size) {
       for (int64_t e = 0; e < size.padded_dim; e += LANES) {
         F32 square[LANES];
         float *row = rows + (lane + v * LANES) * size.padded_dim + e, *column = panel + (e * vectors + v) * LANES;
-        for (int i = 0; i < LANES; ++i) square[i] = load(TO_PANELS ? row + i * size.padded_dim : column + i * vectors * LANES);
+        float *from = TO_PANELS ? row : column, *to = TO_PANELS ? column : row;
+        int64_t from_stride = TO_PANELS ? size.padded_dim : vectors * LANES;
+        int64_t to_stride = TO_PANELS ? vectors * LANES : size.padded_dim;
+        for (int i = 0; i < LANES; ++i) square[i] = load(from + i * from_stride);
         transpose(square);
-        for (int i = 0; i < LANES; ++i) store(TO_PANELS ? column + i * vectors * LANES : row + i * size.padded_dim, square[i]);
+        for (int i = 0; i < LANES; ++i) store(to + i * to_stride, square[i]);
       }
     }
   }
@@ -172,9 +175,14 @@ struct ForwardScratch {
   ForwardScratch(const AttentionShape& shape, float* memory) {
     Scratch scratch{memory};
     int64_t lanes = most_lanes(shape), dim = round_up(shape.dim, LANES);
-    for (float** block : {&rows, &q, &out}) *block = scratch.take(lanes * dim);
-    for (float** per_lane : {&max, &sum, &last}) *per_lane = scratch.take(lanes);
-    for (float** block : {&keys, &values}) *block = scratch.take(KEYS * dim);
+    rows = scratch.take(lanes * dim);
+    q = scratch.take(lanes * dim);
+    out = scratch.take(lanes * dim);
+    max = scratch.take(lanes);
+    sum = scratch.take(lanes);
+    last = scratch.take(lanes);
+    keys = scratch.take(KEYS * dim);
+    values = scratch.take(KEYS * dim);
     scores = scratch.take(KEYS * TILE_VECTORS * LANES);
     size = scratch.size;
   }
@@ -192,7 +200,8 @@ void attend(const ForwardScratch& scratch, int64_t lane, int64_t offset, int64_t
       visible_keys(int64_t(last[0]) - offset, int64_t(last[WIDTH - 1]) - offset, shape.window, count);
   if (keys.begin == keys.end) return;
   for (int64_t j = keys.begin; j < keys.end; j += TILE_ROWS) {
-    multiply_tile<V, false>(scratch.keys + j * padded_dim, padded_dim, 1, q, WIDTH, shape.dim, scores + j * WIDTH, WIDTH);
+    const float* key = scratch.keys + j * padded_dim;
+    multiply_tile<V, false>(key, padded_dim, 1, q, WIDTH, shape.dim, scores + j * WIDTH, WIDTH);
   }
   F32 rescale[V];
   for (int v = 0; v < V; ++v) {
@@ -265,11 +274,21 @@ struct BackwardScratch {
   BackwardScratch(const AttentionShape& shape, float* memory) {
     Scratch scratch{memory};
     int64_t lanes = most_lanes(shape), dim = round_up(shape.dim, LANES);
-    for (float** block : {&q_rows, &dout_rows, &q, &dout, &dq}) *block = scratch.take(lanes * dim);
-    for (float** per_lane : {&last, &lse, &delta}) *per_lane = scratch.take(lanes);
-    for (float** block : {&keys, &values}) *block = scratch.take(KEYS * dim);
-    for (float** block : {&probabilities, &dscores}) *block = scratch.take(KEYS * lanes);
-    for (float** chunk : {&dk, &dv}) *chunk = scratch.take(round_up(shape.most_keys, TILE_ROWS) * dim);
+    int64_t chunk_keys = round_up(shape.most_keys, TILE_ROWS);
+    q_rows = scratch.take(lanes * dim);
+    dout_rows = scratch.take(lanes * dim);
+    q = scratch.take(lanes * dim);
+    dout = scratch.take(lanes * dim);
+    dq = scratch.take(lanes * dim);
+    last = scratch.take(lanes);
+    lse = scratch.take(lanes);
+    delta = scratch.take(lanes);
+    keys = scratch.take(KEYS * dim);
+    values = scratch.take(KEYS * dim);
+    probabilities = scratch.take(KEYS * lanes);
+    dscores = scratch.take(KEYS * lanes);
+    dk = scratch.take(chunk_keys * dim);
+    dv = scratch.take(chunk_keys * dim);
     size = scratch.size;
   }
 };
@@ -312,7 +331,8 @@ void attend_backward(const BackwardScratch& scratch, int64_t lane, int64_t lanes
   }
 }
 
-// V vectors of the gradients of `count` keys from `first_row` on: dV += P^T dO, dK += dS^T Q, by the lanes that see them.
+// V vectors of the gradients of `count` keys, from row `first_row` of the chunk on: dV += P^T dO and dK += dS^T Q, by the
+// lanes that see them.
 template <int V>
 void add_key_gradients(const BackwardScratch& scratch, const BlockSize& size, int64_t e, int64_t first_row,
                        int64_t count, int64_t own, const AttentionShape& shape) {
@@ -390,15 +410,16 @@ void attention_backward_block(const AttentionBackward<T>& tensors, QueryBlock bl
   }
 }
 
-// dK and dV of the keys of `chunk` from all of its queries, and what the queries get from these keys: into dq, or, where
-// a document has several chunks, as rows (H, E) of its own for the queries of this chunk.
+// dK and dV of the keys of `chunk` from all of its queries, and what the queries get from these keys: into dq, or, if
+// the document has several chunks, into rows (H, E) in fp32 for the queries of this chunk alone.
 template <class T>
 void attention_backward(const AttentionBackward<T>& tensors, QueryBlock chunk, int64_t kv_head, float* own_dq,
                         float* memory) {
   const AttentionShape& shape = tensors.shape;
   BackwardScratch scratch(shape, memory);
   int64_t keys = chunk.last_key - chunk.first_key, padded_dim = round_up(shape.dim, LANES);
-  for (float* sums : {scratch.dk, scratch.dv}) fill(sums, round_up(keys, TILE_ROWS) * padded_dim, 0.0f);
+  fill(scratch.dk, round_up(keys, TILE_ROWS) * padded_dim, 0.0f);
+  fill(scratch.dv, round_up(keys, TILE_ROWS) * padded_dim, 0.0f);
   int64_t num_blocks = num_query_blocks(chunk.last - chunk.first, shape.group);
   for (int64_t i = 0; i < num_blocks; ++i) {
     QueryBlock block = query_block(chunk, i, num_blocks);

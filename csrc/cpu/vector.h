@@ -1,5 +1,5 @@
-// Vectors of LANES fp32 elements: loads and stores that convert from and to fp32, bf16 and fp16, tables of 16 entries,
-// and exp.
+// Vectors of LANES fp32 elements: loads and stores that convert from and to fp32, bf16 and fp16, transposition, tables
+// of 16 entries, and exp.
 //
 // Included once per instruction set by for_each_instruction_set.h (no include guard, no includes). Arithmetic on F32
 // is the compiler's: + - * /, comparisons that give I32 masks (-1 or 0), and mask ? a : b. Where an instruction set
@@ -359,7 +359,7 @@ INLINE F32 add_dot_of_bf16_pairs(F32 sum, U32 a, U32 b) {
 #endif
 }
 
-// ---- exp ----
+// ---- exp and exp2 ----
 
 // v * 2^n for integers n in [-150, 128].
 INLINE F32 times_power_of_two(F32 v, F32 n) {
