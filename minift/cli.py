@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
     quantize.add_argument("--block-size", type=int, default=64, metavar="N", help="weights per scale (default: 64)")
     quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
+    quantize.add_argument(
+        "--skip", nargs="+", default=[], metavar="REGEX", help="projections to leave dense, as lm_head always is"
+    )
 
     merge = _add(top, "merge", commands.merge, "model + adapter -> Hugging Face model folder")
     merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")

@@ -89,7 +89,9 @@ def quantize(options: Namespace) -> None:
     from minift.checkpoint.quantize import quantize_folder
     from minift.quant.linear import QuantConfig
 
-    quant = QuantConfig(block_size=options.block_size, double_quant=not options.no_double_quant)
+    quant = QuantConfig(
+        block_size=options.block_size, double_quant=not options.no_double_quant, skip=tuple(options.skip)
+    )
     quantize_folder(options.model, options.out, quant)
     print(f"wrote {options.out}")
 

@@ -11,7 +11,10 @@ import pytest
 
 from minift import commands
 from minift.cli import main
-from tests.tiny import write_inputs
+from minift.model.weights import WeightReader
+from minift.quant.bitsandbytes import StoredNF4
+from minift.quant.linear import QuantConfig
+from tests.tiny import write_inputs, write_model
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "run_dir: run\nmodel: {path: model}\ndata: {train: [rows.jsonl], max_length_tokens: 16}\n"
@@ -130,7 +133,10 @@ IN_A_PROCESS = """
 import glob, sys
 from pathlib import Path
 from minift.cli import main
-from tests.tiny import write_inputs
+from minift.model.weights import WeightReader
+from minift.quant.bitsandbytes import StoredNF4
+from minift.quant.linear import QuantConfig
+from tests.tiny import write_inputs, write_model
 status = main(["train", sys.argv[1]])
 print(status, *(Path(thread).read_text().strip() for thread in glob.glob("/proc/self/task/*/comm")))
 """
@@ -152,3 +158,16 @@ def test_no_thread_of_a_process_group_outlives_a_command(tmp_path):
     status, *threads = done.stdout.splitlines()[-1].split()
     assert status == "0", done.stderr
     assert not [name for name in threads if "gloo" in name]
+
+
+def test_quantize_takes_its_options(tmp_path, capsys):
+    options = ["--block-size", "32", "--no-double-quant", "--skip", "down_proj", r"layers\.0\.self_attn"]
+    assert (
+        main(["quantize", "--model", str(write_model(tmp_path / "dense")), "--out", str(tmp_path / "nf4"), *options])
+        == 0
+    )
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'nf4'}\n"
+    stored = StoredNF4(WeightReader(tmp_path / "nf4"))
+    assert stored.config() == QuantConfig(block_size=32, double_quant=False)
+    assert len(stored.projections) == 2 + 4 + 2
+    assert not any("down_proj" in name or "layers.0.self_attn" in name for name in stored.projections)

@@ -30,8 +30,8 @@ def write_tokenizer(folder: Path) -> int:
     return backend.get_vocab_size()
 
 
-def write_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """A Hugging Face folder in fp32."""
+def write_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes: object) -> Path:
+    """A Hugging Face folder in fp32. changes: other fields of config.json, or other values. Biases are random."""
     vocab_size = write_tokenizer(folder)
     config = ModelConfig.from_hf(
         {
@@ -51,9 +51,14 @@ def write_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
             "bos_token_id": None,
             "eos_token_id": vocab_size - 3,
         }
+        | changes
     )
     model = CausalLM(config)
     model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=generator)
     tensors = dict(model.named_parameters())
     save_model(
         ((name, p.detach()) for name, p in tensors.items()),

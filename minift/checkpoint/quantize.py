@@ -14,6 +14,7 @@ from torch import Tensor
 from minift.checkpoint.atomic import atomic_folder
 from minift.model.decoder import CausalLM
 from minift.model.hf import check_weights, load_config, save_model
+from minift.model.linear import Linear
 from minift.quant.bitsandbytes import quantization_config, stored_specs, stored_tensors
 from minift.quant.linear import QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
@@ -46,6 +47,8 @@ def quantize_folder(base_folder: str | Path, out_folder: str | Path, quant: Quan
             yield from stored_tensors(projection, linear)
             linear.to("meta")
 
+    compute_dtype = weights.dtype(f"{next(iter(quantized))}.weight")
+    not_quantized = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     with atomic_folder(Path(out_folder)) as temporary:
         save_model(
             tensors(),
@@ -53,5 +56,5 @@ def quantize_folder(base_folder: str | Path, out_folder: str | Path, quant: Quan
             temporary,
             specs,
             source_folder=base_folder,
-            quantization_config=quantization_config(quant, weights.dtype(f"{next(iter(quantized))}.weight")),
+            quantization_config=quantization_config(quant, compute_dtype, not_quantized),
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,8 +158,12 @@ def _state(projection: str, linear: NF4Linear, offset: float) -> tuple[str, Tens
     return f"{projection}.weight.{STATE}", torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def quantization_config(config: QuantConfig, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """For config.json, as transformers writes it."""
+def quantization_config(config: QuantConfig, compute_dtype: torch.dtype, dense: Sequence[str]) -> dict[str, Any]:
+    """For config.json, as transformers writes it. dense: full names of the projections that are not quantised.
+
+    transformers leaves lm_head dense by itself only where it is given no list.
+    """
+    skipped = sorted({"lm_head", *dense})
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -169,7 +173,7 @@ def quantization_config(config: QuantConfig, compute_dtype: torch.dtype) -> dict
         "bnb_4bit_use_double_quant": config.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": None if skipped == ["lm_head"] else skipped,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 
-def theirs(folder: Path, config: QuantConfig | None, dtype: torch.dtype) -> torch.nn.Module:
+def theirs(folder: Path, config: QuantConfig | None, dtype: torch.dtype, **more: object) -> torch.nn.Module:
     """Loaded by transformers: quantised by bitsandbytes on the way, or as the folder says."""
     asked = {}
     if config is not None:
@@ -27,6 +27,8 @@ def theirs(folder: Path, config: QuantConfig | None, dtype: torch.dtype) -> torc
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=config.double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", *config.skip] if config.skip else None,
+            **more,
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **asked)
     return model.train()  # else bitsandbytes computes in bf16 on a CPU, and only with widths that it likes
@@ -41,21 +43,46 @@ def logits(model, tokens_T: torch.Tensor) -> torch.Tensor:
         return model(tokens_T, torch.arange(length), bounds, length, head=lambda hidden, lm_head: lm_head(hidden))
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_both_ways(tmp_path: Path, double_quant: bool, dtype: torch.dtype) -> None:
-    """Every stored byte is equal. Logits of each side's folder on the other side are equal up to the order of sums: in
-    fp32 2e-5 of the largest, as for dense models; in bf16 activations are rounded to 2^-9, some ten times on the way.
-    """
-    config = QuantConfig(double_quant=double_quant)
-    dense = write_model(tmp_path / "dense")
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    reloaded.save_pretrained(tmp_path / "cast")
-    for file in dense.glob("tokenizer*"):
-        (tmp_path / "cast" / file.name).write_bytes(file.read_bytes())
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
 
-    theirs(tmp_path / "cast", config, dtype).save_pretrained(tmp_path / "theirs")
-    quantize_folder(tmp_path / "cast", tmp_path / "ours", config)
+
+def cast(dense: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """The same model in another dtype, written by transformers."""
+    transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).save_pretrained(folder)
+    for file in dense.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def assert_logits_agree(folder: Path, dtype: torch.dtype, num_quantized: int) -> None:
+    """Ours of a quantised folder and theirs of the same folder, up to the order of sums: in fp32 2e-5 of the largest,
+    as for dense models; in 16 bits activations are rounded to half an eps, some ten times on the way."""
+    tokens_T = torch.arange(3, 40)
+    mine = load_model(folder, None, dtype)
+    assert sum(isinstance(module, NF4Linear) for module in mine.modules()) == num_quantized
+    expected = logits(theirs(folder, None, dtype), tokens_T).float()
+    limit = 2e-5 if dtype == torch.float32 else 10 * torch.finfo(dtype).eps / 2
+    assert (logits(mine, tokens_T).float() - expected).abs().max() <= limit * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "double_quant", "skip", "model"),
+    [
+        (torch.float32, True, (), {}),
+        (torch.float32, False, ("down_proj",), {"tied": False}),
+        (torch.bfloat16, True, (), {"tied": False, **QWEN2}),
+        (torch.bfloat16, False, (), {}),
+        (torch.float16, True, ("down_proj",), {"tied": True, **QWEN2}),
+    ],
+    ids=["fp32", "fp32-skip-untied", "bf16-qwen2-untied", "bf16", "fp16-skip-qwen2"],
+)
+def test_both_ways(tmp_path: Path, dtype: torch.dtype, double_quant: bool, skip: tuple[str, ...], model: dict) -> None:
+    """Every stored byte is equal. Logits of each side's folder on the other side agree."""
+    config = QuantConfig(double_quant=double_quant, skip=skip)
+    dense = cast(write_model(tmp_path / "dense", **model), tmp_path / "cast", dtype)
+    theirs(dense, config, dtype).save_pretrained(tmp_path / "theirs")
+    quantize_folder(dense, tmp_path / "ours", config)
 
     ours_reader, their_reader = WeightReader(tmp_path / "ours"), WeightReader(tmp_path / "theirs")
     assert sorted(ours_reader.names()) == sorted(their_reader.names())
@@ -63,16 +90,56 @@ def test_both_ways(tmp_path: Path, double_quant: bool, dtype: torch.dtype) -> No
         mine, other = ours_reader.read(name), their_reader.read(name)
         assert mine.dtype == other.dtype and mine.shape == other.shape, name
         assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8)), name
-    configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("ours", "theirs")]
-    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
-
-    tokens_T = torch.arange(3, 40)
+    assert any(name.endswith(".bias") for name in their_reader.names()) == ("model_type" in model)
+    ours, others = (
+        json.loads((tmp_path / side / "config.json").read_text())["quantization_config"] for side in ("ours", "theirs")
+    )
+    # Their list has what the caller typed; ours names every projection.
+    assert ours.pop("llm_int8_skip_modules") == (["lm_head", *DOWN] if skip else None)
+    assert others.pop("llm_int8_skip_modules") == (["lm_head", *skip] if skip else None)
+    assert ours == others
     for side in ("ours", "theirs"):
-        mine = load_model(tmp_path / side, None, dtype)
-        assert sum(isinstance(module, NF4Linear) for module in mine.modules()) == 2 * 7
-        expected = logits(theirs(tmp_path / side, None, dtype), tokens_T).float()
-        limit = 2e-5 if dtype == torch.float32 else 10 * 2**-9
-        assert (logits(mine, tokens_T).float() - expected).abs().max() <= limit * expected.abs().max()
+        assert_logits_agree(tmp_path / side, dtype, num_quantized=2 * (6 if skip else 7))
+
+
+def test_block_sizes_that_transformers_does_not_offer_are_loaded_by_it(tmp_path: Path) -> None:
+    config = QuantConfig(block_size=128, double_quant=False)
+    quantize_folder(write_model(tmp_path / "dense"), tmp_path / "nf4", config)
+    assert_logits_agree(tmp_path / "nf4", torch.float32, num_quantized=2 * 7)
+
+
+def test_codes_stored_as_another_dtype_are_read(tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage: what FSDP of others needs to shard them. The same bytes, so the same model to the bit."""
+    dense = write_model(tmp_path / "dense")
+    for storage in (torch.uint8, torch.bfloat16):
+        name = str(storage).removeprefix("torch.")
+        model = theirs(dense, QuantConfig(), torch.float32, bnb_4bit_quant_storage=storage)
+        model.save_pretrained(tmp_path / name)
+        assert WeightReader(tmp_path / name).dtype(f"{DOWN[0]}.weight") == storage
+    expected = load_model(tmp_path / "uint8", None, torch.float32).state_dict()
+    for name, tensor in load_model(tmp_path / "bfloat16", None, torch.float32).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "load_in_4bit True, bnb_4bit_quant_type 'fp4'"),
+        ({"load_in_8bit": True}, "load_in_4bit False"),
+    ],
+    ids=["fp4", "int8"],
+)
+def test_other_formats_of_bitsandbytes_are_refused(tmp_path: Path, asked: dict, found: str) -> None:
+    dense = write_model(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        dense,
+        dtype=torch.float32,
+        device_map="cpu",
+        quantization_config=transformers.BitsAndBytesConfig(**asked),
+    )
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"not supported .*{found}.*supported: NF4 of bitsandbytes"):
+        load_model(tmp_path / "other", None, torch.float32)
 
 
 @pytest.mark.parametrize(
