@@ -1,4 +1,5 @@
-"""`project` and `Linear`. Oracle: torch's own autograd of `F.linear`, and of the dense formula with updates."""
+"""`project` and `Linear`, and what else stores a weight. Oracle: torch's own autograd of `F.linear`, and of the dense
+formula with updates."""
 
 from __future__ import annotations
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from minift.grad_slot import GradSlot, lay_slot
 from minift.model.linear import Linear, LinearBase, project
 from minift.model.low_rank import LowRank
+from minift.quant.linear import NF4Linear
 
-FP64 = {"rtol": 1e-12, "atol": 1e-12}  # sums of at most 100 products of size 1, in another order
+# Sums of at most 32 + 12 products of factors of size 1 and a scale of 8, in another order: 44 · 1.1e-16 · 8 · 12 · 32.
+FP64 = {"rtol": 1e-12, "atol": 1e-11}
 
 
 class Rounded(LinearBase):
@@ -76,12 +79,16 @@ class Spec:
     trained: tuple[bool, bool, bool, bool]  # W, b, A, B
     ranks: tuple[int, ...]  # of the updates
     scale: float
+    block_size: int = 64  # of NF4
+    double_quant: bool = True
 
 
 specs = st.builds(
     Spec,
     out_features=st.integers(1, 9),
-    kind=st.sampled_from(["dense", "dense", "rounded", "opaque"]),
+    kind=st.sampled_from(["dense", "dense", "rounded", "opaque", "nf4"]),
+    block_size=st.sampled_from([32, 64]),
+    double_quant=st.booleans(),
     has_bias=st.booleans(),
     trained=st.tuples(*[st.booleans()] * 4),
     ranks=st.sampled_from([(), (1,), (2,), (5,), (12,), (2, 3), (1, 4, 2)]),
@@ -92,6 +99,12 @@ specs = st.builds(
 def make(spec: Spec, in_features: int) -> LinearBase:
     if spec.kind == "rounded":
         projection: LinearBase = Rounded(in_features, spec.out_features)
+    elif spec.kind == "nf4":
+        kind = (spec.has_bias, spec.block_size, spec.double_quant, torch.float64, torch.device("cpu"))
+        weight = torch.randn(spec.out_features, in_features)
+        projection = NF4Linear(in_features, spec.out_features, *kind).storing(weight)
+        if spec.has_bias:
+            projection.bias.requires_grad_(spec.trained[1])
     else:
         projection = Linear(in_features, spec.out_features, spec.has_bias)
         projection.weight.requires_grad_(spec.trained[0])
@@ -103,7 +116,8 @@ def make(spec: Spec, in_features: int) -> LinearBase:
         projection.B.requires_grad_(spec.trained[3])
     projection.double()
     for parameter in projection.parameters():
-        nn.init.normal_(parameter)
+        if parameter.is_floating_point():
+            nn.init.normal_(parameter)
     return projection
 
 
@@ -133,7 +147,7 @@ def gradients(
 @settings(max_examples=150)
 @given(
     leading=st.lists(st.integers(1, 4), min_size=0, max_size=3),
-    in_features=st.integers(1, 9),
+    in_features=st.one_of(st.integers(1, 9), st.just(32)),  # 32: a row is a block of NF4, or half of one
     all_specs=st.lists(specs, min_size=1, max_size=4),
     x_needs_grad=st.booleans(),
     layout=st.sampled_from(["contiguous", "transposed", "every second", "expanded gradients"]),

@@ -5,22 +5,35 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minift.model.linear import Linear, project
+import minift.model.low_rank
+from minift.model.config import ModelConfig
+from minift.model.decoder import CausalLM
+from minift.model.linear import Linear, LinearBase, project
 from minift.ops.dropout import draw_seed, dropout, dropout_steps
-from minift.peft.lora import LoraLinear
+from minift.peft.inject import inject
+from minift.peft.lora import LoraConfig, LoraLinear
+from minift.quant.linear import NF4Linear
 
 CPU = torch.device("cpu")
 
 
-def make_lora(in_features, out_features, rank, scale, dropout=0.0, bias=False, dtype=torch.float64) -> LoraLinear:
-    base = Linear(in_features, out_features, bias).to(dtype).requires_grad_(False)
+def make_lora(
+    in_features, out_features, rank, scale, dropout=0.0, bias=False, dtype=torch.float64, nf4=False
+) -> LoraLinear:
+    """Random in everything. nf4: the base weight is in NF4, in blocks of 32."""
+    base: LinearBase = Linear(in_features, out_features, bias).to(dtype).requires_grad_(False)
+    if nf4:
+        weight = torch.randn(out_features, in_features)
+        base = NF4Linear(in_features, out_features, bias, 32, True, dtype, CPU).storing(weight)
     adapter = LoraLinear(base, rank, scale, dropout, dtype, CPU)
     for parameter in adapter.parameters():
-        nn.init.normal_(parameter)
+        if parameter.is_floating_point():
+            nn.init.normal_(parameter)
     return adapter
 
 
@@ -90,12 +103,13 @@ def test_adapters_of_one_input_have_masks_of_their_own():
 @given(
     dropouts=st.lists(st.sampled_from([0.0, 0.3, 0.8]), min_size=1, max_size=3),
     rank=st.integers(1, 4),
+    nf4=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_gradients_go_through_the_masks_of_forward(dropouts, rank, seed):
+def test_gradients_go_through_the_masks_of_forward(dropouts, rank, nf4, seed):
     """Of x and every factor, against autograd with the masks written out."""
     torch.manual_seed(seed)
-    adapters = [make_lora(5, 4 + i, rank, 0.7, dropout) for i, dropout in enumerate(dropouts)]
+    adapters = [make_lora(5, 4 + i, rank, 0.7, dropout, bias=nf4, nf4=nf4) for i, dropout in enumerate(dropouts)]
     x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(seed)
     masks = [
@@ -107,7 +121,8 @@ def test_gradients_go_through_the_masks_of_forward(dropouts, rank, seed):
     exact = []
     for adapter, p, mask in zip(adapters, dropouts, masks, strict=True):
         scale = 0.7 / (1 - dropout_steps(p) / 2**16)
-        exact.append(adapter.base(x) + scale * ((x * mask) @ adapter.lora_A.weight.t()) @ adapter.lora_B.weight.t())
+        update = scale * ((x * mask) @ adapter.lora_A.weight.t()) @ adapter.lora_B.weight.t()
+        exact.append(F.linear(x, adapter.base.dense_weight(), adapter.base.bias) + update)
     torch.testing.assert_close(outs, exact, rtol=1e-12, atol=1e-12)
     leaves = [x, *(p for adapter in adapters for p in adapter.parameters() if p.requires_grad)]
     douts = [torch.randn_like(out) for out in outs]
@@ -141,9 +156,10 @@ def test_backward_reads_weights_as_they_are_then(dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_saves_only_the_input_and_the_narrow_product(dropout):
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_saves_only_the_input_and_the_narrow_product(nf4, dropout):
     """Nothing of the output's width, no weight and no mask."""
-    adapter = make_lora(32, 48, 4, 2.0, dropout, dtype=torch.bfloat16)
+    adapter = make_lora(32, 48, 4, 2.0, dropout, dtype=torch.bfloat16, nf4=nf4)
     x = torch.randn(64, 32, dtype=torch.bfloat16)  # no gradient: what a frozen base saves for dx is not our business
     saved: dict[int, int] = {}
 
@@ -157,20 +173,109 @@ def test_saves_only_the_input_and_the_narrow_product(dropout):
     assert saved[x.data_ptr()] == x.nbytes, "x itself is saved, not a copy"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_stays_within_its_rounding(dtype):
-    """|error| <= 4 eps (|W||x| + s|B||A||x|): half an eps each for W x, s A, A x and the sum, and for B of all that."""
-    torch.manual_seed(0)
-    adapter = make_lora(64, 48, 8, 1.7, dtype=dtype)
-    for factor in (adapter.lora_A, adapter.lora_B):
-        factor.float()  # masters in fp32 over a low-precision base are cast for the product
-        factor.weight.data = factor.weight.data.to(dtype).float()
-    x = torch.randn(32, 64, dtype=dtype)
-    W, A, B = (t.detach().double() for t in (adapter.base.weight, adapter.lora_A.weight, adapter.lora_B.weight))
-    exact = x.double() @ (W + 1.7 * B @ A).T
-    bound = 4 * torch.finfo(dtype).eps * (x.double().abs() @ (W.abs() + 1.7 * B.abs() @ A.abs()).T)
-    out = adapter(x)
-    assert out.dtype == dtype
-    assert ((out.double() - exact).abs() <= bound).all()
-    out.sum().backward()
-    assert adapter.lora_A.weight.grad.dtype == torch.float32
+def seen_products(monkeypatch, run) -> list[tuple[int, ...]]:
+    """Shapes of what `low_rank` makes by a product of its own while `run` runs, in order."""
+    shapes: list[tuple[int, ...]] = []
+    mm = minift.model.low_rank.mm
+
+    def watched(a, b, out=None):
+        shapes.append((a.shape[0], b.shape[1]))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(minift.model.low_rank, "mm", watched)
+    run()
+    return shapes
+
+
+def test_adapters_of_one_input_go_through_the_rank_in_one_product(monkeypatch):
+    """In a block as it is: q, k, v share one, gate and up another. Their gradients of A, too, are one product each."""
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama", "vocab_size": 16, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+        }
+    )  # fmt: skip
+    model = CausalLM(config)
+    inject(model, LoraConfig(r=2, alpha=2.0), seed=0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    bounds = torch.tensor([0, 9], dtype=torch.int32)
+    outs = []
+
+    def forward() -> None:
+        head = lambda hidden_TD, lm_head: hidden_TD  # noqa: E731
+        outs.append(model(torch.arange(9), torch.arange(9), bounds, 9, head=head))
+
+    assert seen_products(monkeypatch, forward) == [(9, 6), (9, 2), (9, 4), (9, 2)]  # qkv, o, gate and up, down
+    assert seen_products(monkeypatch, lambda: outs[0].sum().backward()) == [(4, 24), (6, 24)]
+
+
+def away_from_zero(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Magnitudes in [1/4, 2): no subnormals in fp16, and no overflow of the sums below."""
+    values = torch.empty(shape).uniform_(0.25, 2.0) * (torch.randint(2, shape) * 2 - 1)
+    return values.to(dtype)
+
+
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    masters=st.booleans(),
+    nf4=st.booleans(),
+    out_features=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    in_features=st.one_of(st.integers(1, 40), st.just(32)),
+    num_tokens=st.integers(1, 40),
+    rank=st.integers(1, 8),
+    scale=st.floats(0.5, 4.0),
+    seed=st.integers(0, 2**31),
+)
+def test_low_precision_stays_within_its_rounding(
+    dtype, masters, nf4, out_features, in_features, num_tokens, rank, scale, seed
+):
+    """Outputs and every gradient against fp64 with the same weights. Errors are counted in roundings (u, half an eps)
+    of the products of magnitudes; sums of n terms in fp32 add n 2^-24 of them, twice if both factors are such sums.
+
+        out    W x and the sum with the update, 2 u; in NF4 W may be rounded once more.
+               Update: s A, B (fp32 masters), h and the sum: 4 u
+        dA     B, g and the result: 3 u        dB    s A, h and the result: 3 u
+        dx     k projections: a sum for each, of two roundings for NF4, and one for the update: (2 k + 1) u of the base,
+               with W one more; A, B and g besides: 4 u of the update
+    """
+    torch.manual_seed(seed)
+    adapters = [make_lora(in_features, size, rank, scale, dtype=dtype, nf4=nf4) for size in out_features]
+    for adapter in adapters:
+        if not nf4:
+            adapter.base.weight.data = away_from_zero(*adapter.base.weight.shape, dtype=dtype)
+        for factor in (adapter.lora_A, adapter.lora_B):
+            factor.weight.data = away_from_zero(*factor.weight.shape, dtype=torch.float32 if masters else dtype)
+    x = away_from_zero(num_tokens, in_features, dtype=dtype).requires_grad_()
+    douts = [away_from_zero(num_tokens, size, dtype=dtype) for size in out_features]
+    outs = project(x, *adapters)
+    torch.autograd.backward(outs, douts)
+
+    unit, tiny = torch.finfo(dtype).eps / 2, 2.0**-24
+
+    def check(what: str, ours: Tensor, exact: Tensor, size: Tensor, roundings: int, terms: int) -> None:
+        assert ((ours.double() - exact).abs() <= (1.1 * roundings * unit + 2 * terms * tiny) * size).all(), what
+
+    X, dx, size_of_dx = x.detach().double(), 0, 0
+    for adapter, out, dout in zip(adapters, outs, douts, strict=True):
+        W, A, B = (t.detach().double() for t in (adapter.base.dense_weight(), *_factors(adapter)))
+        dY = dout.double()
+        assert out.dtype == dtype
+        size = X.abs() @ W.abs().T + scale * X.abs() @ A.abs().T @ B.abs().T
+        check("out", out, X @ W.T + scale * X @ A.T @ B.T, size, 4, in_features + rank)
+        for factor, exact, size in (
+            (adapter.lora_A, scale * (dY @ B).T @ X, scale * (dY.abs() @ B.abs()).T @ X.abs()),
+            (adapter.lora_B, scale * dY.T @ (X @ A.T), scale * dY.abs().T @ (X.abs() @ A.abs().T)),
+        ):
+            assert factor.weight.grad.dtype == factor.weight.dtype
+            check("factor", factor.weight.grad, exact, size, 3, num_tokens + max(in_features, *out_features))
+        dx = dx + dY @ W + scale * dY @ B @ A
+        size_of_dx = size_of_dx + dY.abs() @ W.abs() + scale * dY.abs() @ B.abs() @ A.abs()
+    assert x.grad.dtype == dtype
+    roundings = max(2 * len(adapters) + 2, 5)
+    check("dx", x.grad, dx, size_of_dx, roundings, sum(out_features) + len(adapters) * rank)
+
+
+def _factors(adapter: LoraLinear) -> tuple[Tensor, Tensor]:
+    return adapter.lora_A.weight, adapter.lora_B.weight
