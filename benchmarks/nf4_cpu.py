@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=512, help="of the linear layer")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=21, help="pairs of turns; a quarter of it for quantize, a seventh for dx")
+    parser.add_argument("--rounds", type=int, default=21, help="pairs of turns; fewer for quantize and dx")
     parser.add_argument("--double-quant", action="store_true")
     parser.add_argument(
         "--instruction-set", default="best", choices=["best", "portable", "avx2", "avx512", "avx512_bf16"]
