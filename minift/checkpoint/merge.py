@@ -27,6 +27,7 @@ from minift.checkpoint.adapters import read_config, read_tensors
 from minift.checkpoint.atomic import atomic_folder
 from minift.model.decoder import CausalLM
 from minift.model.hf import TIED_HEAD, check_weights, load_config, save_model
+from minift.model.linear import Linear
 from minift.model.weights import TensorSpec, WeightReader
 from minift.ops.nf4 import quantize_nf4
 from minift.peft.adapter import Adapter
@@ -135,6 +136,7 @@ class _Base:
         check_weights(self.weights, self._model)
         self.names = [name for name, _ in self._model.named_parameters()]
         self.quantized = quantize_for(self._model, self.weights, quant)
+        self._dense = [name for name, module in self._model.named_modules() if isinstance(module, Linear)]
         self.is_stored_quantized = bool(self.weights.stored.projections)
 
     def load_adapters(self, adapter_folder: str | Path) -> dict[str, Adapter]:
@@ -174,7 +176,7 @@ class _Base:
         """For the config.json of a folder whose projections are stored as this one's were."""
         first = next(iter(self.quantized.values()))
         kind = QuantConfig(block_size=first.block_size, double_quant=first.double_quant)
-        return quantization_config(kind, first.dtype)
+        return quantization_config(kind, first.dtype, self._dense)
 
 
 def _choose_target(target: MergeTarget | None, base: _Base, original_folder: str | Path | None) -> MergeTarget:

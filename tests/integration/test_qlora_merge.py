@@ -32,7 +32,7 @@ TARGETS = ("dequantized", "original", "requantized")
 def logits(model: torch.nn.Module) -> Tensor:
     """(tokens, vocabulary) of minift's model, or of transformers'."""
     if not isinstance(model, CausalLM):
-        return model.eval()(TOKENS).logits[0]
+        return model(TOKENS).logits[0]
     count = TOKENS.shape[1]
     bounds = torch.tensor([0, count], dtype=torch.int32)
     return model(TOKENS[0], torch.arange(count), bounds, count, head=lambda hidden_TD, lm_head: lm_head(hidden_TD))
@@ -43,7 +43,8 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def from_transformers(folder: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """In training mode: in inference bitsandbytes computes in bf16 on a CPU, and only with widths that it likes."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
 
 
 @torch.no_grad()
