@@ -33,7 +33,7 @@ from minift.peft.freeze import set_trainable
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.names import canonical_name
 from minift.precision import Precision
-from minift.quant.linear import QuantConfig
+from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
 from minift.recompute import RecomputeConfig, apply_recompute
 from minift.trace import Recorder
@@ -48,6 +48,20 @@ class ModelSource:
     """
 
     path: str
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A model after the first three steps: modules, shapes and what trains; no memory.
+
+    quantized: full name -> projection held in 4 bits. num_parameters: of the dense model, and of adapters.
+    """
+
+    module: CausalLM
+    quantized: dict[str, NF4Linear]
+    trainable: list[str]
+    num_parameters: int
+    num_trainable_parameters: int
 
 
 @dataclass(frozen=True)
@@ -80,21 +94,10 @@ def build_model(
     if empty) and `freeze` say, see `peft.freeze`. `quant`: hold the base weights so; a folder that is quantised already
     is held as it is. ValueError for a folder or a pattern that does not fit."""
     config = load_config(source.path)
-    with torch.device("meta"):
-        model = CausalLM(config)
     weights = QuantWeights(source.path)
-    check_weights(weights, model)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    quantized = quantize_for(model, weights, quant)
-    if quantized and adapter is None:
-        raise ValueError(f"{source.path} is held in 4 bits, which cannot be trained; valid: with an adapter")
-    if adapter is not None:
-        trainable = inject(model, adapter, seed=seed)
-    else:
-        trainable = set_trainable(model, train=train, freeze=freeze)
+    on_paper = construct(config, weights, adapter, quant=quant, train=train, freeze=freeze, seed=seed)
+    model, quantized = on_paper.module, on_paper.quantized
     own_parameters = adapter_parameters(model)
-    num_parameters += sum(parameter.numel() for parameter in own_parameters.values())
-    num_trainable_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     apply_recompute(model, model.shard_units(), recompute, recorder)
     engine = shard(model, model.shard_units(), world, policy, precision, recorder)
@@ -113,7 +116,39 @@ def build_model(
         return initial[name][start:stop]
 
     engine.load(read)
-    return BuiltModel(model, engine, config, trainable, num_parameters, num_trainable_parameters)
+    return BuiltModel(
+        model, engine, config, on_paper.trainable, on_paper.num_parameters, on_paper.num_trainable_parameters
+    )
+
+
+def construct(
+    config: ModelConfig,
+    weights: QuantWeights | None,
+    adapter: AdapterConfig | None,
+    *,
+    quant: QuantConfig | None = None,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    seed: int = 0,
+) -> MetaModel:
+    """Steps 1 to 3. weights: of the folder, which are looked at and not read; None: there is none (a plan), and they
+    are taken to be dense."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if weights is not None:
+        check_weights(weights, model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    quantized = quantize_for(model, weights, quant)
+    if quantized and adapter is None:
+        held = "the model" if weights is None else weights.folder
+        raise ValueError(f"{held} is held in 4 bits, which cannot be trained; valid: with an adapter")
+    if adapter is not None:
+        trainable = inject(model, adapter, seed=seed)
+    else:
+        trainable = set_trainable(model, train=train, freeze=freeze)
+    num_parameters += sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    num_trainable_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return MetaModel(model, quantized, trainable, num_parameters, num_trainable_parameters)
 
 
 def base_fingerprint(folder: str | Path) -> dict[str, str]:

@@ -47,7 +47,7 @@ def _axis(world: World, ranks: list[int], anew: bool = False) -> World:
     if len(ranks) == world.size and not anew:
         return world
     axis = replace(world, rank=ranks.index(world.rank), size=len(ranks))
-    if len(ranks) == 1:
+    if len(ranks) == 1 or world.group is None:
         return axis  # never used to communicate, so whose group it names does not matter
     members = [dist.get_global_rank(world.group, rank) for rank in ranks]
     # Only the members meet: the other groups are being made by the others at the same time.

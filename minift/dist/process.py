@@ -24,7 +24,8 @@ class World:
     """This process among `size` processes.
 
     `group` is what `torch.distributed` calls take; ranks in it are 0 … size - 1 in `torch.distributed`'s numbering of
-    the group. `device` is where tensors live; `backend` is "gloo" or "nccl".
+    the group; None in a world on paper, which never communicates. `device` is where tensors live; `backend` is "gloo"
+    or "nccl".
     """
 
     rank: int
@@ -32,7 +33,7 @@ class World:
     local_rank: int
     device: torch.device
     backend: str
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
 
     @property
     def is_main(self) -> bool:

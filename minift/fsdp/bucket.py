@@ -279,4 +279,9 @@ def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 
 
 def _host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(numel, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.zeros(numel, dtype=dtype, device=host_of(device), pin_memory=device.type == "cuda")
+
+
+def host_of(device: torch.device) -> torch.device:
+    """Where offloaded tensors of `device` lie. The meta device, on which models are planned, is its own host."""
+    return device if device.type == "meta" else torch.device("cpu")

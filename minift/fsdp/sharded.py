@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from minift.dist.collectives import barrier
 from minift.dist.mesh import make_mesh
 from minift.dist.process import World
 from minift.fsdp.assign import Group, assign_parameters
-from minift.fsdp.bucket import Bucket, Dtypes
+from minift.fsdp.bucket import Bucket, Dtypes, host_of
 from minift.fsdp.hooks import Hooks
 from minift.fsdp.policy import ShardPolicy
 from minift.fsdp.shared_memory import SharedMemory
@@ -178,6 +177,11 @@ class ShardedModel:
                 )
         return held | {"gradients": held["gradients"] + self._scratch.nbytes}
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the gradient shards that blocks take turns with (policy.step_in_backward)."""
+        return self._scratch.nbytes
+
     def sent_bytes(self) -> int:
         """Bytes of weights and gradients that this rank has sent to others since the beginning: per step and bucket
 
@@ -286,7 +290,7 @@ class ShardedModel:
         self._scratch = torch.empty(0)
         if self.policy.step_in_backward:
             numel = max((sum(b.layout.shard_numel for b in block if b.trainable) for block in blocks), default=0)
-            device = torch.device("cpu") if self.policy.offload else self.world.device
+            device = host_of(self.world.device) if self.policy.offload else self.world.device
             self._scratch = torch.empty(REDUCTIONS_IN_FLIGHT, numel, dtype=torch.float32, device=device)
         for block in [*blocks, root]:
             for bucket in (b for b in block if b.trainable):
@@ -321,7 +325,7 @@ class ShardedModel:
     def _meet(self) -> None:
         """Resident buckets are read without being gathered: nobody may start before everybody has written."""
         if self._links.gather.shares_memory:
-            barrier(self.mesh.shard)
+            self._links.gather.meet()
 
 
 def _gather_bytes(buckets: list[Bucket]) -> int:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minift.dist.collectives import barrier
 from minift.dist.process import World
 
 _SUM_BLOCK_ELEMENTS = 1 << 16  # summed chunk by chunk inside of a core's cache
@@ -99,6 +100,10 @@ class Transport:
         for full, out in zip(fulls, outs, strict=True):
             sum_chunks_(out, full, [], accumulate)
         return DONE
+
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        barrier(self.world)
 
     def _private_buffer(self, num_bytes: int) -> Buffer:
         return Buffer(torch.empty(num_bytes, dtype=torch.uint8, device=self.world.device))

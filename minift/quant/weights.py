@@ -111,15 +111,18 @@ class QuantWeights(WeightReader):
         return {"scales": scales, "nested": torch.cat([offset, nested_absmax]).view(torch.uint8)}
 
 
-def quantize_for(model: nn.Module, weights: QuantWeights, asked: QuantConfig | None) -> dict[str, NF4Linear]:
+def quantize_for(model: nn.Module, weights: QuantWeights | None, asked: QuantConfig | None) -> dict[str, NF4Linear]:
     """Make those projections of `model` NF4 that `asked` wants so, or that the folder stores so; {full name: module}.
 
-    ValueError if both say something, and not the same.
+    weights: None where there is no folder: they are dense then, in bf16. ValueError if both say something, and not the
+    same.
     """
-    if not weights.stored.projections:
+    if weights is None or not weights.stored.projections:
         if asked is None:
             return {}
         names, config = projections_to_quantize(model, asked.skip), asked
+        if weights is None:
+            return quantize_linears(model, dict.fromkeys(names, torch.bfloat16), config)
     else:
         names, config = weights.stored.projections, weights.stored.config()
         kinds = [(c.block_size, c.double_quant) for c in (asked or config, config)]

@@ -1,0 +1,357 @@
+"""A run on paper: every module, parameter and shard of one rank of N, without memory, processes or weights.
+
+    run = describe(config, setup, world_size=512, link="nccl", workload=Workload(tokens=8192, document_tokens=4096))
+
+Nothing of the engine's rules is repeated here. The model is put together by `build.construct` and cut up by
+`fsdp.shard`, as for training, but on the meta device and between ranks that do not exist; what came out is read off
+into frozen values, which know no tensors. So whatever the engine learns to do, the plan follows. What happens in a step
+is not here: bytes are `memory.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from minift.build import construct
+from minift.dist.process import World
+from minift.fsdp import ShardPolicy, shard
+from minift.fsdp.bucket import Bucket
+from minift.fsdp.transport import Transport
+from minift.fsdp.unit import Keep, Ring, Unit
+from minift.model.config import ModelConfig
+from minift.model.linear import LinearBase
+from minift.optim.config import OptimConfig
+from minift.peft.adapter import AdapterConfig, AdapterModule
+from minift.precision import Precision
+from minift.quant.linear import NF4Linear, QuantConfig
+from minift.quant.weights import QuantWeights
+from minift.recompute import Policy, RecomputeConfig
+
+Link = Literal["nccl", "shared memory", "paired sends"]
+"""How ranks exchange tensors: the transports of `minift/fsdp/transport.py`. A group of one exchanges none."""
+
+
+class Setup(Protocol):
+    """What a plan reads of a run's configuration (`config.RunConfig` has it all)."""
+
+    adapter: AdapterConfig | None
+    quant: QuantConfig | None
+    train: tuple[str, ...]
+    freeze: tuple[str, ...]
+    optim: OptimConfig
+    precision: Precision
+    fsdp: ShardPolicy
+    recompute: RecomputeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one rank computes in an optimizer step: `microbatches` times `tokens` in documents of `document_tokens`.
+
+    targets: tokens of a microbatch that the loss counts (the LM head runs on these only); None: all.
+    """
+
+    tokens: int
+    document_tokens: int
+    microbatches: int = 1
+    targets: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "document_tokens", "microbatches"):
+            if self.__dict__[name] < 1:
+                raise ValueError(f"{name} of a workload is {self.__dict__[name]}; valid: 1 or more")
+        if self.document_tokens > self.tokens:
+            raise ValueError(f"documents of {self.document_tokens} tokens do not fit into {self.tokens}")
+        if self.targets is not None and not 0 <= self.targets <= self.tokens:
+            raise ValueError(f"targets of a workload is {self.targets}; valid: 0 to {self.tokens}, the tokens")
+
+    @property
+    def num_targets(self) -> int:
+        return self.tokens if self.targets is None else self.targets
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter as it is when gathered. dtype: of the gathered values, "bfloat16"; "uint8": packed bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class BucketShape:
+    """One bucket, as `fsdp.bucket.Bucket` has it: sizes in elements, and bytes an element of each form.
+
+    resident: its shard lies in the gathered tensor, which is always there. keeps_full_grads: gradients of full_numel
+    are added up over microbatches, in fp32. is_written_by_optimizer: gathered in one place, where updates put the new
+    values, too. local_ranges: (numel of the whole parameter, elements of it in the shard of rank 0).
+    """
+
+    name: str
+    trainable: bool
+    parameters: tuple[ParameterShape, ...]
+    storage_itemsize: int
+    wire_itemsize: int
+    grad_itemsize: int
+    shard_numel: int
+    full_numel: int
+    resident: bool
+    keeps_full_grads: bool
+    is_written_by_optimizer: bool
+    gather_bytes: int
+    reduce_bytes: int
+    local_ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class UpdateShape:
+    """A low-rank update of a projection: A (rank, in), B (out, rank). dropout: on the way into A."""
+
+    rank: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class ProjectionShape:
+    """y = x Wᵀ + b. storage: of W. adapter: name of the class that wraps it, with the updates that it adds; "" if none.
+
+    block_size: weights that share a scale, in NF4, else 0.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    storage: Literal["dense", "nf4"]
+    has_bias: bool
+    trains_weight: bool
+    trains_bias: bool
+    adapter: str = ""
+    updates: tuple[UpdateShape, ...] = ()
+    block_size: int = 0
+
+    @property
+    def weight_numel(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class RingShape:
+    """Equal buffers that units share. units that share one have the same `key`."""
+
+    key: int
+    count: int
+    buffer_bytes: int
+
+
+@dataclass(frozen=True)
+class UnitShape:
+    """What is gathered and freed together; name "": the root. In the order of the module tree, which forward runs in.
+
+    keep: for how long it stays gathered. recompute: what its backward makes again.
+    """
+
+    name: str
+    buckets: tuple[BucketShape, ...]
+    projections: tuple[ProjectionShape, ...]
+    keep: Keep
+    recompute: Policy
+    gather_ring: RingShape
+    reduce_ring: RingShape
+
+    @property
+    def parameters(self) -> Iterator[ParameterShape]:
+        for bucket in self.buckets:
+            yield from bucket.parameters
+
+    @property
+    def trains(self) -> bool:
+        return any(bucket.trainable for bucket in self.buckets)
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """One rank of a run. The root is the first of `units`; the others are the blocks, in their order.
+
+    shard_size: ranks among which one copy of the model is cut up. num_parameters: of the dense model, and of adapters.
+    scratch_bytes: gradient shards that blocks take turns with (fsdp.step_in_backward).
+    """
+
+    model: ModelConfig
+    units: tuple[UnitShape, ...]
+    workload: Workload
+    policy: ShardPolicy
+    precision: Precision
+    optim: OptimConfig
+    recompute: RecomputeConfig
+    adapter: str
+    world_size: int
+    shard_size: int
+    link: Link
+    num_parameters: int
+    num_trainable_parameters: int
+    scratch_bytes: int = field(default=0)
+
+    @property
+    def root(self) -> UnitShape:
+        return self.units[0]
+
+    @property
+    def blocks(self) -> tuple[UnitShape, ...]:
+        return self.units[1:]
+
+    @property
+    def buckets(self) -> Iterator[BucketShape]:
+        for unit in self.units:
+            yield from unit.buckets
+
+    @property
+    def wire_itemsize(self) -> int:
+        """Bytes an element of weights and activations in forward and backward."""
+        return self.precision.wire_dtype.itemsize
+
+    @property
+    def shares_memory(self) -> bool:
+        return self.link == "shared memory" and self.shard_size > 1
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.link == "nccl"
+
+
+def describe(
+    config: ModelConfig,
+    setup: Setup,
+    *,
+    world_size: int,
+    link: Link,
+    workload: Workload,
+    weights: QuantWeights | None = None,
+) -> RunShape:
+    """What rank 0 of `world_size` would hold and run. weights: of a folder, if there is one: it may be in NF4 already.
+
+    ValueError for what building would refuse: a pattern that matches nothing, ranks that form no groups, ...
+    """
+    on_paper = construct(config, weights, setup.adapter, quant=setup.quant, train=setup.train, freeze=setup.freeze)
+    module = on_paper.module
+    blocks = module.shard_units()
+    backend = "nccl" if link == "nccl" else "gloo"
+    world = World(0, world_size, 0, torch.device("meta"), backend, group=None)
+    engine = shard(module, blocks, world, setup.fsdp, setup.precision, connect=lambda members: _Paper(members, link))
+    recomputed = {id(unit) for unit in blocks[:: setup.recompute.every]}
+    rings: dict[int, int] = {}
+    return RunShape(
+        model=config,
+        units=tuple(
+            _unit(
+                unit,
+                list(_projections(unit.module, f"{unit.name}." if unit.name else "", [] if unit.name else blocks)),
+                setup.recompute.policy if id(unit.module) in recomputed else "none",
+                rings,
+            )
+            for unit in engine.units
+        ),
+        workload=workload,
+        policy=setup.fsdp,
+        precision=setup.precision,
+        optim=setup.optim,
+        recompute=setup.recompute,
+        adapter="" if setup.adapter is None else type(setup.adapter).__name__.removesuffix("Config"),
+        world_size=world_size,
+        shard_size=engine.shard_world.size,
+        link=link,
+        num_parameters=on_paper.num_parameters,
+        num_trainable_parameters=on_paper.num_trainable_parameters,
+        scratch_bytes=engine.scratch_bytes,
+    )
+
+
+class _Paper(Transport):
+    """Buffers on the meta device, as `link` would have them (`fsdp/transport.py`); nothing is ever exchanged."""
+
+    def __init__(self, world: World, link: Link) -> None:
+        super().__init__(world)
+        self.shares_memory = link == "shared memory" and world.size > 1
+        self.sums_in_fp32 = link != "nccl" or world.size == 1
+
+    def meet(self) -> None:
+        """There is nobody to wait for."""
+
+
+def _unit(unit: Unit, projections: list[tuple[str, LinearBase]], recompute: Policy, rings: dict[int, int]) -> UnitShape:
+    return UnitShape(
+        unit.name,
+        tuple(_bucket(bucket) for bucket in unit.buckets),
+        tuple(_projection(name, module) for name, module in projections),
+        unit.keep,
+        recompute,
+        _ring(unit.gather_ring, rings),
+        _ring(unit.reduce_ring, rings),
+    )
+
+
+def _ring(ring: Ring, keys: dict[int, int]) -> RingShape:
+    return RingShape(keys.setdefault(id(ring), len(keys)), len(ring.buffers), ring.num_bytes)
+
+
+def _bucket(bucket: Bucket) -> BucketShape:
+    numels = {span.name: span.shape.numel() for span in bucket.layout.spans}
+    return BucketShape(
+        bucket.name,
+        bucket.trainable,
+        tuple(
+            ParameterShape(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), bucket.trainable)
+            for name, p in bucket.params.items()
+        ),
+        bucket.dtypes.storage.itemsize,
+        bucket.dtypes.wire.itemsize,
+        bucket.dtypes.grad.itemsize,
+        bucket.layout.shard_numel,
+        bucket.layout.full_numel,
+        bucket.resident,
+        bucket.keeps_full_grads,
+        bucket.trainable and bucket.flat_shard().wire is not None,
+        bucket.gather_bytes,
+        bucket.reduce_bytes,
+        tuple((numels[r.name], r.stop - r.start) for r in bucket.layout.local_ranges(0)),
+    )
+
+
+def _projections(module: nn.Module, prefix: str, without: list[nn.Module]) -> Iterator[tuple[str, LinearBase]]:
+    """Outermost projections inside `module` and not in `without`: an adapter, not what it wraps."""
+    for name, child in module.named_children():
+        if isinstance(child, LinearBase):
+            yield prefix + name, child
+        elif not any(child is other for other in without):
+            yield from _projections(child, f"{prefix}{name}.", without)
+
+
+def _projection(name: str, module: LinearBase) -> ProjectionShape:
+    parts = module.parts()
+    base, updates = parts or (module, ())
+    while isinstance(base, AdapterModule):  # a method with a forward of its own
+        base = base.base
+    weight = base.dense_parameter()
+    bias = base.bias
+    return ProjectionShape(
+        name,
+        module.in_features,
+        module.out_features,
+        "nf4" if isinstance(base, NF4Linear) else "dense",
+        bias is not None,
+        weight is not None and weight.requires_grad,
+        bias is not None and bias.requires_grad,
+        type(module).__name__ if isinstance(module, AdapterModule) else "",
+        tuple(UpdateShape(len(update.A), update.dropout) for update in updates),
+        base.block_size if isinstance(base, NF4Linear) else 0,
+    )
