@@ -1,0 +1,356 @@
+"""One optimizer step of the engine, event by event, on clocks instead of tensors.
+
+The engine (`fsdp/hooks.py`, `fsdp/unit.py`) decides on the host, unit by unit, when to gather, free, open gradients,
+reduce and wait. `Engine` here takes the same decisions in methods of the same names, in the steady state (the order of
+units has been learnt, nothing fails), and instead of computing moves three clocks of one rank forward:
+
+    compute     forward, recompute, backward, update; stands still where the engine waits for a collective
+    lanes       one to gather, one to reduce: casts and sums run there, beside compute (CUDA streams). On a CPU there
+                are none, and this work moves the compute clock
+    wires       one for each axis of the mesh: carries one collective after the other, in the order of issue
+
+All ranks do the same at the same time, so one stands for all, and a collective lasts what `network` says of it. What
+comes out is a `Trace`, with the spans of a recorded step in the same order; tests compare them.
+
+Not here: what a unit costs (`work`, `device`), what the engine holds (`memory`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from minift.fsdp.unit import REDUCTIONS_IN_FLIGHT, GradState, Keep, UnitState
+from minift.trace import Lane, Span, Trace
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One all-gather, reduce-scatter or all-reduce.
+
+    prepare_s: casts into the buffer, before. wire_s: the link is taken by it. latency_s: until the result is there
+    after the link is free again. finish_s: adds up what came, after.
+    """
+
+    prepare_s: float = 0.0
+    wire_s: float = 0.0
+    latency_s: float = 0.0
+    finish_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SimUnit:
+    """A unit, and seconds of one microbatch. The first unit of a list is the root, named "".
+
+    head_s: of the root: norm, head and loss, after the blocks; and their backward, before the blocks'. What else it has
+    is embedding: `forward_s`, before the blocks, and `backward_s`, after them.
+    recompute_s: the part of backward that computes forward again; not counted in `backward_s`.
+    gather: None if nothing of it is gathered. reduce: None if it has nothing to train.
+    replica_sum: None without replicas. update_s: the optimizer, where that updates in backward.
+    has_backward: a gradient reaches its output. ends_with_input: one reaches its input, which tells the engine that its
+    backward has ended; of others it learns that at the end of the whole backward.
+    """
+
+    name: str
+    keep: Keep
+    forward_s: float = 0.0
+    recompute_s: float = 0.0
+    backward_s: float = 0.0
+    forward_head_s: float = 0.0
+    backward_head_s: float = 0.0
+    gather: Collective | None = None
+    reduce: Collective | None = None
+    replica_sum: Collective | None = None
+    update_s: float = 0.0
+    has_backward: bool = True
+    ends_with_input: bool = True
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What of a run's settings decides the order of events.
+
+    keeps_full_grads: gradients of several microbatches are added up before they are reduced. shard_size: ranks over
+    which the model is cut. steps_in_backward: a unit is updated when its gradient is complete. has_lanes: casts and
+    sums run beside compute. meet_s: a small all-reduce, of which a step has two, and one more where `meets_at_end`.
+    norm_s, update_s: the gradient's norm, and the optimizer after it.
+    """
+
+    microbatches: int
+    prefetch_units: int
+    shard_size: int
+    keeps_full_grads: bool
+    steps_in_backward: bool = False
+    has_lanes: bool = False
+    meet_s: float = 0.0
+    meets_at_end: bool = False
+    norm_s: float = 0.0
+    update_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """trace: of one rank. seconds: of the whole step. exposed_s: compute stood still, for collectives."""
+
+    trace: Trace
+    seconds: float
+    exposed_s: float
+
+
+def simulate(units: list[SimUnit], schedule: Schedule) -> Simulated:
+    """Run one step of `units`, the root first, then the blocks in order."""
+    engine = Engine(units, schedule)
+    engine.step()
+    return Simulated(Trace(0, engine.spans), engine.now, engine.exposed_s)
+
+
+@dataclass
+class _Wire:
+    """Carries collectives one after the other."""
+
+    free_at: float = 0.0
+
+    def send(self, ready_at: float, collective: Collective) -> float:
+        """When the result is there of what was `ready_at`."""
+        self.free_at = max(self.free_at, ready_at) + collective.wire_s
+        return self.free_at + collective.latency_s
+
+
+@dataclass
+class _Unit:
+    """A unit's state, as in `fsdp/unit.py`."""
+
+    costs: SimUnit
+    state: UnitState = UnitState.SHARDED
+    grad_state: GradState = GradState.CLOSED
+    is_complete: bool = False
+    gather_began: float = 0.0
+    gathered_at: float = 0.0
+    reduce_began: float | None = None
+    reduced_at: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.costs.name
+
+
+@dataclass
+class Engine:
+    """`fsdp/hooks.py`, driven by a clock. Methods have the names of the engine's."""
+
+    costs: list[SimUnit]
+    schedule: Schedule
+    now: float = 0.0
+    exposed_s: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.units = [_Unit(costs) for costs in self.costs]
+        self.root, *self.blocks = self.units
+        self.shard_wire, self.replica_wire = _Wire(), _Wire()
+        self.gather_lane, self.reduce_lane = 0.0, 0.0
+        self.reducing: deque[_Unit] = deque()
+        self.replica_sums: deque[tuple[_Unit, float, float | None]] = deque()
+        passing = [block for block in self.blocks if block.costs.keep is Keep.UNTIL_FORWARD_ENDS]
+        self.free_gather_buffers = min(1 + self.schedule.prefetch_units, len(passing))
+        reduced = [block for block in self.blocks if block.costs.reduce]
+        self.free_reduce_buffers = min(REDUCTIONS_IN_FLIGHT, len(reduced))
+        self.is_last_microbatch = False
+
+    def step(self) -> None:
+        self.now += self.schedule.meet_s  # the weight of the step
+        for number in range(self.schedule.microbatches):
+            self.is_last_microbatch = number == self.schedule.microbatches - 1
+            self.forward()
+            self.backward()
+        if not self.schedule.steps_in_backward:
+            self.now += self.schedule.norm_s
+        self.now += self.schedule.meet_s  # loss and norm
+        if not self.schedule.steps_in_backward:
+            self._compute("optimizer", "", self.schedule.update_s)
+        if self.schedule.meets_at_end:
+            self.now += self.schedule.meet_s
+
+    # Forward #
+
+    def forward(self) -> None:
+        order = self.units
+        self._gather(self.root, order)
+        began = self.now
+        self.open_gradients(self.root)
+        self.now += self.root.costs.forward_s
+        for block in self.blocks:
+            self._gather(block, order)
+            self._compute("forward", block.name, block.costs.forward_s)
+            is_held = block is order[-1] or block.costs.keep is Keep.UNTIL_BACKWARD_ENDS
+            if block.costs.keep is not Keep.UNTIL_UPDATE and not (is_held and block.costs.has_backward):
+                self.free(block)
+        self.now += self.root.costs.forward_head_s
+        self._span("compute", "forward", "", began)
+
+    # Backward #
+
+    def backward(self) -> None:
+        order = [self.root, *(block for block in reversed(self.blocks) if block.costs.has_backward)]
+        self._gather(self.root, order)
+        began = self.now
+        self.now += self.root.costs.backward_head_s
+        late: list[tuple[_Unit, float]] = []
+        for block in order[1:]:
+            self._pre_backward(block, order)
+            block_began = self.now
+            if block.costs.recompute_s:
+                self._compute("recompute", block.name, block.costs.recompute_s)
+            self.now += block.costs.backward_s
+            if block.costs.ends_with_input:
+                self._post_backward(block, block_began)
+            else:
+                late.append((block, block_began))
+        self.now += self.root.costs.backward_s
+        for unit, unit_began in [*late, (self.root, began)]:
+            self._post_backward(unit, unit_began)
+        self._end_of_backward()
+
+    def _pre_backward(self, unit: _Unit, order: list[_Unit]) -> None:
+        lacks_buffer = unit.costs.reduce and not self.schedule.keeps_full_grads and not self.free_reduce_buffers
+        if lacks_buffer:
+            self._finish_reductions(until=self.reducing[0])
+        self._gather(unit, order)
+        self.open_gradients(unit)
+
+    def _post_backward(self, unit: _Unit, began: float) -> None:
+        self._span("compute", "backward", unit.name, began)
+        if unit.grad_state is GradState.OPEN:
+            self.start_reduce(unit)
+            self.reducing.append(unit)
+            if self.schedule.shard_size == 1:
+                self._finish_reductions(until=unit)
+            elif self.schedule.keeps_full_grads and len(self.reducing) > REDUCTIONS_IN_FLIGHT:
+                self._finish_reductions(until=self.reducing[0])
+        if unit.costs.keep is not Keep.UNTIL_UPDATE:
+            self.free(unit)
+
+    def _end_of_backward(self) -> None:
+        if self.reducing:
+            self._finish_reductions(until=self.reducing[-1])
+        while self.replica_sums:
+            self._finish_replica_sum()
+
+    def _finish_reductions(self, until: _Unit) -> None:
+        unit = None
+        while unit is not until:
+            unit = self.reducing.popleft()
+            began = self.now
+            self.finish_reduce(unit)
+            self._span("compute", "wait", unit.name, began)
+            if self.is_last_microbatch:
+                self._start_replica_sum(unit)
+
+    def _start_replica_sum(self, unit: _Unit) -> None:
+        sums = unit.costs.replica_sum
+        arrives = None if sums is None else self.replica_wire.send(self.now, sums)
+        self.replica_sums.append((unit, self.now, arrives))
+        if self.schedule.steps_in_backward:
+            self._finish_replica_sum()
+
+    def _finish_replica_sum(self) -> None:
+        unit, issued, arrives = self.replica_sums.popleft()
+        if arrives is not None:
+            began = self.now
+            self._wait_until(arrives)
+            self._span("compute", "wait", unit.name, began)
+            self._span("reduce-scatter", "all-reduce", unit.name, issued)
+        if self.schedule.steps_in_backward:
+            self._compute("optimizer", unit.name, unit.costs.update_s)
+
+    # Both #
+
+    def _gather(self, unit: _Unit, order: list[_Unit]) -> None:
+        here = order.index(unit) + 1
+        if unit.state is UnitState.SHARDED:
+            self.start_gather(unit)
+        if unit.state is UnitState.GATHERING:
+            self.wait_gather(unit)
+        for later in order[here : here + self.schedule.prefetch_units]:
+            if later.state is UnitState.SHARDED and (self.free_gather_buffers or not self._takes_turns(later)):
+                self.start_gather(later)
+
+    def _takes_turns(self, unit: _Unit) -> bool:
+        """Whether it is gathered into one of the few buffers that blocks share."""
+        return unit.costs.gather is not None and unit.costs.keep is Keep.UNTIL_FORWARD_ENDS
+
+    # Units #
+
+    def start_gather(self, unit: _Unit) -> None:
+        unit.state = UnitState.GATHERING
+        gather = unit.costs.gather
+        if gather is None:
+            return
+        self.free_gather_buffers -= self._takes_turns(unit)
+        unit.gather_began = self.now
+        if self.schedule.has_lanes:
+            ready = max(self.gather_lane, self.now) + gather.prepare_s
+            unit.gathered_at = self.gather_lane = self.shard_wire.send(ready, gather)
+        else:
+            self.now += gather.prepare_s
+            unit.gathered_at = self.shard_wire.send(self.now, gather)
+
+    def wait_gather(self, unit: _Unit) -> None:
+        if unit.costs.gather is not None:
+            began = self.now
+            self._wait_until(unit.gathered_at)
+            self._span("compute", "wait", unit.name, began)
+            stop = unit.gathered_at if self.schedule.has_lanes else self.now
+            self._span("all-gather", "all-gather", unit.name, unit.gather_began, stop)
+        unit.state = UnitState.FULL
+
+    def free(self, unit: _Unit) -> None:
+        assert unit.state is UnitState.FULL
+        self.free_gather_buffers += self._takes_turns(unit)
+        unit.state = UnitState.SHARDED
+
+    def open_gradients(self, unit: _Unit) -> None:
+        if unit.costs.reduce is None or unit.grad_state is GradState.OPEN:
+            return
+        if unit is not self.root and not self.schedule.keeps_full_grads:
+            self.free_reduce_buffers -= 1
+        unit.grad_state = GradState.OPEN
+
+    def start_reduce(self, unit: _Unit) -> None:
+        unit.grad_state = GradState.REDUCING
+        reduce = unit.costs.reduce
+        alone = self.schedule.shard_size == 1
+        is_sent = not self.schedule.keeps_full_grads or (self.is_last_microbatch and not alone)
+        unit.reduce_began = self.now if is_sent else None
+        unit.reduced_at = self.now
+        if is_sent and self.schedule.has_lanes:
+            ready = max(self.reduce_lane, self.now) + reduce.prepare_s
+            unit.reduced_at = self.reduce_lane = self.shard_wire.send(ready, reduce) + reduce.finish_s
+        elif is_sent:
+            self.now += reduce.prepare_s
+            unit.reduced_at = self.shard_wire.send(self.now, reduce)
+
+    def finish_reduce(self, unit: _Unit) -> None:
+        self._wait_until(unit.reduced_at)
+        if unit.reduce_began is not None:
+            if not self.schedule.has_lanes:
+                self.now += unit.costs.reduce.finish_s
+            stop = unit.reduced_at if self.schedule.has_lanes else self.now
+            self._span("reduce-scatter", "reduce-scatter", unit.name, unit.reduce_began, stop)
+        if unit is not self.root and not self.schedule.keeps_full_grads:
+            self.free_reduce_buffers += 1
+        unit.grad_state = GradState.CLOSED
+
+    # Clock #
+
+    def _compute(self, kind: str, name: str, seconds: float) -> None:
+        began = self.now
+        self.now += seconds
+        self._span("compute", kind, name, began)
+
+    def _wait_until(self, time: float) -> None:
+        self.exposed_s += max(0.0, time - self.now)
+        self.now = max(self.now, time)
+
+    def _span(self, lane: Lane, kind: str, name: str, start: float, stop: float | None = None) -> None:
+        self.spans.append(Span(lane, kind, name, start, self.now if stop is None else stop))
