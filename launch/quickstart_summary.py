@@ -13,7 +13,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from minift.report import read_metrics
+from minift.metrics import read_metrics
 
 NUM_SAMPLES = 5
 KINDS = ("correct", "wrong arguments", "wrong function", "not a call")

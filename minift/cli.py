@@ -107,8 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         _add_assistant(task)
         task.add_argument("--out", metavar="FILE", help="JSON file for the result; default: standard output only")
 
-    plot = _add(top, "plot", commands.plot, "draw a run's loss.png again from its metrics.jsonl")
-    plot.add_argument("run", metavar="RUN", help="run folder")
+    plot = _add(top, "plot", commands.plot, "draw the curves of one or several runs on one sheet")
+    plot.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
+    plot.add_argument(
+        "--out", metavar="PNG", help="file to write; default: loss.png of the run, runs.png here if there are several"
+    )
+    timeline = _add(top, "timeline", commands.timeline, "draw the step that a run recorded (loop.timeline_step) again")
+    timeline.add_argument("run", metavar="RUN", help="run folder; the picture is its timeline.png")
+    for picture in (plot, timeline):
+        picture.add_argument("--dark", action="store_true", help="for a dark page")
     return parser
 
 

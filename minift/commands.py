@@ -114,9 +114,18 @@ def merge(options: Namespace) -> None:
 
 
 def plot(options: Namespace) -> None:
-    from minift.report import plot_run
+    from minift.curves import draw_runs
+    from minift.style import DARK, LIGHT
 
-    print(plot_run(options.run))
+    default = Path(options.runs[0]) / "loss.png" if len(options.runs) == 1 else Path("runs.png")
+    print(draw_runs(options.runs, Path(options.out) if options.out else default, DARK if options.dark else LIGHT))
+
+
+def timeline(options: Namespace) -> None:
+    from minift.style import DARK, LIGHT
+    from minift.timeline import redraw_timeline
+
+    print(redraw_timeline(Path(options.run), DARK if options.dark else LIGHT))
 
 
 def generate(options: Namespace) -> None:

@@ -21,6 +21,7 @@ import yaml
 from minift.build import ModelSource
 from minift.data.config import DataConfig
 from minift.fsdp.policy import ShardPolicy
+from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
@@ -29,7 +30,6 @@ from minift.recipe.build import build, differences
 from minift.recipe.describe import describe, show, to_plain, walk
 from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
 from minift.recompute import RecomputeConfig
-from minift.report import read_metrics
 from minift.train import TrainConfig
 
 USAGE = """\

@@ -1,7 +1,14 @@
-"""What a run reports about itself: peak memory and the log file. Plain Python; knows no ranks.
+"""What a run reports about itself: peak memory and the log file, metrics.jsonl. Plain Python; knows no ranks.
 
 The caller passes values that are already reduced over all ranks (a rank's own loss is not a loss) and already on the
-host (reading a tensor waits for the device; the caller chooses when).
+host (reading a tensor waits for the device; the caller chooses when). The log has one JSON object a line, of two kinds:
+
+  training    {"step": optimizer steps done so far (1 = after the first), "epoch": passes over the data so far (float),
+               "loss": mean over the step's supervised tokens, nats/token, "lr", "grad_norm": before clipping,
+               "tokens": packed tokens of the step, "targets": supervised ones, "tokens_per_second", "step_seconds",
+               "memory_bytes": largest peak of any rank, "sent_bytes": weights and gradients that each rank sent; what
+               JSON has no number for is null, and its name and value ("nan", "inf", "-inf") are in "nonfinite": {}}
+  validation  {"step", "validation_loss": mean over its supervised tokens, nats/token, "validation_targets"}
 """
 
 from __future__ import annotations
@@ -13,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+Records = list[dict[str, Any]]
 
 
 def peak_resident_bytes() -> int:
@@ -71,6 +80,31 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """Records of a log, oldest first. A last line without its newline is a write that a crash cut off: not returned."""
     lines = Path(path).read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def read_metrics(path: str | Path) -> tuple[Records, Records]:
+    """(training, validation) records, each ordered by step.
+
+    A resumed run writes the steps after its checkpoint a second time; what was written the first time is forgotten. A
+    last line that was cut off by a crash is ignored. Raises FileNotFoundError; ValueError for a bad line.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    training: Records = []
+    validation: Records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step, is_validation = record["step"], "validation_loss" in record
+            record |= {key: float(text) for key, text in record.pop("nonfinite", {}).items()}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a metrics record: {line[:80]!r}") from None
+        for earlier in [validation] if is_validation else [training, validation]:
+            while earlier and earlier[-1]["step"] >= step:  # seen before: the run went on from an earlier checkpoint
+                earlier.pop()
+        (validation if is_validation else training).append(record)
+    return training, validation
 
 
 def _truncate(path: Path, last_step: int) -> None:

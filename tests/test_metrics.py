@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift import metrics
-from minift.metrics import JsonlWriter, read_jsonl
+from minift.metrics import JsonlWriter, read_jsonl, read_metrics
+from tests.records import training_record, validation_record
 
 
 def test_peak_memory_keeps_what_was_freed():
@@ -88,3 +89,37 @@ def test_bad_records_are_refused(tmp_path):
     with pytest.raises(TypeError):
         writer.write({"step": 1, "loss": torch.ones(())})
     assert read_jsonl(writer.path) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4))
+def test_a_resumed_run_forgets_what_it_wrote_after_its_checkpoint(tmp_path_factory, lives):
+    """Each life goes on from step `start` at most where the last one was, does `count` steps, validates after each."""
+    path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
+    written, expected, reached = [], {}, 0
+    for life, (back, count) in enumerate(lives):
+        start = max(0, reached - back)
+        expected = {step: record for step, record in expected.items() if step <= start}
+        for step in range(start + 1, start + count + 1):
+            expected[step] = (training_record(step, loss=life), validation_record(step, loss=life))
+            written += expected[step]
+        reached = start + count
+    path.write_text("".join(json.dumps(record) + "\n" for record in written))
+    training, validation = read_metrics(path)
+    assert training == [pair[0] for pair in expected.values()]
+    assert validation == [pair[1] for pair in expected.values()]
+
+
+def test_numbers_that_json_does_not_have_come_back(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.write(training_record(1, loss=math.inf))
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([training_record(1, loss=math.inf)], [])
+
+
+def test_a_torn_last_line_is_ignored_and_any_other_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(training_record(1)) + '\n{"step": 2, "lo')
+    assert read_metrics(path) == ([training_record(1)], [])
+    path.write_text('{"step": 2, "lo\n' + json.dumps(training_record(1)))
+    with pytest.raises(ValueError, match="metrics.jsonl, line 1: not a metrics record"):
+        read_metrics(path)

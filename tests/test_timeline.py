@@ -20,15 +20,20 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.recompute import RecomputeConfig
-from minift.report import read_metrics
-from minift.timeline import COLOURS, chrome_trace, draw, draw_stacked, summary
+from minift.style import DARK, DPI, LIGHT
+from minift.timeline import chrome_trace, draw_stacked, read_chrome_trace, redraw_timeline, summary, write_timeline
+from minift.timeline.picture import WIDTH_INCHES, colours
+from minift.timeline.rows import memory_of
 from minift.trace import Level, Span, Trace
 from minift.train import Run, TrainConfig
 from tests.ranks import run_ranks
 from tests.tiny import write_inputs
 
+WIDTH = round(WIDTH_INCHES * DPI)
+COLOURS = colours(LIGHT)
 KINDS = {
     "compute": ["forward", "backward", "recompute", "optimizer", "wait"],
     "all-gather": ["all-gather"],
@@ -91,6 +96,27 @@ def check_nesting(events: list[dict], lane: str) -> None:
             assert apart or (inside and lane == "compute"), (a, b)
 
 
+@settings(max_examples=100)
+@given(traces)
+def test_a_chrome_trace_is_read_back(traces: list[Trace]) -> None:
+    """To the microsecond's rounding; memory, which is told for both kinds at each change, as it develops."""
+    found, title = read_chrome_trace(json.loads(json.dumps(chrome_trace(traces, "step 3"))))
+    assert title == "step 3" and [trace.rank for trace in found] == [trace.rank for trace in traces]
+    for got, expected in zip(found, traces, strict=True):
+
+        def rounded(trace: Trace) -> Counter:
+            return Counter((s.lane, s.kind, s.name, round(s.start_s, 9), round(s.stop_s, 9)) for s in trace.spans)
+
+        assert rounded(got) == rounded(expected)
+        assert list(memory_of(got.levels))[1::2] == list(memory_of(expected.levels))
+
+
+def test_other_json_is_refused() -> None:
+    for other in ({}, {"traceEvents": []}, {"traceEvents": [{"ph": "X"}], "otherData": {}}, []):
+        with pytest.raises(ValueError, match="no trace that minift wrote"):
+            read_chrome_trace(other)
+
+
 # Numbers #
 
 
@@ -145,8 +171,8 @@ def test_bars_are_as_long_as_spans(tmp_path: Path) -> None:
         Span("compute", "backward", "a", 1, 4),
         Span("compute", "wait", "a", 2, 3),
     ])  # fmt: skip
-    draw([Trace(0)], tmp_path / "empty.png", "nothing recorded")
-    path = draw([trace], tmp_path / "timeline.png", "a step")
+    draw_stacked({"nothing recorded": [Trace(0)]}, tmp_path / "empty.png")
+    path = draw_stacked({"a step": [trace]}, tmp_path / "timeline.png")
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["empty.png", "timeline.png"]
     legend = 420  # pixels of a legend's patch, at most
     one = pixels(path, COLOURS["wait"])
@@ -162,9 +188,23 @@ def test_panels_have_one_time_axis(tmp_path: Path) -> None:
     path = draw_stacked({"short": [Trace(0, short)], "long": [Trace(0, long)]}, tmp_path / "both.png")
     assert pixels(path, COLOURS["optimizer"]) == pytest.approx(4 * pixels(path, COLOURS["forward"]), rel=0.1)
     height, width, _ = image.imread(path).shape
-    assert width == 1200 and 500 < height < 700
-    many = draw([Trace(rank, short) for rank in range(64)], tmp_path / "many.png", "64 ranks")
+    assert width == WIDTH and 500 < height < 750
+    many = draw_stacked({"64 ranks": [Trace(rank, short) for rank in range(64)]}, tmp_path / "many.png")
     assert image.imread(many).shape[0] < 900
+
+
+def test_a_timeline_is_drawn_again(tmp_path: Path) -> None:
+    trace = Trace(0, [Span("compute", "forward", "a", 0, 1)], [Level("gathered", 0.5, 2**20)])
+    path = write_timeline([trace], tmp_path, "run, step 2")
+    first = path.read_bytes()
+    path.unlink()
+    assert redraw_timeline(tmp_path) == path and path.read_bytes() == first
+    redraw_timeline(tmp_path, DARK)
+    assert pixels(path, colours(DARK)["forward"]) > 1000 < pixels(path, DARK.ground)
+    assert pixels(path, COLOURS["forward"]) == pixels(path, LIGHT.ground) == 0
+    (tmp_path / "timeline.json").unlink()
+    with pytest.raises(ValueError, match="no step of this run was recorded"):
+        redraw_timeline(tmp_path)
 
 
 # A run #
@@ -208,7 +248,7 @@ def test_a_run_draws_the_step_it_is_asked_for(tmp_path: Path) -> None:
                       and b["ts"] <= rerun["ts"] <= b["ts"] + b["dur"])  # fmt: skip
             assert rerun["ts"] + rerun["dur"] <= own["ts"] + own["dur"]
     assert 0 < written["otherData"]["hidden_share"] <= 1
-    assert image.imread(tmp_path / "with" / "timeline.png").shape[1] == 1200
+    assert image.imread(tmp_path / "with" / "timeline.png").shape[1] == WIDTH
 
 
 def test_a_step_that_never_comes_is_refused(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.metrics import read_metrics
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
-from minift.report import read_metrics
 from minift.train import NonFiniteError, Run, TrainConfig, train
 from tests.checkpoint.kills import killed_before
 from tests.ranks import run_ranks

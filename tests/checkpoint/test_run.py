@@ -13,10 +13,10 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
-from minift.report import read_metrics
 from minift.train import Run, TrainConfig
 from tests.ranks import run_ranks
 from tests.tiny import write_inputs

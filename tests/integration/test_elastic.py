@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from minift.config import RunConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
-from minift.report import read_metrics
+from minift.metrics import read_metrics
 from minift.train import Run
 from tests.ranks import run_ranks
 from tests.tiny import write_inputs
