@@ -7,7 +7,7 @@ The state: fp32 masters and two Adam moments of every parameter, cut over the ra
 as DTensors cut along the first dimension under `get_state_dict`'s names, which is how `fully_shard` holds it. Each has
 saved and loaded it bit for bit before anything is measured.
 
-Save time: synchronous saves in turns (AB BA ...), barrier to barrier, everything on the disk (both flush). minift also
+Save time: synchronous saves in turns, barrier to barrier, everything on the disk (both flush). minift also
 reads every file back and compares checksums; DCP does not.
 Stall: what an asynchronous save costs the training thread itself: the call, and the wait before the optimizer may
 overwrite the state. Between the two lie forward and backward of the real model, and the update is real too. *Slowdown*
@@ -19,152 +19,58 @@ without. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), 
 DCP's best settings: plans cached; staging that is kept and reused; in "dcp staged" it runs in a thread beside forward
 and backward, which its documentation wants CUDA for and which works without; "dcp" is its default, staging in the call.
 
-Prints a table, and one line of JSON last.
+Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from processes import pss_bytes, spawn
+from processes import Ranks, run_ranks
+from protocol import Times, stopwatch, take_turns
+from results import Result, finish, parse
+from savers import MAKERS, Dcp, Minift
 from smollm2 import VOCAB_SIZE, loss_of, make_model
-from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
-from minift.checkpoint.manifest import Standing
-from minift.checkpoint.saver import Saver
-from minift.checkpoint.sharded import load_checkpoint
 from minift.dist.process import World
-from minift.model.decoder import CausalLM
 from minift.optim.adamw import AdamW
-from minift.optim.config import OptimConfig
-from minift.optim.shard import FlatShard, ParamRange
+from minift.optim.shard import FlatShard
+from minift.style import label_bars
 
-# -------------------------------------------------------------------------------------------------------- the variants
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
+    from minift.style import Theme
 
-class Minift:
-    """Flat shards of the units of `model`, saved by a `Saver`, which waits in the optimizer."""
-
-    def __init__(self, model: CausalLM, world: World, folder: Path, name: str) -> None:
-        self.world, self.folder = world, folder
-        units: dict[str, list[ParamRange]] = defaultdict(list)
-        for key, parameter in model.named_parameters():
-            ranges = units[key.split(".")[2] if key.startswith("model.layers.") else "root"]
-            start, numel = ranges[-1].stop if ranges else 0, parameter.numel() // world.size
-            ranges.append(ParamRange(key, start, start + numel, world.rank * numel, tuple(parameter.shape)))
-        shards = [
-            FlatShard(unit, torch.zeros(ranges[-1].stop), torch.full((ranges[-1].stop,), 1e-3), ranges)
-            for unit, ranges in units.items()
-        ]
-        self.optimizer = AdamW(shards, OptimConfig())
-        self._saver = Saver(folder, self.optimizer, world, replace(world, rank=0, size=1), keep_last=1)
-
-    def begin(self) -> None:
-        """Start to save in the background."""
-        self._saver.start(Standing(1, {}, {}))
-
-    def finish(self) -> None:
-        self._saver.wait()
-
-    def save(self) -> None:
-        self.begin()
-        self.finish()
-
-    def load(self) -> None:
-        load_checkpoint(self.folder / "step-00000001", self.optimizer, self.world)
-
-
-class Dcp:
-    """DTensors of every parameter and moment, each in memory of its own, as `fully_shard` has them."""
-
-    def __init__(self, model: CausalLM, world: World, folder: Path, name: str) -> None:
-        self.folder = folder
-        mesh = init_device_mesh("cpu", (world.size,))
-        shards, shapes = [], {}
-        for key, parameter in model.named_parameters():
-            numel = parameter.numel() // world.size
-            shapes[key] = (parameter.shape[0] // world.size, *parameter.shape[1:])
-            everything = [ParamRange(key, 0, numel, world.rank * numel, tuple(parameter.shape))]
-            shards.append(FlatShard(key, torch.zeros(numel), torch.full((numel,), 1e-3), everything))
-        self.optimizer = AdamW(shards, OptimConfig())
-        self.optimizer.before_update = self._wait_for_staging
-
-        def whole(key: str, local: Tensor) -> DTensor:
-            return DTensor.from_local(local.view(shapes[key]), mesh, [Shard(0)])
-
-        states = self.optimizer.state_dict()
-        moments = {s.name: {what: whole(s.name, t) for what, t in states[s.name].items()} for s in shards}
-        self._state = {"model": {s.name: whole(s.name, s.master) for s in shards}, "optim": {"state": moments}}
-        self._planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
-        self._stager = DefaultStager(StagingOptions(False, False, True, False)) if name == "dcp staged" else None
-        self._staged: Future | None = None
-
-    def begin(self) -> None:
-        writer = dcp.FileSystemWriter(self.folder)
-        self._uploaded = dcp.async_save(
-            self._state, storage_writer=writer, planner=self._planner, async_stager=self._stager
-        )
-        if self._stager is not None:
-            self._staged, self._uploaded = self._uploaded.staging_completion, self._uploaded.upload_completion
-
-    def _wait_for_staging(self, shard: FlatShard) -> None:
-        if self._staged is not None:
-            self._staged.result()
-
-    def finish(self) -> None:
-        self._uploaded.result()
-
-    def save(self) -> None:
-        dcp.save(self._state, storage_writer=dcp.FileSystemWriter(self.folder), planner=self._planner)
-
-    def load(self) -> None:
-        dcp.load(self._state, storage_reader=dcp.FileSystemReader(self.folder))
-
-
-MAKERS = {"minift": Minift, "dcp staged": Dcp, "dcp": Dcp}
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
 # ----------------------------------------------------------------------------------------------------- in the processes
 
 
-@dataclass(frozen=True)
-class Job:
-    args: argparse.Namespace
-    folder: Path
-    variants: tuple[str, ...]
+Job = tuple[argparse.Namespace, str, tuple[str, ...]]  # options, folder, variants
 
 
 class Rank:
     """One process: the model that computes, and the variants' states."""
 
-    def __init__(self, rank: int, job: Job) -> None:
-        torch.set_num_threads(1)
-        self.args, self.folder = job.args, job.folder / "checkpoint"
-        store = dist.FileStore(str(job.folder / "store"), job.args.ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=job.args.ranks)
-        self.world = World(rank, job.args.ranks, rank, torch.device("cpu"), "gloo", dist.group.WORLD)
-        self.model = make_model(job.args.layers)
+    def __init__(self, world: World, job: Job) -> None:
+        self.args, folder, variants = job
+        self.world, self.folder = world, Path(folder) / "checkpoint"
+        self.model = make_model(self.args.layers)
         self.model.to(torch.bfloat16)
-        self.variants = {name: MAKERS[name](self.model, self.world, self.folder, name) for name in job.variants}
+        self.variants = {name: MAKERS[name](self.model, self.world, self.folder, name) for name in variants}
         self.waited_s = 0.0
         for variant in self.variants.values():
             self._measure_fence(variant.optimizer)
@@ -210,16 +116,9 @@ class Rank:
             for number, tensor in enumerate(tensors):
                 assert torch.equal(tensor, torch.rand(len(tensor), generator=torch.Generator().manual_seed(number)))
 
-    def timed(self, run: Callable[[], None]) -> float:
-        dist.barrier()
-        started = time.perf_counter()
-        run()
-        dist.barrier()
-        return time.perf_counter() - started
-
     def asynchronous(self, variant: Minift | Dcp) -> tuple[float, float]:
         """Stall and slowdown of a save, in seconds; the stall is the longest of all ranks'."""
-        without_s = self.timed(lambda: self.steps(variant))
+        without_s = stopwatch(lambda: self.steps(variant), dist.barrier)()
         self.empty_folder()
         self.waited_s = 0.0
 
@@ -230,74 +129,80 @@ class Rank:
             self.steps(variant)
             variant.finish()
 
-        with_s = self.timed(with_save)
+        with_s = stopwatch(with_save, dist.barrier)()
         longest_s = torch.tensor(self.waited_s, dtype=torch.float64)
         dist.all_reduce(longest_s, op=dist.ReduceOp.MAX)
         return float(longest_s), with_s - without_s
 
 
-def time_rank(rank: int, job: Job, results: multiprocessing.Queue) -> None:
-    """{"save" | "stall" | "slowdown": {variant: seconds per round}}"""
-    this = Rank(rank, job)
+def time_rank(world: World, tell: object, job: Job) -> tuple[Times, Times, dict[str, list[float]]]:
+    """Synchronous saves; stalls of asynchronous ones; and their slowdown {variant: seconds by round}."""
+    this = Rank(world, job)
     this.check()
-    seconds: dict[str, dict[str, list[float]]] = {kind: {} for kind in ("save", "stall", "slowdown")}
-    for round_ in range(job.args.rounds):
-        for name in ("minift", "dcp") if round_ % 2 == 0 else ("dcp", "minift"):
-            this.empty_folder()
-            seconds["save"].setdefault(name, []).append(this.timed(this.variants[name].save))
-    for round_ in range(-1, job.args.rounds):
-        for name in list(job.variants)[:: 1 if round_ % 2 == 0 else -1]:
-            stall_s, slowdown_s = this.asynchronous(this.variants[name])
-            if round_ >= 0:  # the one before starts threads and fills caches
-                seconds["stall"].setdefault(name, []).append(stall_s)
-                seconds["slowdown"].setdefault(name, []).append(slowdown_s)
-    results.put((rank, seconds))
+
+    def synchronous(variant: Minift | Dcp) -> float:
+        this.empty_folder()
+        return stopwatch(variant.save, dist.barrier)()
+
+    slowdowns: dict[str, list[float]] = defaultdict(list)
+
+    def stall(name: str) -> float:
+        stall_s, slowdown_s = this.asynchronous(this.variants[name])
+        slowdowns[name].append(slowdown_s)
+        return stall_s
+
+    rounds, variants = this.args.rounds, this.variants
+    saves = take_turns({name: lambda name=name: synchronous(variants[name]) for name in ("minift", "dcp")}, rounds)
+    for name in variants:  # starts threads and fills caches
+        stall(name)
+    slowdowns.clear()
+    stalls = take_turns({name: lambda name=name: stall(name) for name in variants}, rounds)
+    return saves, stalls, dict(slowdowns)
 
 
-def hold_rank(rank: int, job: Job, results: multiprocessing.Queue) -> None:
+def hold_rank(world: World, tell: Callable[[str], None], job: Job) -> None:
     """Steps, then a save and as many steps; tells the parent, who watches the memory, where it is."""
-    this = Rank(rank, job)
+    this = Rank(world, job)
     (variant,) = this.variants.values()
     for phase in ("warm-up", "without", "with"):
         this.empty_folder()
-        results.put(phase)
+        tell(phase)
         if phase == "with":
             variant.begin()
         this.steps(variant)
         if phase == "with":
             variant.finish()
-    results.put("done")
-    time.sleep(1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- the parent
 
 
-
-def measure_time(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def measure_memory(args: argparse.Namespace, variant: str) -> float:
+    """Extra MiB of an asynchronous save, summed over the ranks."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        job = Job(args, Path(folder), tuple(MAKERS))
-        processes, results = spawn(time_rank, args.ranks, job, {"OMP_NUM_THREADS": "1"})
-        per_rank = sorted((results.get(timeout=1800) for _ in processes), key=lambda result: result[0])
-        for process in processes:
-            process.join()
-    return per_rank[0][1]
+        with Ranks(args.ranks, hold_rank, (args, folder, (variant,)), RETURNING) as ranks:
+            peaks = ranks.watch()
+            ranks.results()
+    return max(0, peaks["with"] - peaks["without"]) / 2**20
 
 
-def measure_memory(args: argparse.Namespace, variant: str) -> int:
-    """Extra bytes of an asynchronous save, summed over the ranks."""
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-        processes, results = spawn(hold_rank, args.ranks, Job(args, Path(folder), (variant,)), environment)
-        peaks, seen, phase = defaultdict(int), Counter(), "start"
-        while seen["done"] == 0:
-            peaks[phase] = max(peaks[phase], sum(pss_bytes(process.pid) for process in processes))
-            while not results.empty():
-                phase = results.get()
-                seen[phase] += 1
-        for process in processes:
-            process.join()
-    return max(0, peaks["with"] - peaks["without"])
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    """Bars of the last run: stall, save time, memory."""
+    values = runs[-1]["values"]
+    panels = {
+        "asynchronous: stall, ms (log)": {k: 1e3 * v for k, v in values["seconds"]["stall"].items()},
+        "synchronous: save, s": values["seconds"]["save"],
+        "memory for it, MiB": values.get("async_memory_mib", {}),
+    }
+    figure.set_size_inches(9, 2.2)
+    for axes, (title, bars) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        colours = [theme.ours if name == "minift" else theme.theirs for name in bars]
+        drawn = axes.barh(list(bars), list(bars.values()), color=colours)
+        axes.set_title(title)
+        axes.invert_yaxis()
+        if title.endswith("(log)"):
+            axes.set(xscale="log", xlim=(0.1, 20 * max(bars.values())))
+        label_bars(axes, drawn, [f"{value:.3g}" for value in bars.values()])
 
 
 def main() -> None:
@@ -309,37 +214,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None, help="a folder on the disk to be measured; default: the system's")
     parser.add_argument("--skip-memory", action="store_true")
-    args = parser.parse_args()
+    args = parse(parser)
 
-    seconds = measure_time(args)
-    memory = {} if args.skip_memory else {name: measure_memory(args, name) for name in MAKERS}
-    print(f"{args.ranks} ranks, {args.layers} layers, {args.rounds} rounds; medians, fastest in parentheses")
-    print(f"{'':14}{'save, s':>16}{'stall, ms':>20}{'slowdown, s':>18}{'memory, MiB':>14}")
-    for name in MAKERS:
-        cells = []
-        for kind, unit in (("save", 1), ("stall", 1e3), ("slowdown", 1)):
-            values = [value * unit for value in seconds[kind].get(name, [])]
-            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f})" if values else "")
-        extra = f"{memory[name] / 2**20:.0f}" if memory else ""
-        print(f"{name:14}{cells[0]:>16}{cells[1]:>20}{cells[2]:>18}{extra:>14}")
-
-    def ratio(kind: str, over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[kind][over], seconds[kind][under], strict=True))
-
-    result = {
-        "benchmark": "checkpoint",
-        "save_time_ratio": ratio("save", "dcp", "minift"),
-        "async_stall_ratio": ratio("stall", "minift", "dcp staged"),
-        "async_stall_ratio_to_default": ratio("stall", "minift", "dcp"),
-        "seconds": {k: {name: statistics.median(v) for name, v in values.items()} for k, values in seconds.items()},
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        saves, stalls, slowdowns = run_ranks(args.ranks, time_rank, (args, folder, tuple(MAKERS)))[0]
+    memory_mib = {} if args.skip_memory else {name: measure_memory(args, name) for name in MAKERS}
+    seconds = {
+        "save": {name: saves.median(name) for name in saves.seconds},
+        "stall": {name: stalls.median(name) for name in MAKERS},
+        "slowdown": {name: statistics.median(slowdowns[name]) for name in MAKERS},
     }
-    if memory:
-        result |= {
-            "async_memory_ratio": memory["minift"] / min(memory["dcp"], memory["dcp staged"]),
-            "async_memory_mib": {name: value / 2**20 for name, value in memory.items()},
-        }
-    result |= vars(args) | {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
-    print(json.dumps(result))
+    print(f"{args.ranks} ranks, {args.layers} layers, {args.rounds} rounds; medians")
+    print(f"{'':14}{'save, s':>10}{'stall, ms':>12}{'slowdown, s':>14}{'memory, MiB':>14}")
+    for name in MAKERS:
+        save = f"{seconds['save'][name]:.2f}" if name in seconds["save"] else ""
+        memory = f"{memory_mib[name]:.0f}" if memory_mib else ""
+        print(f"{name:14}{save:>10}{1e3 * seconds['stall'][name]:12.1f}{seconds['slowdown'][name]:14.2f}{memory:>14}")
+
+    result = Result("checkpoint")
+    result.count(saves)
+    result.count(stalls)
+    result.values = {
+        "save_time_ratio": saves.ratio("dcp", "minift").median,
+        "async_stall_ratio": stalls.ratio("minift", "dcp staged").median,
+        "async_stall_ratio_to_default": stalls.ratio("minift", "dcp").median,
+        "seconds": seconds,
+    }
+    if memory_mib:
+        result.values["async_memory_ratio"] = memory_mib["minift"] / min(memory_mib["dcp"], memory_mib["dcp staged"])
+        result.values["async_memory_mib"] = memory_mib
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -201,14 +202,18 @@ def measure_memory(args: argparse.Namespace, variant: str) -> dict[str, float]:
 
 
 def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
-    """Step time and memory against the number of ranks, of the runs that have DDP."""
-    runs = sorted((run for run in runs if run["parameters"]["ddp"]), key=lambda run: run["parameters"]["ranks"])
-    if not runs:
-        raise SystemExit("the picture shows the runs with --ddp, and there is none yet")
+    """Step time and memory against the number of ranks, of the model of which there are most."""
+    by_model: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run["parameters"]["ranks"]):
+        if "memory_mib" in run["values"]:
+            by_model[tuple(run["parameters"][key] for key in ("layers", "vocab", "wire", "ddp"))].append(run)
+    runs = max(by_model.values(), key=len, default=[])
     left, right = figure.subplots(1, 2)
     ranks = [str(run["parameters"]["ranks"]) for run in runs]
     colours = {"minift": theme.ours, "fully_shard": theme.theirs, "ddp": theme.series[2], "compute": theme.quiet}
-    for name, colour in colours.items():
+    for name, colour in colours.items() if runs else []:
+        if name not in runs[0]["values"]["step_seconds"]:
+            continue
         style = {"color": colour, "marker": "o", "markersize": 5, "linestyle": ":" if name == "compute" else "-"}
         left.plot(ranks, [run["values"]["step_seconds"][name] for run in runs], label=name, **style)
         if name in runs[0]["values"]["memory_mib"]:

@@ -1,132 +1,87 @@
 """What does prefetching weights gain, and what does it look like?
 
-    python benchmarks/prefetch.py                                             # 2 ranks, links of 2.5 Gbit/s
-    python benchmarks/prefetch.py --output benchmarks/results/<date>_<machine>_prefetch.png
+    python benchmarks/prefetch.py                       # 2 ranks, links of 2.5 Gbit/s
+    python benchmarks/prefetch.py --picture prefetch.png
 
 The model has the shapes of SmolLM2-135M, with fewer layers, and fewer tokens in its vocabulary: embedding and head
 belong to the root, which is gathered before the first layer can start, with or without prefetching. One engine for each
 of `prefetch_units` 0, 1 and 2 lives in the same two gloo processes; their losses must be equal to the bit, because
-prefetching changes when weights come and never what they are. Then they take steps in turns (0 1 2, 2 1 0, ...), and a
-speedup is the median of the ratios of neighbouring steps.
+prefetching changes when weights come and never what they are. Then they take steps in turns.
 
 Memory of one machine is no network. `SlowLinks` therefore delays each collective until its bytes would have crossed a
-link of the given speed, one collective behind the other, while the process sleeps or computes. Times over the machine's
-own memory, undelayed, are told too. With --output the fastest steps over the slow link without and with prefetching are
-drawn beneath each other, and there a collective lasts until its bytes had crossed; a wait that goes on is one for the
-other rank. Prints a table, and one line of JSON last.
+link of the given speed. Times over the machine's own memory, undelayed, are told too. The picture shows the fastest
+steps over the slow link without and with prefetching beneath each other; there a collective lasts until its bytes had
+crossed, and a wait that goes on is one for the other rank.
+
+Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
-import multiprocessing
-import os
-import platform
-import statistics
-import tempfile
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
-from smollm2 import loss_of, make_model
-from torch import Tensor
+from processes import run_ranks
+from protocol import Times, Turn, check_losses, stopwatch, take_turns
+from results import Result, finish, parse
+from slow_links import SlowLinks
+from smollm2 import Trainee, random_batch
 
+from minift.data.batch import Batch
 from minift.dist.process import World
-from minift.fsdp import ShardPolicy, shard
-from minift.fsdp.transport import Buffer, PairedSends, Pending
-from minift.optim.adamw import AdamW
-from minift.optim.config import OptimConfig
-from minift.precision import Precision
-from minift.timeline import draw_stacked, summary
-from minift.trace import Recorder, Trace
+from minift.fsdp import ShardPolicy
+from minift.timeline import draw_panels, summary
+from minift.trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
 
 PREFETCH_UNITS = (0, 1, 2)
 CHECK_STEPS = 3
 LINKS = ("slow", "undelayed")
 
 
-class SlowLinks(PairedSends):
-    """Paired sends over a link that carries `bytes_per_second` each way, for all collectives of the rank in turn."""
+class Variant(Trainee):
+    """One engine over links that can be made slow, and the traces of its timed steps."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world)
-        self.bytes_per_second = math.inf
-        self.arrivals: list[float] = []
-        """When each collective's bytes had crossed, in the order of issue; seconds of time.perf_counter()."""
-
-    def all_gather(self, buffer: Buffer, fulls: list[Tensor]) -> Pending:
-        return self._delayed(super().all_gather(buffer, fulls), fulls)
-
-    def reduce_scatter(self, buffer: Buffer, fulls: list[Tensor], outs: list[Tensor], accumulate: bool) -> Pending:
-        return self._delayed(super().reduce_scatter(buffer, fulls, outs, accumulate), fulls)
-
-    def _delayed(self, pending: Pending, fulls: list[Tensor]) -> Pending:
-        crossing_bytes = sum(full.nbytes for full in fulls) * (self.world.size - 1) / self.world.size
-        free_at = max([time.perf_counter(), *self.arrivals[-1:]])
-        arrives_at = free_at + crossing_bytes / self.bytes_per_second
-        self.arrivals.append(arrives_at)
-
-        def finish() -> None:
-            time.sleep(max(0.0, arrives_at - time.perf_counter()))
-            pending.wait()
-
-        return Pending(finish=finish)
-
-
-class Variant:
-    """One engine and what it takes to step it."""
-
-    def __init__(self, args: argparse.Namespace, world: World, prefetch_units: int) -> None:
-        model = make_model(args.layers, args.vocab)
-        self.model = model
-        self.recorder = Recorder(world.rank, world.device)
-        self.engine = shard(
-            model, model.shard_units(), world, ShardPolicy(prefetch_units=prefetch_units), Precision(),
-            self.recorder, connect=self._connect,
-        )  # fmt: skip
-        config = OptimConfig(lr=1e-4, weight_decay=0.0, max_grad_norm=None)
-        self.optimizer = AdamW(self.engine.trainable_shards(), config)
+    def __init__(self, world: World, args: argparse.Namespace, prefetch_units: int) -> None:
+        policy = ShardPolicy(prefetch_units=prefetch_units)
+        super().__init__(world, args.layers, args.vocab, policy=policy, connect=self._connect)
+        self.traces: dict[str, list[Trace]] = {link: [] for link in LINKS}
 
     def _connect(self, world: World) -> SlowLinks:
         self.links = SlowLinks(world)
         return self.links
 
-    def step(self, tokens_T: Tensor) -> float:
-        """This rank's mean loss, before the update."""
-        length = len(tokens_T) - 1
-        loss = loss_of(self.model, tokens_T)
-        (loss / (self.engine.world.size * length)).backward()
-        with self.recorder.during("compute", "optimizer", ""):
-            self.optimizer.step(1.0)
-        self.engine.weights_changed()
-        self.engine.clear_gradients()
-        return float(loss.detach()) / length
+    def turn(self, link: str, batches: Iterator[Batch], slow_bytes_per_second: float) -> Turn:
+        """A step over `link`, recorded."""
 
-    def timed_step(self, tokens_T: Tensor, bytes_per_second: float) -> Timed:
-        self.links.bytes_per_second = bytes_per_second
-        self.links.arrivals.clear()
-        dist.barrier()
-        started = time.perf_counter()
-        self.recorder.start()
-        self.step(tokens_T)
-        dist.barrier()
-        seconds = time.perf_counter() - started
-        trace = self.recorder.stop()
-        if math.isfinite(bytes_per_second):
-            trace = cut_off(trace, [at - started for at in self.links.arrivals])
-        return Timed(seconds, trace)
+        def step() -> None:
+            self.recorder.start()
+            self.step([next(batches)])
 
+        timed = stopwatch(step, dist.barrier)
 
-@dataclass(frozen=True)
-class Timed:
-    """One step."""
+        def turn() -> float:
+            self.links.bytes_per_second = slow_bytes_per_second if link == "slow" else math.inf
+            self.links.arrivals.clear()
+            seconds = timed()
+            started = time.perf_counter() - seconds
+            trace = self.recorder.stop()
+            if link == "slow":
+                trace = cut_off(trace, [at - started for at in self.links.arrivals])
+            self.traces[link].append(trace)
+            return seconds
 
-    seconds: float
-    trace: Trace
+        return turn
 
 
 def cut_off(trace: Trace, arrivals_s: list[float]) -> Trace:
@@ -138,55 +93,29 @@ def cut_off(trace: Trace, arrivals_s: list[float]) -> Trace:
     ])  # fmt: skip
 
 
-Results = dict[tuple[str, int], list[Timed]]  # (link, prefetch_units) -> steps in order
+Variants = dict[tuple[str, int], list[Trace]]  # (link, prefetch_units): traces of the steps in order
 
 
-def measure(rank: int, args: argparse.Namespace, store: str, results: multiprocessing.Queue) -> None:
+def measure(world: World, tell: object, args: argparse.Namespace) -> tuple[Times, Variants]:
     """What one process does."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, args.ranks), rank=rank, world_size=args.ranks)
-    world = World(rank, args.ranks, rank, torch.device("cpu"), "gloo", dist.group.WORLD)
-    variants = {units: Variant(args, world, units) for units in PREFETCH_UNITS}
-    losses = {units: [variant.step(tokens_for(args, rank, n)) for n in range(CHECK_STEPS)] for units, variant in
-              variants.items()}  # fmt: skip
-    assert all(theirs == losses[0] for theirs in losses.values()), f"losses differ on rank {rank}: {losses}"
-    timed: Results = {(link, units): [] for link in LINKS for units in PREFETCH_UNITS}
-    for round_ in range(args.rounds):
-        tokens_T = tokens_for(args, rank, CHECK_STEPS + round_)
-        for link in LINKS:
-            for units in PREFETCH_UNITS[:: 1 if round_ % 2 == 0 else -1]:
-                bytes_per_second = args.link_gbit * 1e9 / 8 if link == "slow" else math.inf
-                timed[link, units].append(variants[units].timed_step(tokens_T, bytes_per_second))
-    results.put((rank, timed))
-    dist.destroy_process_group()
+    engines = {units: Variant(world, args, units) for units in PREFETCH_UNITS}
+    losses = {}
+    for units, engine in engines.items():
+        batches = batches_for(args, world.rank)
+        losses[str(units)] = [engine.step([next(batches)]) for _ in range(CHECK_STEPS)]
+    check_losses(losses, 0.0)
+    turns = {
+        f"{link}, {units}": engine.turn(link, batches_for(args, world.rank), args.link_gbit * 1e9 / 8)
+        for link in LINKS
+        for units, engine in engines.items()
+    }
+    times = take_turns(turns, args.rounds)
+    return times, {(link, units): engine.traces[link] for link in LINKS for units, engine in engines.items()}
 
 
-def tokens_for(args: argparse.Namespace, rank: int, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randint(args.vocab, (args.tokens + 1,), generator=generator)
-
-
-def measure_all(args: argparse.Namespace) -> list[Results]:
-    """Every rank's results."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=measure, args=(rank, args, f"{folder}/store", results)) for rank in range(args.ranks)
-        ]
-        for process in processes:
-            process.start()
-        per_rank = sorted((results.get(timeout=1800) for _ in processes), key=lambda result: result[0])
-        for process in processes:
-            process.join()
-    return [timed for _, timed in per_rank]
-
-
-def fastest_step(per_rank: list[Results], variant: tuple[str, int]) -> list[Trace]:
-    """All ranks' traces of the step that was least disturbed by other load."""
-    steps = per_rank[0][variant]
-    fastest = min(range(len(steps)), key=lambda number: steps[number].seconds)
-    return [timed[variant][fastest].trace for timed in per_rank]
+def batches_for(args: argparse.Namespace, rank: int) -> Iterator[Batch]:
+    for number in itertools.count():
+        yield random_batch(args.tokens + 1, 1000 * number + rank, args.vocab)
 
 
 def main() -> None:
@@ -197,41 +126,55 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--link-gbit", type=float, default=2.5, help="speed of the slow link in Gbit/s, each way")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="PNG file for the picture")
-    args = parser.parse_args()
+    args = parse(parser)
 
-    per_rank = measure_all(args)
-    seconds = {variant: [step.seconds for step in steps] for variant, steps in per_rank[0].items()}
-    table = {}
+    per_rank = run_ranks(args.ranks, measure, args)
+    times = per_rank[0][0]
+    result = Result("prefetch")
+    result.count(times)
     print(f"{args.ranks} ranks, {args.tokens} tokens each, {args.layers} layers; slow: {args.link_gbit} Gbit/s a way")
     print(f"{'':20}{'median':>24}   {'fastest step':>24}")
     print(f"{'link':11}{'prefetch':>9}{'s a step':>12}{'speedup':>12}{'seconds':>12}{'waiting':>9}{'hidden':>9}")
-    for link, units in seconds:
-        fastest = summary(fastest_step(per_rank, (link, units)))
-        row = table[f"{link}, {units}"] = {
-            "step_seconds": statistics.median(seconds[link, units]),
-            "speedup": statistics.median(a / b for a, b in zip(seconds[link, 0], seconds[link, units], strict=True)),
-            "fastest_step_seconds": min(seconds[link, units]),
-            "fastest_step_wait_seconds": fastest["wait_s"],
+    fastest_traces = {}
+    for link, units in itertools.product(LINKS, PREFETCH_UNITS):
+        name = f"{link}, {units}"
+        fastest = min(times.counted_rounds(), key=lambda number, name=name: times.seconds[name][number])
+        traces = fastest_traces[link, units] = [variants[link, units][fastest] for _, variants in per_rank]
+        numbers = summary(traces)
+        row = {
+            "link": link,
+            "prefetch_units": units,
+            "step_seconds": times.median(name),
+            "speedup": times.ratio(f"{link}, 0", name).median,
+            "fastest_step_seconds": times.fastest(name),
+            "fastest_step_wait_seconds": numbers["wait_s"],
             # Undelayed, nobody knows when a collective was done: only the wait is known.
-            "fastest_step_hidden_share": fastest["hidden_share"] if link == "slow" else None,
+            "fastest_step_hidden_share": numbers["hidden_share"] if link == "slow" else None,
         }
-        hidden = "" if row["fastest_step_hidden_share"] is None else f"{fastest['hidden_share']:.0%}"
+        result.rows.append(row)
+        hidden = f"{numbers['hidden_share']:.0%}" if link == "slow" else ""
         print(
             f"{link:11}{units:9}{row['step_seconds']:12.3f}{row['speedup']:11.2f}x{row['fastest_step_seconds']:12.3f}"
-            f"{fastest['wait_s']:9.3f}{hidden:>9}"
+            f"{numbers['wait_s']:9.3f}{hidden:>9}"
         )
-    if args.output is not None:
+    slow = {row["prefetch_units"]: row for row in result.rows if row["link"] == "slow"}
+    result.values = {
+        "prefetch_speedup": slow[1]["speedup"],
+        "hidden_share": slow[1]["fastest_step_hidden_share"],
+        "speedup_undelayed": next(row["speedup"] for row in result.rows[len(slow) :] if row["prefetch_units"] == 1),
+    }
+
+    def draw(figure: Figure, theme: Theme, runs: object) -> None:
+        """The steps just taken: what is kept has no spans."""
         panels = {}
         for units in (0, 1):
-            traces = fastest_step(per_rank, ("slow", units))
-            waiting = summary(traces[:1])["wait_s"]
-            title = f"prefetch_units {units}: {min(seconds['slow', units]):.3f} s, of which {waiting:.3f} s waiting"
-            panels[title] = traces[:1]
-        draw_stacked(panels, args.output)
-    settings = vars(args) | {"output": args.output and str(args.output)}
-    machine = {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
-    print(json.dumps({"benchmark": "prefetch", "results": table, **settings, **machine}))
+            traces = fastest_traces["slow", units][:1]
+            waiting = summary(traces)["wait_s"]
+            seconds = slow[units]["fastest_step_seconds"]
+            panels[f"prefetch_units {units}: {seconds:.3f} s, of which {waiting:.3f} s waiting"] = traces
+        draw_panels(figure, theme, panels)
+
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ and what is needed to repeat and to judge it:
     date
 
 `--write` puts it into benchmarks/results/<date>_<hardware>_<question>.json: {"question", "date", "machine", "runs":
-[...]}, a run for each set of parameters. The README's numbers are made from these files (`readme`), and so are pictures
-(`--picture` draws `draw(figure, theme, runs)` beside the file, light and dark).
+[...]}, a run for each set of parameters, and draws all of them beside it, light and dark, with the benchmark's
+`draw(figure, theme, runs)`. The README's numbers are made from these files (`readme`).
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Result:
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, with those of every benchmark; returns when the machine is quiet."""
     group = parser.add_argument_group("of every benchmark")
-    group.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
-    group.add_argument("--picture", action="store_true", help="draw what benchmarks/results/ holds of this question")
+    group.add_argument("--write", action="store_true", help="keep the result, and its picture, in benchmarks/results/")
+    group.add_argument("--picture", type=Path, metavar="PNG", help="draw this result; for dark pages in ..._dark.png")
     group.add_argument("--busy", action="store_true", help="measure although others use the processors")
     args = parser.parse_args(arguments)
     if not args.busy:
@@ -106,12 +106,15 @@ def finish(args: argparse.Namespace, result: Result, draw: Draw | None = None) -
     }
     if result.conditions and not result.conditions["quiet"]:
         print("others used the machine meanwhile: read these as a hint, not as a measurement", file=sys.stderr)
+    pictures = []
     if args.write:
-        print(f"wrote {keep(result.question, run)}", file=sys.stderr)
+        path = keep(result.question, run)
+        print(f"wrote {path}", file=sys.stderr)
+        pictures.append((path.with_suffix(".png"), runs_of(result.question)))
     if args.picture:
-        if draw is None:
-            raise SystemExit(f"{result.question} has no picture")
-        draw_picture(result.question, [run] if not args.write else runs_of(result.question), draw)
+        pictures.append((args.picture, [run]))
+    for path, runs in pictures if draw is not None else []:
+        draw_picture(path, draw, runs)
     about = {"machine": describe_machine(), "date": str(datetime.date.today())}
     rest = {key: run[key] for key in ("rows", "parameters", "command", "commit", "conditions")}
     print(json.dumps({"question": result.question, **result.values, **rest, **about}))
@@ -165,14 +168,12 @@ def runs_of(question: str) -> list[dict[str, Any]]:
     return json.loads(newest(question).read_text())["runs"]
 
 
-def draw_picture(question: str, runs: list[dict[str, Any]], draw: Draw) -> None:
-    """<name of the file>.png and ..._dark.png."""
+def draw_picture(path: Path, draw: Draw, runs: list[dict[str, Any]]) -> None:
+    """Light at `path`, dark beside it."""
     from minift.style import save_light_and_dark
 
-    machine = describe_machine()["hardware"]
-    stem = newest(question).stem if list(FOLDER.glob(f"*_{question}.json")) else f"{machine}_{question}"
-    for path in save_light_and_dark(FOLDER / f"{stem}.png", lambda figure, theme: draw(figure, theme, runs)):
-        print(f"drew {path}", file=sys.stderr)
+    for drawn in save_light_and_dark(path, lambda figure, theme: draw(figure, theme, runs)):
+        print(f"drew {drawn}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ machine

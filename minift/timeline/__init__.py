@@ -22,7 +22,7 @@ from pathlib import Path
 from minift.style import LIGHT, Theme
 from minift.timeline.chrome import chrome_trace, read_chrome_trace
 from minift.timeline.numbers import summary
-from minift.timeline.picture import draw_stacked
+from minift.timeline.picture import draw_panels, draw_stacked
 from minift.trace import Trace
 
 
@@ -44,4 +44,12 @@ def redraw_timeline(folder: Path, theme: Theme = LIGHT) -> Path:
     return draw_stacked({title or folder.resolve().name: traces}, folder / "timeline.png", theme)
 
 
-__all__ = ["chrome_trace", "draw_stacked", "read_chrome_trace", "redraw_timeline", "summary", "write_timeline"]
+__all__ = [
+    "chrome_trace",
+    "draw_panels",
+    "draw_stacked",
+    "read_chrome_trace",
+    "redraw_timeline",
+    "summary",
+    "write_timeline",
+]

@@ -29,15 +29,16 @@ def colours(theme: Theme) -> dict[str, str]:
 
 def draw_stacked(panels: dict[str, list[Trace]], path: Path, theme: Theme = LIGHT) -> Path:
     """Recordings, {title: traces}, beneath each other on one time axis, to be compared; of many ranks the first few."""
-    drawn = {title: traces[:MAX_RANKS_DRAWN] for title, traces in panels.items()}
-    heights = [height for traces in drawn.values() for height in (0.45 + 0.9 * len(traces), 0.85)]
-    size = (WIDTH_INCHES, 1.0 + sum(heights))
-    return save(path, lambda figure, theme: _draw(figure, theme, drawn, heights), size=size, theme=theme)
+    return save(path, lambda figure, theme: draw_panels(figure, theme, panels), theme=theme)
 
 
-def _draw(figure: Figure, theme: Theme, panels: dict[str, list[Trace]], heights: list[float]) -> None:
+def draw_panels(figure: Figure, theme: Theme, panels: dict[str, list[Trace]]) -> None:
+    """The same on a figure, whose size is set."""
     from matplotlib.patches import Patch
 
+    panels = {title: traces[:MAX_RANKS_DRAWN] for title, traces in panels.items()}
+    heights = [height for traces in panels.values() for height in (0.45 + 0.9 * len(traces), 0.85)]
+    figure.set_size_inches(WIDTH_INCHES, 1.0 + sum(heights))
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     spans = [span for traces in panels.values() for trace in traces for span in trace.spans]
     last_s = max((span.stop_s for span in spans), default=0.0)
