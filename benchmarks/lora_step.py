@@ -21,6 +21,9 @@ Equal losses first: over the first steps, each within LOSS_TOLERANCE of the othe
 rounding (2^-9 relative) enters at other places; that is what the tolerance allows for.
 
 Time: both sides live in one process and take steps in turns, ABBA; a ratio is the median of the ratios of neighbours.
+"products" is the products with frozen weights alone, forward and input gradient, dense, in PEFT's dtype, by torch: what
+is left of a step if everything else costs nothing. No faster step is possible without faster products, so
+`*_step_ratio_limit`, PEFT's time over theirs, bounds the ratio.
 Memory: a fresh process per side, blocks above 64 KiB mapped one by one so that freed memory is returned, peak resident
 bytes of the process (VmHWM, reset after two steps) over three more. `held` is what is resident between steps.
 
@@ -57,6 +60,7 @@ class Job:
 
     folder: str
     variants: tuple[str, ...]
+    layers: int
     tokens: int
     check_steps: int
     rounds: int
@@ -147,11 +151,31 @@ def minift_qlora_step(job: Job) -> Step:
     return minift_step(job, quant=QuantConfig())
 
 
+def products_step(job: Job) -> Step:
+    """Not a step of training; returns no loss."""
+    dtype, num_tokens = getattr(torch, job.peft_dtype), 2 * job.tokens
+    tensors = make_model(job.layers).parameters()  # the embedding is the head's weight
+    weights = [tensor.detach().to(dtype) for tensor in tensors if tensor.dim() == 2]
+    widths = {width for weight in weights for width in weight.shape}
+    x = {width: torch.randn(num_tokens, width).to(dtype) for width in widths}
+    out = {width: torch.empty(num_tokens, width, dtype=dtype) for width in widths}
+
+    def step(tokens_BT: Tensor) -> float:
+        for weight in weights:
+            torch.mm(x[weight.shape[1]], weight.T, out=out[weight.shape[0]])
+        for weight in weights:
+            torch.mm(x[weight.shape[0]], weight, out=out[weight.shape[1]])
+        return 0.0
+
+    return step
+
+
 MAKERS: dict[str, Callable[[Job], Step]] = {
     "minift lora": minift_step,
     "peft lora": peft_step,
     "minift qlora": minift_qlora_step,
     "peft qlora": peft_qlora_step,
+    "products": products_step,
 }
 METHODS = ("lora", "qlora")
 
@@ -251,14 +275,20 @@ def main() -> None:
         write_folders(Path(folder), args.layers)
         for method in args.methods:
             ours, theirs = (f"{side} {method}" for side in ("minift", "peft"))
-            job = Job(folder, (ours, theirs), args.tokens, args.check_steps, args.rounds, args.peft_dtype)
+            variants = (ours, theirs, "products")
+            job = Job(
+                folder, variants, args.layers, args.tokens, args.check_steps, args.rounds, args.peft_dtype
+            )
             losses, seconds = run(time_steps, job, threads)
             for a, b in zip(losses[ours], losses[theirs], strict=True):
                 assert abs(a - b) <= LOSS_TOLERANCE * abs(b), f"losses differ: {losses}"
             result[f"{method}_step_ratio"] = statistics.median(
                 b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)
             )
-            result[f"{method}_losses"] = losses
+            result[f"{method}_step_ratio_limit"] = statistics.median(
+                b / a for a, b in zip(seconds["products"], seconds[theirs], strict=True)
+            )
+            result[f"{method}_losses"] = {name: losses[name] for name in (ours, theirs)}
             result[f"{method}_step_seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
             for name, values in seconds.items():
                 print(f"{name:14}{statistics.median(values):8.3f} s a step (fastest {min(values):.3f})")
