@@ -46,7 +46,7 @@ from smollm2 import VOCAB_SIZE, loss_of, make_model
 from minift.dist.process import World
 from minift.optim.adamw import AdamW
 from minift.optim.shard import FlatShard
-from minift.style import label_bars
+from minift.style import label_bars, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,8 +191,8 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
     values = runs[-1]["values"]
     panels = {
         "asynchronous: stall, ms (log)": {k: 1e3 * v for k, v in values["seconds"]["stall"].items()},
-        "synchronous: save, s": values["seconds"]["save"],
-        "memory for it, MiB": values.get("async_memory_mib", {}),
+        "asynchronous: memory, MiB": values.get("async_memory_mib", {}),
+        "synchronous: time, s": values["seconds"]["save"],
     }
     figure.set_size_inches(9, 2.2)
     for axes, (title, bars) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -202,7 +202,7 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
         axes.invert_yaxis()
         if title.endswith("(log)"):
             axes.set(xscale="log", xlim=(0.1, 20 * max(bars.values())))
-        label_bars(axes, drawn, [f"{value:.3g}" for value in bars.values()])
+        label_bars(axes, drawn, [three_digits(value) for value in bars.values()])
 
 
 def main() -> None:

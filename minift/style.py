@@ -97,3 +97,8 @@ def label_bars(axes: Axes, bars: Any, texts: list[str]) -> None:
     axes.bar_label(bars, texts, padding=3, fontsize=9)
     axes.margins(x=0.2)
     axes.grid(visible=False, axis="y")
+
+
+def three_digits(value: float) -> str:
+    """1596.47 -> 1,600; 0.0039 -> 0.0039."""
+    return f"{float(f'{value:.3g}'):,.10g}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib import colors, image
 
-from minift.style import DARK, DPI, LIGHT, Theme, save, save_light_and_dark
+from minift.style import DARK, DPI, LIGHT, Theme, save, save_light_and_dark, three_digits
 
 
 def luminance(colour: str) -> float:
@@ -60,3 +60,8 @@ def test_half_a_picture_is_never_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"):
         save(path, fail)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_beside_bars_are_short() -> None:
+    values = [1596.47, 0.0039, 26.486, 1.0, 12_345_678.0, 0.0]
+    assert [three_digits(value) for value in values] == ["1,600", "0.0039", "26.5", "1", "12,300,000", "0"]

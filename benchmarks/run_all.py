@@ -1,0 +1,125 @@
+"""Runs the benchmarks, one after the other, and keeps their results and pictures.
+
+    python benchmarks/run_all.py                        # everything: about an hour on two cores
+    python benchmarks/run_all.py nf4_cpu lora_step      # these
+    python benchmarks/run_all.py --quick                # small models and few rounds: does everything work? keeps nothing
+    python benchmarks/run_all.py --list
+
+Each benchmark compares with peers within its own run, in turns (`protocol`); one whose peer is not installed is skipped
+and said to be. Every run waits until the machine is quiet. One that fails, or that finds results to differ, is told at
+the end and does not stop the others; the exit status is then 1. The last line is one JSON object: {"<benchmark>":
+[values of its runs, or why there are none]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SWEEP = "--ddp --layers 10 --vocab 8192 --tokens 256 --rounds 9 --ranks"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """runs: options of each. quick: those of the one small run. peers: modules that it compares with."""
+
+    runs: tuple[str, ...] = ("",)
+    quick: str = ""
+    peers: tuple[str, ...] = ()
+
+
+BENCHMARKS = {
+    "nf4_error": Benchmark(quick="--size 128"),
+    "nf4_cpu": Benchmark(quick="--size 256 --tokens 32 --rounds 7", peers=("bitsandbytes",)),
+    "ops_cpu": Benchmark(quick="--tokens 64 --rounds 5"),
+    "optimizer": Benchmark(quick="--weights 65536 --rounds 3", peers=("bitsandbytes",)),
+    "lora_step": Benchmark(
+        quick="--layers 2 --tokens 32 --rounds 3", peers=("transformers", "peft", "bitsandbytes", "accelerate")
+    ),
+    "fsdp_vs_fully_shard": Benchmark(
+        runs=("", "--wire float32", "--ranks 1 --rounds 9", "--ranks 4 --rounds 7",
+              f"{SWEEP} 1", f"{SWEEP} 2", f"{SWEEP} 4", f"{SWEEP} 8"),
+        quick="--ddp --layers 2 --vocab 512 --tokens 32 --rounds 3",
+    ),
+    "prefetch": Benchmark(quick="--layers 2 --vocab 512 --tokens 64 --rounds 3"),
+    "accumulation": Benchmark(quick="--layers 2 --vocab 512 --tokens 64 --rounds 3 --microbatches 1 2"),
+    "memory_per_rank": Benchmark(
+        runs=("", "--method lora"), quick="--layers 2 --vocab 512 --ranks 1 2"
+    ),
+    "recompute": Benchmark(runs=("", "--method full"), quick="--layers 2 --tokens 64 --rounds 3"),
+    "precision_policies": Benchmark(quick="--layers 2 --vocab 512 --tokens 64 --loss-steps 8 --rounds 3"),
+    "packing": Benchmark(quick="--layers 1 --documents 4 --rounds 3"),
+    "loss_chunk": Benchmark(
+        runs=("", "--trainable"), quick="--tokens 128 --vocab 1024 --chunks 32 128 --rounds 3"
+    ),
+    "checkpoint": Benchmark(quick="--layers 1 --tokens 32 --rounds 2"),
+}  # fmt: skip
+
+
+def missing(benchmark: Benchmark) -> list[str]:
+    return [name for name in benchmark.peers if importlib.util.find_spec(name) is None]
+
+
+def run(name: str, options: list[str]) -> dict | str:
+    """The last line of a benchmark, or why there is none. All that it prints is shown."""
+    command = [sys.executable, str(HERE / f"{name}.py"), *options]
+    print(f"\n=== python benchmarks/{name}.py {shlex.join(options)}", flush=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
+    started, last = time.perf_counter(), ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+            last = line
+    print(f"--- took {time.perf_counter() - started:.0f} s", flush=True)
+    if process.returncode:
+        return f"ended with status {process.returncode}"
+    return json.loads(last)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="BENCHMARK", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one small run each, nothing kept")
+    parser.add_argument("--busy", action="store_true", help="measure although others use the processors")
+    parser.add_argument("--list", action="store_true", help="say what there is, and whether its peers are installed")
+    args = parser.parse_args()
+    unknown = set(args.names) - BENCHMARKS.keys()
+    if unknown:
+        raise SystemExit(f"no benchmark is called {', '.join(sorted(unknown))}; valid: {', '.join(BENCHMARKS)}")
+    if args.list:
+        for name, benchmark in BENCHMARKS.items():
+            lacks = missing(benchmark)
+            print(f"{name:22}{len(benchmark.runs)} run(s){f'; not here: {chr(44).join(lacks)}' if lacks else ''}")
+        return
+
+    found: dict[str, list] = {}
+    failed = []
+    for name in args.names or BENCHMARKS:
+        benchmark = BENCHMARKS[name]
+        if missing(benchmark):
+            found[name] = [f"skipped: {', '.join(missing(benchmark))} not installed"]
+            print(f"\n=== {name} {found[name][0]}")
+            continue
+        shared = (["--busy"] if args.busy else []) + ([] if args.quick else ["--write"])
+        results = [run(name, shlex.split(o) + shared) for o in ([benchmark.quick] if args.quick else benchmark.runs)]
+        failed += [f"{name}: {result}" for result in results if isinstance(result, str)]
+        about = ("rows", "parameters", "command", "commit", "conditions", "machine", "date", "question")
+        found[name] = [r if isinstance(r, str) else {k: v for k, v in r.items() if k not in about} for r in results]
+    for failure in failed:
+        print(f"FAILED {failure}")
+    print(json.dumps(found))
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
