@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py                        # everything: about an hour on two cores
     python benchmarks/run_all.py nf4_cpu lora_step      # these
-    python benchmarks/run_all.py --quick                # small models and few rounds: does everything work? keeps nothing
+    python benchmarks/run_all.py --quick                # small models, few rounds, kept nowhere: does it work?
     python benchmarks/run_all.py --list
 
 Each benchmark compares with peers within its own run, in turns (`protocol`); one whose peer is not installed is skipped
