@@ -71,6 +71,12 @@ class Workload:
             raise ValueError(f"targets of a workload is {self.targets}; valid: 0 to {self.tokens}, the tokens")
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document of a microbatch; the last one may be shorter."""
+        whole, rest = divmod(self.tokens, self.document_tokens)
+        return (self.document_tokens,) * whole + ((rest,) if rest else ())
+
+    @property
     def num_targets(self) -> int:
         return self.tokens if self.targets is None else self.targets
 

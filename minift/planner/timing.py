@@ -1,0 +1,103 @@
+"""How long a step of a run takes on a device and a network: the work priced, the schedule simulated.
+
+    timed = time_step(run, device, network)      run: `shapes.RunShape`
+    timed.seconds, timed.exposed_s, timed.trace
+
+On CUDA casts and sums run in lanes of their own beside compute. On a CPU they take their turn in it, and so does what
+ranks do to meet.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from minift.planner.device import Device
+from minift.planner.network import Network
+from minift.planner.shapes import RunShape, UnitShape
+from minift.planner.simulate import Collective, Schedule, Simulated, SimUnit, simulate
+from minift.planner.work import StepWork, UnitWork, count
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step of one rank. simulated: event by event."""
+
+    run: RunShape
+    work: StepWork
+    simulated: Simulated
+
+    @property
+    def seconds(self) -> float:
+        return self.simulated.seconds
+
+    @property
+    def sent_bytes(self) -> int:
+        """That this rank sends in the step: what `ShardedModel.sent_bytes` counts."""
+        return sent_bytes(self.run, self.work, self.simulated)
+
+
+def time_step(run: RunShape, device: Device, network: Network) -> Timed:
+    work = count(run)
+    units = [_priced(run, unit, shape, device, network) for unit, shape in zip(work.units, run.units, strict=True)]
+    has_live_weights = run.shares_memory and any(
+        b.trainable and (b.resident or b.is_written_by_optimizer) for b in run.buckets
+    )
+    everybody = network.shard_axis(run.world_size)
+    schedule = Schedule(
+        microbatches=work.microbatches,
+        prefetch_units=run.policy.prefetch_units,
+        shard_size=run.shard_size,
+        keeps_full_grads=any(bucket.keeps_full_grads for bucket in run.buckets),
+        steps_in_backward=run.policy.step_in_backward,
+        has_lanes=run.is_on_gpu,
+        meet_s=network.sum_seconds(8, everybody),
+        meets_at_end=has_live_weights,
+        norm_s=device.seconds(op for unit in work.units for op in unit.square_sum),
+        update_s=device.seconds(op for unit in work.units for op in unit.update),
+    )
+    return Timed(run, work, simulate(units, schedule))
+
+
+def _priced(run: RunShape, work: UnitWork, shape: UnitShape, device: Device, network: Network) -> SimUnit:
+    shard, replicas = network.shard_axis(run.shard_size), network.replica_axis(run.world_size, run.shard_size)
+    gather = reduce = replica_sum = None
+    if work.gather is not None:
+        wire_s = 0.0 if run.shares_memory else network.shard_seconds(work.gather.full_bytes, shard)
+        gather = Collective(device.seconds(work.gather.prepare), wire_s)
+    if work.reduce is not None:
+        wire_s = 0.0 if run.shares_memory else network.shard_seconds(work.reduce.full_bytes, shard)
+        reduce = Collective(0.0, wire_s, finish_s=device.seconds(work.reduce.finish))
+    if work.replica_bytes:
+        replica_sum = Collective(wire_s=network.sum_seconds(work.replica_bytes, replicas))
+    return SimUnit(
+        work.name,
+        shape.keep,
+        forward_s=device.seconds(work.forward),
+        recompute_s=device.seconds(work.recompute),
+        backward_s=device.seconds(work.backward),
+        forward_head_s=device.seconds(work.forward_head),
+        backward_head_s=device.seconds(work.backward_head),
+        gather=gather,
+        reduce=reduce,
+        replica_sum=replica_sum,
+        update_s=device.seconds(work.update + work.square_sum),
+        has_backward=work.has_backward,
+        ends_with_input=work.ends_with_input,
+    )
+
+
+def sent_bytes(run: RunShape, work: StepWork, simulated: Simulated) -> int:
+    """(N - 1)/N of what is gathered or reduced from, each time; an all-reduce sends twice that, of R replicas. Nothing
+    is sent between ranks that share memory."""
+    by_name = {unit.name: unit for unit in work.units}
+    sent = 0
+    for (kind, name), times in Counter((span.kind, span.name) for span in simulated.trace.spans).items():
+        unit = by_name.get(name)
+        if kind == "all-reduce":
+            replicas = run.world_size // run.shard_size
+            sent += times * (2 * unit.replica_bytes * (replicas - 1) // replicas)
+        elif kind in ("all-gather", "reduce-scatter") and not run.shares_memory:
+            transfer = unit.gather if kind == "all-gather" else unit.reduce
+            sent += times * (transfer.full_bytes // run.shard_size * (run.shard_size - 1))
+    return sent

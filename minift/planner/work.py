@@ -1,0 +1,381 @@
+"""What one rank computes and sends in a step: the operations of every unit, forward, again, and backward.
+
+    step = count(run)                 of a `shapes.RunShape`
+    step.units[1].backward            operations (`op.Op`) of a block's backward, in one microbatch
+
+Counted from shapes alone, rule by rule as the modules have it: `model/linear.py` and `low_rank.py` (products),
+`model/block.py` (the rest of a block), `objectives/cross_entropy.py` (the head, whose gradients come in its forward),
+`recompute.py`, `fsdp/bucket.py` (casts and sums), `optim`. With T tokens, P weights in projections, no biases:
+
+    forward    2 T P + 4 E H pairs       backward   2 T P for dx, 2 T P for dW of trained weights, 10 E H pairs
+    LoRA       forward 2 T Σ r (in + out), backward twice that
+    NF4        every product with the weight dequantises it first: the same FLOPs, and bytes
+
+A gradient that nobody needs is not computed: what lies below the first trained weight has no backward, and the first
+one that is reached no gradient of its input. Both follow from which tensors require a gradient, as in autograd.
+
+Not counted: Python, index arithmetic, and operations on less than a row a token. Not here: seconds (`device`), the
+order of things (`simulate`). Adapters that have a forward of their own count as LoRA of their rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minift.objectives.cross_entropy import default_chunk_tokens
+from minift.ops.nf4_linear import SLICE_BYTES
+from minift.planner.op import Op, attention, cast, dequantize, elementwise, product, total_flops, visible_pairs
+from minift.planner.shapes import BucketShape, ProjectionShape, RunShape, UnitShape
+
+_DTYPE_OF_SIZE = {1: "uint8", 2: "bfloat16", 4: "float32"}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective. prepare and finish: operations on this rank before and after; full_bytes: of what is gathered, or
+    reduced from."""
+
+    full_bytes: int
+    prepare: tuple[Op, ...] = ()
+    finish: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """One unit in one microbatch. The root's forward and backward are those of its embedding; `head` are norm, head and
+    loss.
+
+    add_up: what `reduce` finishes with in all microbatches but the first. update: of this rank's shard, once a step.
+    has_backward, ends_with_input: see `simulate.SimUnit`.
+    """
+
+    name: str
+    forward: tuple[Op, ...]
+    recompute: tuple[Op, ...]
+    backward: tuple[Op, ...]
+    gather: Transfer | None
+    reduce: Transfer | None
+    replica_bytes: int
+    update: tuple[Op, ...]
+    square_sum: tuple[Op, ...]
+    has_backward: bool
+    ends_with_input: bool
+    forward_head: tuple[Op, ...] = ()
+    backward_head: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """A step of one rank: `microbatches` times its units, then the updates."""
+
+    units: tuple[UnitWork, ...]
+    microbatches: int
+
+    @property
+    def flops(self) -> float:
+        """Of matrix products and attention, what is computed again included."""
+        return self.microbatches * sum(
+            total_flops(u.forward + u.forward_head + u.recompute + u.backward + u.backward_head) for u in self.units
+        )
+
+    @property
+    def model_flops(self) -> float:
+        """Without what is computed again, and with attention's backward at twice its forward: what model FLOP
+        utilisation counts, see performance.md, 4.2."""
+        again = self.microbatches * sum(total_flops(u.recompute) for u in self.units)
+        attention_backward = self.microbatches * sum(
+            total_flops(op for op in u.backward if op.kind == "attention backward") for u in self.units
+        )
+        return self.flops - again - attention_backward / 5
+
+
+def count(run: RunShape) -> StepWork:
+    """The step of `run`."""
+    needs_grad = any(p.trainable for p in run.root.parameters if "embed_tokens" in p.name)
+    root = _Root(run, needs_grad)
+    blocks = []
+    for layer, unit in enumerate(run.blocks):
+        block = _Block(run, unit, layer, needs_grad)
+        blocks.append(block)
+        needs_grad = block.out_needs
+    works = [root.work(needs_grad)] + [block.work() for block in blocks]
+    return StepWork(tuple(works), run.workload.microbatches)
+
+
+# Projections #
+
+
+class _Projections:
+    """Some that read the same x: `model.linear.project`. needs_dx: whether x needs a gradient."""
+
+    def __init__(self, run: RunShape, unit: UnitShape, names: Sequence[str], tokens: int, needs_dx: bool) -> None:
+        self.members = [p for p in unit.projections if p.name.rpartition(".")[2] in names]
+        self.tokens, self.needs_dx = tokens, needs_dx
+        self.dtype = run.precision.wire
+        self.buckets = unit.buckets
+        self.out_needs = needs_dx or any(p.trains_weight or p.trains_bias or p.updates for p in self.members)
+        ranks = [update for p in self.members for update in p.updates]
+        self.rank = sum(update.rank for update in ranks)
+        self.share_x = all(update.dropout == 0 for update in ranks)
+
+    def forward(self) -> list[Op]:
+        ops: list[Op] = []
+        T, dtype = self.tokens, self.dtype
+        for p in self.members:
+            ops += self._stored(p, "linear", T, p.in_features, p.out_features)
+            if p.has_bias and p.storage == "nf4":
+                ops.append(elementwise("add", dtype, T * p.out_features, 2))
+        if self.rank:
+            in_features = self.members[0].in_features
+            ops += [elementwise("scale", dtype, u.rank * in_features, 2) for p in self.members for u in p.updates]
+            if self.share_x:
+                ops.append(product("x A", dtype, T, in_features, self.rank))
+        for p in self.members:
+            for update in p.updates:
+                if not self.share_x:
+                    ops += self._dropped(p, update.dropout)
+                    ops.append(product("x A", dtype, T, p.in_features, update.rank))
+                ops.append(product("h B", dtype, T, update.rank, p.out_features))
+        return ops
+
+    def backward(self) -> list[Op]:
+        if not self.out_needs:
+            return []
+        ops: list[Op] = []
+        T, dtype = self.tokens, self.dtype
+        for p in self.members:
+            if p.trains_weight:
+                ops.append(product("weight gradient", dtype, p.out_features, T, p.in_features))
+                ops += self._into_slot(p.weight_numel)
+            if p.trains_bias:
+                ops.append(elementwise("sum", dtype, T * p.out_features, 1))
+        for p in self.members:
+            for update in p.updates:
+                ops.append(product("dy h", dtype, p.out_features, T, update.rank))
+                ops.append(product("dy B", dtype, T, p.out_features, update.rank))
+        if self.rank and self.share_x:
+            ops.append(product("g x", dtype, self.rank, T, self.members[0].in_features))
+        elif self.rank:
+            for p in self.members:
+                for update in p.updates:
+                    ops += self._dropped(p, update.dropout)
+                    ops.append(product("g x", dtype, update.rank, T, p.in_features))
+        if self.needs_dx:
+            for p in self.members:
+                ops += self._stored(p, "input gradient", T, p.out_features, p.in_features)
+            ops += self._update_dx()
+        return ops
+
+    def _update_dx(self) -> list[Op]:
+        if not self.rank:
+            return []
+        T, dtype, in_features = self.tokens, self.dtype, self.members[0].in_features
+        if self.share_x:
+            stack = elementwise("copy", dtype, self.rank * in_features, 2)
+            return [stack, product("g A", dtype, T, self.rank, in_features)]
+        ops = []
+        for p in self.members:
+            for update in p.updates:
+                ops.append(product("g A", dtype, T, update.rank, p.in_features))
+                ops += self._dropped(p, update.dropout)
+                ops.append(elementwise("add", dtype, T * p.in_features, 3))
+        return ops
+
+    def _dropped(self, p: ProjectionShape, dropout: float) -> list[Op]:
+        return [elementwise("dropout", self.dtype, self.tokens * p.in_features, 2)] if dropout else []
+
+    def _stored(self, p: ProjectionShape, kind: str, m: int, k: int, n: int) -> list[Op]:
+        """A product with the stored weight; of NF4, in slices of it that stay in a cache: `ops/nf4_linear.py`."""
+        if p.storage == "dense":
+            return [product(kind, self.dtype, m, k, n)]
+        slices = max(1, round(p.weight_numel * (2 if self.dtype != "float32" else 4) / SLICE_BYTES))
+        names = (parameter.name for bucket in self.buckets for parameter in bucket.parameters)
+        is_nested = any(name.startswith(f"{p.name}.") and name.endswith(".nested") for name in names)
+        weight = dequantize(
+            self.dtype, p.weight_numel / slices, p.block_size, is_nested, kind == "input gradient", slices
+        )
+        return [weight, product(kind, self.dtype, m, k, -(-n // slices), slices)]
+
+    def _into_slot(self, numel: int) -> list[Op]:
+        """A product whose slot has another dtype goes there by way of a temporary: `grad_slot.py`."""
+        bucket = next(bucket for bucket in self.buckets if bucket.trainable)
+        slot = "float32" if bucket.keeps_full_grads else _DTYPE_OF_SIZE[bucket.grad_itemsize]
+        return [] if slot == self.dtype else [cast(self.dtype, slot, numel)]
+
+
+# Blocks #
+
+
+class _Block:
+    """`model/block.py`."""
+
+    def __init__(self, run: RunShape, unit: UnitShape, layer: int, x_needs: bool) -> None:
+        self.run, self.unit = run, unit
+        config, T, dtype = run.model, run.workload.tokens, run.precision.wire
+        D, E = config.hidden_size, config.head_dim
+        H, K, F = config.num_heads, config.num_kv_heads, config.intermediate_size
+        trains = {p.name.rpartition(".")[0].rpartition(".")[2] for p in unit.parameters if p.trainable}
+
+        def projections(names: Sequence[str], x_needs: bool) -> _Projections:
+            return _Projections(run, unit, names, T, x_needs)
+
+        self.x_needs = x_needs
+        norm_needs = x_needs or "input_layernorm" in trains
+        qkv = projections(("q_proj", "k_proj", "v_proj"), norm_needs)
+        self.mixes = qkv.out_needs or bool({"q_norm", "k_norm"} & trains)
+        o = projections(("o_proj",), self.mixes)
+        middle_needs = x_needs or o.out_needs
+        second_norm_needs = middle_needs or "post_attention_layernorm" in trains
+        gate_up = projections(("gate_proj", "up_proj"), second_norm_needs)
+        down = projections(("down_proj",), gate_up.out_needs)
+        self.out_needs = middle_needs or down.out_needs
+
+        pairs = visible_pairs(run.workload.lengths, config.sliding_windows[layer])
+        attend, attend_backward = attention(dtype, T, pairs, H, K, E)
+        norm = elementwise("rms norm", dtype, T * D, 2)
+        norm_backward = elementwise("rms norm backward", dtype, T * D, 3)
+        turn = [elementwise("rope", dtype, T * heads * E, 2) for heads in (H, K)]
+        head_norms = [elementwise("rms norm", dtype, T * heads * E, 2) for heads in (H, K)] if config.qk_norm else []
+        head_norms_backward = (
+            [elementwise("rms norm backward", dtype, T * heads * E, 3) for heads in (H, K)] if config.qk_norm else []
+        )
+        gated = elementwise("swiglu", dtype, T * F, 3)
+        gated_backward = elementwise("swiglu backward", dtype, T * F, 5)
+        add = elementwise("add", dtype, T * D, 3)
+        self.cheap = [norm, norm, gated, *((*head_norms, *turn) if config.qk_norm else ())]
+        self.forward = [
+            norm, *qkv.forward(), *head_norms, *turn, attend, *o.forward(), add,
+            norm, *gate_up.forward(), gated, *down.forward(), add,
+        ]  # fmt: skip
+        self.backward = [
+            *down.backward(),
+            *([gated_backward] if gate_up.out_needs else []),
+            *gate_up.backward(),
+            *([norm_backward] if second_norm_needs else []),
+            *([add] if middle_needs and gate_up.out_needs else []),
+            *o.backward(),
+            *([attend_backward, *turn, *head_norms_backward] if self.mixes else []),
+            *qkv.backward(),
+            *([norm_backward] if norm_needs else []),
+            *([add] if x_needs else []),
+        ]
+
+    def work(self) -> UnitWork:
+        recompute = {"none": [], "selective": self.cheap}.get(self.unit.recompute, self.forward)
+        return UnitWork(
+            self.unit.name,
+            tuple(self.forward),
+            tuple(recompute) if self.out_needs else (),
+            tuple(self.backward) if self.out_needs else (),
+            has_backward=self.out_needs,
+            ends_with_input=self.x_needs,
+            **_exchanges(self.run, self.unit),
+        )
+
+
+# The root #
+
+
+class _Root:
+    """Embedding, last norm, head and loss. needs: whether the embedding is trained."""
+
+    def __init__(self, run: RunShape, needs: bool) -> None:
+        self.run, self.needs = run, needs
+
+    def work(self, hidden_needs: bool) -> UnitWork:
+        """hidden_needs: whether what comes out of the last block needs a gradient."""
+        run, root = self.run, self.run.root
+        config, T, dtype = run.model, run.workload.tokens, run.precision.wire
+        D, V, M = config.hidden_size, config.vocab_size, run.workload.num_targets
+        trains = {p.name for p in root.parameters if p.trainable}
+        norm_needs = hidden_needs or any(name.endswith("norm.weight") for name in trains)
+        size = _size(dtype)
+        head = _Projections(run, root, ("lm_head",), M, norm_needs)
+        is_dense = not head.rank
+        head_weight = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        trains_head = head_weight in trains
+        forward = [
+            elementwise("rms norm", dtype, T * D, 2),
+            elementwise("copy", dtype, M * D, 2),
+            *head.forward(),
+            *([] if is_dense else [elementwise("copy", dtype, M * V, 2)]),
+            elementwise("softmax", dtype, M * V, 2),
+        ]
+        if norm_needs or trains_head or head.rank:
+            forward += head.backward()
+        if trains_head and M > default_chunk_tokens(V, size):  # several chunks are added up in fp32
+            forward.append(cast(dtype, "float32", V * D))
+        backward = []
+        if norm_needs:
+            backward = [
+                elementwise("scale", dtype, M * D, 2),
+                elementwise("copy", dtype, (T + 2 * M) * D, 1),
+                elementwise("rms norm backward", dtype, T * D, 3),
+            ]
+        if trains_head:
+            backward.append(elementwise("scale", dtype, V * D, 2))
+        embedding_backward = []
+        if self.needs:
+            embedding_backward.append(elementwise("embedding backward", dtype, T * D, 2))
+            if not config.tie_word_embeddings:  # else the head has written the whole gradient before
+                embedding_backward.append(elementwise("copy", dtype, V * D, 1))
+        return UnitWork(
+            "",
+            (elementwise("embedding", dtype, T * D, 2),),
+            (),
+            tuple(embedding_backward),
+            has_backward=True,
+            ends_with_input=False,
+            forward_head=tuple(forward),
+            backward_head=tuple(backward),
+            **_exchanges(run, root),
+        )
+
+
+# What a unit sends #
+
+
+def _exchanges(run: RunShape, unit: UnitShape) -> dict[str, object]:
+    """gather, reduce, replica_bytes, update, square_sum of a `UnitWork`."""
+    gathered = [b for b in unit.buckets if not b.resident]
+    trained = [b for b in unit.buckets if b.trainable]
+    gather = Transfer(
+        sum(b.gather_bytes for b in gathered),
+        prepare=tuple(
+            cast(_DTYPE_OF_SIZE[b.storage_itemsize], _DTYPE_OF_SIZE[b.wire_itemsize], b.shard_numel)
+            for b in gathered
+            if not b.is_written_by_optimizer
+        ),
+    )
+    reduce = Transfer(
+        sum(b.full_numel * (4 if b.keeps_full_grads else b.grad_itemsize) for b in trained),
+        finish=tuple(_added_up(b, run.shard_size) for b in trained if not (b.keeps_full_grads and run.shard_size == 1)),
+    )
+    state = "adamw 8bit" if run.optim.state == "8bit" else "adamw"
+    moments = 2 if run.optim.state == "8bit" else 8
+    return {
+        "gather": gather if gathered else None,
+        "reduce": reduce if trained else None,
+        "replica_bytes": sum(4 * b.shard_numel for b in trained) if run.world_size > run.shard_size else 0,
+        "update": tuple(
+            Op(state, "float32", b.shard_numel * (2 * b.storage_itemsize + 2 * moments + 4 + _written(b)))
+            for b in trained
+        ),
+        "square_sum": tuple(elementwise("square sum", "float32", b.shard_numel, 1) for b in trained),
+    }
+
+
+def _written(bucket: BucketShape) -> int:
+    return bucket.wire_itemsize if bucket.is_written_by_optimizer else 0
+
+
+def _added_up(bucket: BucketShape, ranks: int) -> Op:
+    """The chunks of all ranks into the fp32 shard: `transport.sum_chunks_`. Of a kept gradient, in place."""
+    size = 4 if bucket.keeps_full_grads else bucket.grad_itemsize
+    first = 0 if bucket.keeps_full_grads else size + 4
+    return Op("sum", _DTYPE_OF_SIZE[size], bucket.shard_numel * (first + (ranks - 1) * (size + 8)))
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
