@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=32, help="per rank and step")
-    args = parse(parser)
+    args = parse(parser, is_timed=False)
 
     result = Result("memory_per_rank")
     print(f"{args.method}, {args.layers} layers, {args.vocab} words, {args.tokens} tokens, bf16 wire; MiB per rank")

@@ -4,8 +4,7 @@
     python benchmarks/nf4_cpu.py --double-quant --threads 2
 
 Each case first checks that both sides agree: codes, scales and dequantised weights to the bit, products to rounding.
-Then both are timed in turns, so that other load on the machine meets both; a ratio is the median over the pairs
-(above 1: minift is faster). What is compared:
+Then both are timed in turns (a ratio above 1: minift is faster). What is compared:
 
     quantize             bitsandbytes.functional.quantize_4bit with quantize_nf4
     dequantize           dequantize_4bit, which always returns new memory, with dequantize_nf4 into a buffer, as
@@ -15,45 +14,36 @@ Then both are timed in turns, so that other load on the machine meets both; a ra
     gemv                 one token: matmul_4bit on the format that is stored; "packed" is the one that bitsandbytes'
                          Linear4bit repacks its weight into for inference on processors with AVX512-BF16
 
-Bytes moved by dequantize: codes, scales and the result once each; copy_ of the result sets the bandwidth. Prints a
-table, and one line of JSON last.
+Bytes moved by dequantize: codes, scales and the result once each; copy_ of the result sets the bandwidth.
+
+Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import statistics
-import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.cextension import lib
+from protocol import check_close, stopwatch, take_turns
+from results import Result, finish, parse
 
 from minift.ops import extension
 from minift.ops.nf4 import Nf4, dequantize_nf4, quantize_nf4, quantize_scales
 from minift.ops.nf4_linear import nf4_linear, nf4_linear_dx
+from minift.style import label_bars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
 
 Function = Callable[[], object]
-
-
-def seconds(function: Function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def measure(name: str, theirs: Function, ours: Function, rounds: int) -> tuple[float, float]:
-    """Median of the ratio theirs / ours over pairs of turns, and the median of ours in seconds; prints a line."""
-    theirs(), ours()
-    pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
-    ratio = statistics.median(a / b for a, b in pairs)
-    their_time, our_time = (statistics.median(times) for times in zip(*pairs, strict=True))
-    print(f"{name:34}{their_time * 1e3:12.2f}{our_time * 1e3:12.2f}{ratio:9.2f}x", flush=True)
-    return ratio, our_time
 
 
 def quantize(weight: torch.Tensor, double_quant: bool) -> Nf4:
@@ -79,10 +69,36 @@ def packed_linear(weight: torch.Tensor, double_quant: bool) -> torch.nn.Module:
     return linear.to("cpu").eval()
 
 
-def check_close(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
-    """Products of weights rounded to bf16 at most twice, relative to the largest."""
-    error = (theirs.double() - ours.double()).abs().max() / theirs.double().abs().max()
-    assert error < 4 * torch.finfo(ours.dtype).eps, f"{name}: relative error {error:.1e}"
+class Comparison:
+    """Pairs of functions that do the same, timed in turns; a line and a row for each."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+
+    def case(self, key: str, name: str, theirs: Function, ours: Function, rounds: int) -> float:
+        """The ratio becomes `values[key]`; returns the median of ours in seconds."""
+        theirs(), ours()
+        times = take_turns({"theirs": stopwatch(theirs), "minift": stopwatch(ours)}, rounds)
+        ratio = times.ratio("theirs", "minift").median
+        self.result.count(times)
+        self.result.values[key] = ratio
+        milliseconds = {side: times.median(side) * 1e3 for side in times.seconds}
+        self.result.rows.append({"case": name, "key": key, "ratio": ratio, "milliseconds": milliseconds})
+        print(f"{name:34}{milliseconds['theirs']:12.2f}{milliseconds['minift']:12.2f}{ratio:9.2f}x", flush=True)
+        return milliseconds["minift"] / 1e3
+
+
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    rows = runs[-1]["rows"]
+    figure.set_size_inches(9, 0.8 + 0.27 * len(rows))
+    axes = figure.subplots()
+    colours = [theme.ours if row["ratio"] >= 1 else theme.theirs for row in rows]
+    axes.set_xscale("log")
+    bars = axes.barh([row["case"] for row in rows], [row["ratio"] - 1 for row in rows], left=1, color=colours)
+    label_bars(axes, bars, [f"{row['ratio']:.2f}×" for row in rows])
+    axes.axvline(1, color=theme.ink, linewidth=1)
+    axes.set_title("times as fast as the other side (log)")
+    axes.invert_yaxis()
 
 
 @torch.no_grad()
@@ -96,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--instruction-set", default="best", choices=["best", "portable", "avx2", "avx512", "avx512_bf16"]
     )
-    args = parser.parse_args()
+    args = parse(parser)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if extension.MISSING_REASON is not None:
@@ -118,31 +134,29 @@ def main() -> None:
         f"{size} x {size} bf16, {args.threads} thread(s), {'double-quantised' if args.double_quant else 'fp32'} scales"
     )
     print(f"{'':34}{'theirs ms':>12}{'minift ms':>12}{'ratio':>10}")
-    result = {}
-
-    def case(key: str, name: str, theirs: Function, ours: Function, rounds: int = args.rounds) -> float:
-        result[key], our_time = measure(name, theirs, ours, rounds)
-        return our_time
+    result = Result("nf4_cpu")
+    case = Comparison(result).case
 
     case(
         "quantize_ratio",
         "quantize",
         lambda: bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=args.double_quant),
         lambda: quantize(weight, args.double_quant),
-        args.rounds // 4,
+        max(3, args.rounds // 4),
     )
-
     case(
         "dequantize_ratio",
         "dequantize",
         lambda: bnb.dequantize_4bit(codes, state),
         lambda: dequantize_nf4(matrix, dtype, out=buffer),
+        args.rounds,
     )
     case(
         "dequantize_ratio_new_memory",
         "dequantize, new memory",
         lambda: bnb.dequantize_4bit(codes, state),
         lambda: dequantize_nf4(matrix, dtype),
+        args.rounds,
     )
     absmax = state.absmax
     if args.double_quant:
@@ -155,45 +169,52 @@ def main() -> None:
         "dequantize, same memory",
         lambda: lib.cdequantize_blockwise_cpu_nf4_bf16(*their_arguments),
         lambda: dequantize_nf4(matrix, dtype, out=buffer),
+        args.rounds,
     )
     scale_bytes = size * size // 64 * (1 if args.double_quant else 4)
     moved_bytes = size * size // 2 + scale_bytes + 2 * size * size
-    ratio, our_time = measure(
+    our_time = case(
+        "copy_ratio",
         "copy of the result, for bandwidth",
         lambda: buffer.copy_(dense),
         lambda: dequantize_nf4(matrix, dtype, out=buffer),
         args.rounds,
     )
-    result["dequantize_fraction_of_copy"] = ratio * moved_bytes / (4 * size * size)
-    result["dequantize_gb_per_s"] = moved_bytes / our_time / 1e9
+    result.values["dequantize_fraction_of_copy"] = result.values["copy_ratio"] * moved_bytes / (4 * size * size)
+    result.values["dequantize_gb_per_s"] = moved_bytes / our_time / 1e9
 
+    # Products of weights rounded to bf16 at most twice.
+    tolerance = 4 * torch.finfo(dtype).eps
     for tokens, key, name in ((args.tokens, f"linear_ratio_T{args.tokens}", "linear"), (1, "gemv_ratio", "gemv")):
         x = torch.randn(tokens, size).to(dtype)
         packed = packed_linear(weight, args.double_quant)
-        check_close(name, bitsandbytes.matmul_4bit(x, codes, state), nf4_linear(x, matrix))
-        check_close(name, packed(x), nf4_linear(x, matrix))
-
-        def ours(x: torch.Tensor = x) -> torch.Tensor:
-            return nf4_linear(x, matrix)
-
-        case(key, f"{name}, T = {tokens}", lambda x=x: bitsandbytes.matmul_4bit(x, codes, state), ours)
-        case(f"{key}_packed", f"{name}, T = {tokens}, packed", lambda x=x, packed=packed: packed(x), ours)
-        our_time = case(
-            f"{key}_dense", f"{name}, T = {tokens}, dense", lambda x=x: torch.nn.functional.linear(x, dense), ours
-        )
+        others: dict[str, Function] = {
+            "": lambda x=x: bitsandbytes.matmul_4bit(x, codes, state),
+            "packed": lambda x=x, packed=packed: packed(x),
+            "dense": lambda x=x: torch.nn.functional.linear(x, dense),
+        }
+        for kind, theirs in others.items():
+            check_close(f"{name} {kind}", theirs(), nf4_linear(x, matrix), tolerance)
+            suffix, title = (f"_{kind}", f", {kind}") if kind else ("", "")
+            our_time = case(
+                f"{key}{suffix}",
+                f"{name}, T = {tokens}{title}",
+                theirs,
+                lambda x=x: nf4_linear(x, matrix),
+                args.rounds,
+            )
         print(f"{'':34}{2 * tokens * size * size / our_time / 1e9:36.0f} GFLOP/s")
 
     dy = torch.randn(args.tokens, size).to(dtype)
-    check_close("dx", torch.mm(dy, dense), nf4_linear_dx(dy, matrix))
+    check_close("dx", torch.mm(dy, dense), nf4_linear_dx(dy, matrix), tolerance)
     case(
         f"linear_dx_ratio_T{args.tokens}",
         f"input gradient, T = {args.tokens}",
         lambda: torch.matmul(dy, bnb.dequantize_4bit(codes, state)),
         lambda: nf4_linear_dx(dy, matrix),
-        args.rounds // 7,  # 20 s each of theirs on a processor without arithmetic in 16 bits
+        max(3, args.rounds // 7),  # 20 s each of theirs on a processor without arithmetic in 16 bits
     )
-    settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
-    print(json.dumps({"benchmark": "nf4_cpu", **settings, **{key: round(value, 3) for key, value in result.items()}}))
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":

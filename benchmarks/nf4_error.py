@@ -5,21 +5,30 @@
 
 Every matrix of the model is quantised as fine-tuning would (2-D weights, without embeddings and the output layer).
 Errors are of fp32 copies in blocks of 64: the root mean square relative to that of the weights, the mean and the
-largest absolute one relative to the block's largest magnitude. Prints a table, and one line of JSON last.
+largest absolute one relative to the block's largest magnitude.
+
+Nothing is timed. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from results import Result, finish, parse
 from safetensors import safe_open
 
 from minift.ops.absmax import dequantize_absmax, quantize_absmax
 from minift.ops.nf4 import NESTED_BLOCK_SIZE, Nf4, absmax_of, dequantize_nf4, quantize_nf4, quantize_scales
+from minift.style import label_bars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
 
 BLOCK_SIZE = 64
 
@@ -73,11 +82,23 @@ def errors(restore: Callable[[torch.Tensor], torch.Tensor], weights: Iterator[to
     return {"rms": (total / squares) ** 0.5, "mean": relative_sum / num_elements, "largest": largest}
 
 
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    rows = [row for row in runs[-1]["rows"] if row["weights"] == "normal"]
+    figure.set_size_inches(7, 2)
+    axes = figure.subplots()
+    names = [f"{row['method']}, {row['bits']:.2f} bits" for row in rows]
+    colours = [theme.ours if row["method"].startswith("NF4") else theme.quiet for row in rows]
+    bars = axes.barh(names, [row["rms"] for row in rows], color=colours)
+    label_bars(axes, bars, [f"{row['rms']:.4f}" for row in rows])
+    axes.set_title("relative rms error of normal weights, blocks of 64")
+    axes.invert_yaxis()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder with *.safetensors")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns of the normal weight")
-    args = parser.parse_args()
+    args = parse(parser, is_timed=False)
 
     normal = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     sources: dict[str, Callable[[], Iterator[torch.Tensor]]] = {"normal": lambda: iter([normal])}
@@ -86,14 +107,15 @@ def main() -> None:
             raise SystemExit(f"{args.model} holds no *.safetensors with matrices of decoder blocks")
         sources[args.model.name] = lambda: model_weights(args.model)
 
-    results = []
+    result = Result("nf4_error")
     print(f"{'weights':24}{'method':14}{'bits':>7}{'rms error':>12}{'mean / absmax':>15}{'largest / absmax':>18}")
     for source, weights in sources.items():
         for method, (restore, bits) in METHODS.items():
             found = errors(restore, weights())
             print(f"{source:24}{method:14}{bits:7.3f}{found['rms']:12.5f}{found['mean']:15.5f}{found['largest']:18.5f}")
-            results.append({"weights": source, "method": method, "bits": bits, **found})
-    print(json.dumps({"benchmark": "nf4_error", "block_size": BLOCK_SIZE, "results": results}))
+            result.rows.append({"weights": source, "method": method, "bits": bits, **found})
+    result.values = {"block_size": BLOCK_SIZE} | {f"rms {r['weights']} {r['method']}": r["rms"] for r in result.rows}
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,23 @@
 Attention is compared with PyTorch's own, called once for each document (sdpa), and with the plain-PyTorch reference
 (blocked), on packs of documents with the lengths in DOCUMENTS, three query heads to a key head.
 
-Each case first checks that both sides agree, then times them in turns (eager, minift, eager, ...), so that other load
-on the machine meets both; the speedup is the median of the pairwise ratios. Prints a table, and one line of JSON last.
+Each case first checks that both sides agree, then times them in turns.
+
+Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
+from protocol import check_close, stopwatch, take_turns
+from results import Result, finish, parse
 from torch import Tensor
 
 from minift.ops import extension
@@ -31,6 +32,12 @@ from minift.ops.blocked_attention import blocked_attention, blocked_attention_ba
 from minift.ops.norm import rms_norm, rms_norm_backward
 from minift.ops.rope import apply_rope
 from minift.ops.swiglu import swiglu
+from minift.style import label_bars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
 
 EPS = 1e-5
 DOCUMENTS = {
@@ -46,15 +53,6 @@ class Case:
     name: str
     eager: Callable[[], tuple[Tensor, ...]]
     minift: Callable[[], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Result:
-    name: str
-    dtype: str
-    eager_us: float
-    minift_us: float
-    speedup: float
 
 
 def eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -166,35 +164,35 @@ def make_attention_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[C
     return cases
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
-    """Both sides compute the same thing: within 4 roundings of the dtype, relative to the largest element."""
+def measure(case: Case, dtype: torch.dtype, rounds: int, result: Result) -> dict[str, Any]:
+    """A row of the table, after both sides were found to compute the same."""
     for expected, actual in zip(case.eager(), case.minift(), strict=True):
-        error = (expected.double() - actual.double()).abs().max() / expected.double().abs().max()
-        # Sums over tokens (dweight) add roundings of terms that cancel, hence the factor of 8.
-        limit = 8 * max(torch.finfo(dtype).eps, 1e-6)
-        assert error < limit, f"{case.name} {dtype}: relative error {error:.1e} above {limit:.1e}"
-
-
-def seconds(function: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
-
-
-def measure(case: Case, dtype: torch.dtype, rounds: int) -> Result:
-    check(case, dtype)
-    once = seconds(case.eager, 3)
+        # Four roundings of the dtype; sums over tokens (dweight) add some of terms that cancel, hence 8.
+        check_close(f"{case.name} {dtype}", expected, actual, 8 * max(torch.finfo(dtype).eps, 1e-6))
+    once = stopwatch(case.eager, calls=3)()
     calls = max(1, int(2e-3 / once))  # about 2 ms a turn
     rounds = min(rounds, max(5, int(3 / once)))  # no more than some seconds a case
-    pairs = [(seconds(case.eager, calls), seconds(case.minift, calls)) for _ in range(rounds)]
-    return Result(
-        case.name,
-        str(dtype).removeprefix("torch."),
-        statistics.median(eager for eager, _ in pairs) * 1e6,
-        statistics.median(ours for _, ours in pairs) * 1e6,
-        statistics.median(eager / ours for eager, ours in pairs),
-    )
+    times = take_turns({name: stopwatch(getattr(case, name), calls=calls) for name in ("eager", "minift")}, rounds)
+    result.count(times)
+    return {
+        "name": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "eager_us": times.median("eager") * 1e6,
+        "minift_us": times.median("minift") * 1e6,
+        "speedup": times.ratio("eager", "minift").median,
+    }
+
+
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    """Speedups in bf16."""
+    rows = [row for row in runs[-1]["rows"] if row["dtype"] == "bfloat16"]
+    figure.set_size_inches(9, 0.8 + 0.25 * len(rows))
+    axes = figure.subplots()
+    bars = axes.barh([row["name"] for row in rows], [row["speedup"] for row in rows], color=theme.ours)
+    label_bars(axes, bars, [f"{row['speedup']:.1f}×" for row in rows])
+    axes.axvline(1, color=theme.ink, linewidth=1)
+    axes.set_title("times as fast as PyTorch, bf16")
+    axes.invert_yaxis()
 
 
 def main() -> None:
@@ -212,7 +210,7 @@ def main() -> None:
     parser.add_argument(
         "--instruction-set", default="best", choices=["best", "portable", "avx2", "avx512", "avx512_bf16"]
     )
-    args = parser.parse_args()
+    args = parse(parser)
 
     torch.set_num_threads(args.threads)
     if extension.MISSING_REASON is not None:
@@ -221,16 +219,18 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, {extension.instruction_set()}, {args.threads} thread(s), {args.tokens} tokens")
     print(f"{'op':56}{'dtype':10}{'eager us':>10}{'minift us':>11}{'speedup':>9}")
-    results = []
+    result = Result("ops_cpu")
     for dtype in (getattr(torch, name) for name in args.dtype):
         for case in make_cases(args, dtype) + make_attention_cases(args, dtype):
-            result = measure(case, dtype, args.rounds)
-            results.append(result)
+            row = measure(case, dtype, args.rounds, result)
+            result.rows.append(row)
             print(
-                f"{result.name:56}{result.dtype:10}{result.eager_us:10.0f}{result.minift_us:11.0f}{result.speedup:8.1f}x"
+                f"{row['name']:56}{row['dtype']:10}{row['eager_us']:10.0f}{row['minift_us']:11.0f}"
+                f"{row['speedup']:8.1f}x",
+                flush=True,
             )
-    settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
-    print(json.dumps({"benchmark": "ops_cpu", **settings, "results": [asdict(result) for result in results]}))
+    result.values = {f"{row['name']}, {row['dtype']}": row["speedup"] for row in result.rows}
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,35 @@
 torch.optim.AdamW(fused=True), which is PyTorch's best on a CPU, minift's AdamW with fp32 and 8-bit moments, resident
 and paged, with fp32 and bf16 masters, and bitsandbytes' AdamW8bit. First all of them take the same three steps and
 must end within what their number formats allow of torch; paged ones and those with a wire must be equal to the bit.
-Then they are timed in turns, so that other load on the machine meets all; ratios are medians of torch's time over
-theirs in the same round. "wire" is the bf16 copy from which weights are gathered: written in the same pass, or by a
-cast afterwards. Prints a table, and one line of JSON last.
+Then they are timed in turns. "wire" is the bf16 copy from which weights are gathered: written in the same pass, or by a
+cast afterwards.
+
+Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
+from protocol import stopwatch, take_turns
+from results import Result, finish, parse
 from torch import Tensor
 
 from minift.ops import extension
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.shard import FlatShard, ParamRange
+from minift.style import label_bars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
 
 LR, DECAY = 1e-3, 0.01
 EQUAL_STEPS = 3
@@ -43,15 +50,6 @@ class Variant:
     state_bytes: int
     bound: float
     wire: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    name: str
-    seconds: float
-    gparams_per_second: float
-    speedup: float  # over torch fused
-    state_bytes_per_weight: float
 
 
 def minift_variant(
@@ -121,10 +119,19 @@ def check(variants: list[Variant]) -> None:
             assert torch.equal(by_name[state].weights, by_name[f"{state}, {other}"].weights), f"{state}, {other}"
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    rows = runs[-1]["rows"]
+    figure.set_size_inches(9, 0.8 + 0.27 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    names = [row["name"] for row in rows]
+    colours = [theme.theirs if name.startswith(("torch", "bitsandbytes")) else theme.ours for name in names]
+    speeds = left.barh(names, [row["gparams_per_second"] for row in rows], color=colours)
+    label_bars(left, speeds, [f"{row['gparams_per_second']:.2f}" for row in rows])
+    states = right.barh(names, [row["state_bytes_per_weight"] for row in rows], color=colours)
+    label_bars(right, states, [f"{row['state_bytes_per_weight']:.2f}" for row in rows])
+    left.set_title("weights updated per second, 10⁹")
+    right.set_title("bytes of state a weight")
+    left.invert_yaxis()
 
 
 def main() -> None:
@@ -132,42 +139,43 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=1 << 25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
+    args = parse(parser)
 
     torch.set_num_threads(args.threads)
     variants = make_variants(args.weights)
     check(variants)
-    times = [[seconds(variant.step) for variant in variants] for _ in range(args.rounds)]
+    times = take_turns({variant.name: stopwatch(variant.step) for variant in variants}, args.rounds)
 
     print(f"torch {torch.__version__}, {extension.instruction_set()}, {args.threads} thread(s), {args.weights} weights")
     print(f"{'AdamW':22}{'ms':>8}{'Gweights/s':>12}{'to torch':>10}{'state B':>9}")
-    results = []
-    for index, variant in enumerate(variants):
-        median = statistics.median(row[index] for row in times)
-        speedup = statistics.median(row[0] / row[index] for row in times)
-        result = Result(variant.name, median, args.weights / median / 1e9, speedup, variant.state_bytes / args.weights)
-        results.append(result)
+    result = Result("optimizer")
+    result.count(times)
+    for variant in variants:
+        seconds = times.median(variant.name)
+        row = {
+            "name": variant.name,
+            "seconds": seconds,
+            "gparams_per_second": args.weights / seconds / 1e9,
+            "speedup": times.ratio("torch fused", variant.name).median,
+            "state_bytes_per_weight": variant.state_bytes / args.weights,
+        }
+        result.rows.append(row)
         print(
-            f"{result.name:22}{result.seconds * 1e3:8.0f}{result.gparams_per_second:12.2f}{result.speedup:9.2f}x"
-            f"{result.state_bytes_per_weight:9.2f}"
+            f"{variant.name:22}{seconds * 1e3:8.0f}{row['gparams_per_second']:12.2f}{row['speedup']:9.2f}x"
+            f"{row['state_bytes_per_weight']:9.2f}"
         )
-    column = {variant.name: [row[index] for row in times] for index, variant in enumerate(variants)}
-
-    def ratio(slow: str, fast: str) -> float:
-        return statistics.median(a / b for a, b in zip(column[slow], column[fast], strict=True))
-
-    ratios = {
-        "torch_fused_over_fp32": ratio("torch fused", "fp32"),
-        "bitsandbytes_over_8bit": ratio("bitsandbytes 8bit", "8bit"),
-        "cast_after_over_wire_fused_fp32": ratio("fp32, wire cast after", "fp32, wire fused"),
-        "cast_after_over_wire_fused_8bit": ratio("8bit, wire cast after", "8bit, wire fused"),
-        "paged_over_resident_fp32": ratio("fp32, paged", "fp32"),
-        "paged_over_resident_8bit": ratio("8bit, paged", "8bit"),
+    result.values = {
+        name: times.ratio(slow, fast).median
+        for name, slow, fast in (
+            ("torch_fused_over_fp32", "torch fused", "fp32"),
+            ("bitsandbytes_over_8bit", "bitsandbytes 8bit", "8bit"),
+            ("cast_after_over_wire_fused_fp32", "fp32, wire cast after", "fp32, wire fused"),
+            ("cast_after_over_wire_fused_8bit", "8bit, wire cast after", "8bit, wire fused"),
+            ("paged_over_resident_fp32", "fp32, paged", "fp32"),
+            ("paged_over_resident_8bit", "8bit, paged", "8bit"),
+        )
     }
-    settings = vars(args) | {"instruction_set": extension.instruction_set(), "torch": torch.__version__}
-    settings["bitsandbytes"] = bitsandbytes.__version__
-    rows = [asdict(result) for result in results]
-    print(json.dumps({"benchmark": "optimizer", **settings, "ratios": ratios, "results": rows}))
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":

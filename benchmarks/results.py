@@ -82,14 +82,16 @@ class Result:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, with those of every benchmark; returns when the machine is quiet."""
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None, is_timed: bool = True
+) -> argparse.Namespace:
+    """The options, with those of every benchmark; returns when the machine is quiet, if something `is_timed`."""
     group = parser.add_argument_group("of every benchmark")
     group.add_argument("--write", action="store_true", help="keep the result, and its picture, in benchmarks/results/")
     group.add_argument("--picture", type=Path, metavar="PNG", help="draw this result; for dark pages in ..._dark.png")
     group.add_argument("--busy", action="store_true", help="measure although others use the processors")
     args = parser.parse_args(arguments)
-    if not args.busy:
+    if is_timed and not args.busy:
         wait_until_quiet()
     return args
 
@@ -110,7 +112,7 @@ def finish(args: argparse.Namespace, result: Result, draw: Draw | None = None) -
     if args.write:
         path = keep(result.question, run)
         print(f"wrote {path}", file=sys.stderr)
-        pictures.append((path.with_suffix(".png"), runs_of(result.question)))
+        pictures.append((path.with_suffix(".png"), json.loads(path.read_text())["runs"]))
     if args.picture:
         pictures.append((args.picture, [run]))
     for path, runs in pictures if draw is not None else []:
@@ -155,17 +157,20 @@ def keep(question: str, run: dict[str, Any]) -> Path:
     return path
 
 
-def newest(question: str) -> Path:
-    """The newest file of a question, whatever the machine. FileNotFoundError if there is none."""
-    paths = sorted(FOLDER.glob(f"*_{question}.json"))
-    paths = [path for path in paths if path.stem.split("_", 2)[2] == question]
-    if not paths:
-        raise FileNotFoundError(f"{FOLDER} has no file of {question!r}")
-    return paths[-1]
+def newest(question: str, hardware: str | None = None) -> Path:
+    """The newest file of a question, measured on `hardware` or on whatever. FileNotFoundError if there is none."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        _, machine, name = path.stem.split("_", 2)
+        if name == question and hardware in (None, machine):
+            found[question] = path
+    if not found:
+        raise FileNotFoundError(f"{FOLDER} has no file of {question!r}{f' on {hardware}' if hardware else ''}")
+    return found[question]
 
 
-def runs_of(question: str) -> list[dict[str, Any]]:
-    return json.loads(newest(question).read_text())["runs"]
+def runs_of(question: str, hardware: str | None = None) -> list[dict[str, Any]]:
+    return json.loads(newest(question, hardware).read_text())["runs"]
 
 
 def draw_picture(path: Path, draw: Draw, runs: list[dict[str, Any]]) -> None:

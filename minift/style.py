@@ -95,7 +95,7 @@ def save_light_and_dark(path: Path, draw: Draw, *, size: tuple[float, float] = (
 def label_bars(axes: Axes, bars: Any, texts: list[str]) -> None:
     """A text at the end of each horizontal bar, with room for it."""
     axes.bar_label(bars, texts, padding=3, fontsize=9)
-    axes.margins(x=0.2)
+    axes.margins(x=0.2, y=0.03)
     axes.grid(visible=False, axis="y")
 
 
