@@ -152,21 +152,6 @@ def _serve(
         raise SystemExit(1) from None
 
 
-def spawn(
-    target: Callable, num_ranks: int, job: Any, environment: dict[str, str]
-) -> tuple[list, multiprocessing.Queue]:
-    """`target(rank, job, results)` in a process per rank; returns the processes and the queue `results`."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    os.environ.update(environment)
-    processes = [context.Process(target=target, args=(rank, job, results)) for rank in range(num_ranks)]
-    for process in processes:
-        process.start()
-    for name in environment:
-        del os.environ[name]
-    return processes, results
-
-
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
