@@ -97,8 +97,8 @@ def default_peft_dtype() -> str:
 
 
 def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
-    """Of the last run: seconds and memory of both sides, by method."""
-    values = runs[-1]["values"]
+    """Seconds and memory of both sides, by method: the newest of each."""
+    values = {key: value for run in runs for key, value in run["values"].items()}
     methods = [method for method in METHODS if f"{method}_step_seconds" in values]
     figure.set_size_inches(9, 0.9 + 0.75 * len(methods))
     left, right = figure.subplots(1, 2, sharey=True)

@@ -40,14 +40,18 @@ class Benchmark:
 BENCHMARKS = {
     "nf4_error": Benchmark(quick="--size 128"),
     "nf4_cpu": Benchmark(quick="--size 256 --tokens 32 --rounds 7", peers=("bitsandbytes",)),
-    "ops_cpu": Benchmark(quick="--tokens 64 --rounds 5"),
+    "ops_cpu": Benchmark(
+        runs=("--dtype bfloat16 --rounds 51", "--dtype float32 --rounds 51"), quick="--tokens 64 --rounds 5"
+    ),
     "optimizer": Benchmark(quick="--weights 65536 --rounds 3", peers=("bitsandbytes",)),
     "lora_step": Benchmark(
-        quick="--layers 2 --tokens 32 --rounds 3", peers=("transformers", "peft", "bitsandbytes", "accelerate")
+        runs=tuple(f"--methods {method} --rounds 7" for method in ("lora", "qlora", "full")),
+        quick="--layers 2 --tokens 32 --rounds 3",
+        peers=("transformers", "peft", "bitsandbytes", "accelerate"),
     ),
     "fsdp_vs_fully_shard": Benchmark(
-        runs=("", "--wire float32", "--ranks 1 --rounds 9", "--ranks 4 --rounds 7",
-              f"{SWEEP} 1", f"{SWEEP} 2", f"{SWEEP} 4", f"{SWEEP} 8"),
+        runs=("--rounds 7", "--wire float32 --rounds 5 --check-steps 2", "--ranks 1 --rounds 9",
+              "--ranks 4 --rounds 5 --check-steps 2", *(f"{SWEEP} {ranks}" for ranks in (1, 2, 4, 8))),
         quick="--ddp --layers 2 --vocab 512 --tokens 32 --rounds 3",
     ),
     "prefetch": Benchmark(quick="--layers 2 --vocab 512 --tokens 64 --rounds 3"),
