@@ -19,6 +19,8 @@ from torch import Tensor
 
 from minift.ops.matmul import addmm_, mm
 
+_ADD_BYTES = 1 << 20  # stays in cache
+
 
 class GradSlot:
     """tensor: of the parameter's shape, in the dtype in which gradients are kept until they are reduced."""
@@ -42,7 +44,7 @@ class GradSlot:
         if self.state is GradSlot.State.CLAIMED:
             self._waiting = grad.clone() if self._waiting is None else self._waiting + grad
         elif self.state is GradSlot.State.FULL:
-            self.tensor.add_(grad)
+            _add_(self.tensor, grad)
         else:
             self.tensor.copy_(grad)
             self.state = GradSlot.State.FULL
@@ -104,6 +106,16 @@ class GradSlot:
         if self._waiting is not None:
             self.add(self._waiting)
             self._waiting = None
+
+
+def _add_(total: Tensor, grad: Tensor) -> None:
+    """total += grad. By pieces where torch would first make a copy of `grad` in total's dtype: on a CPU."""
+    if total.dtype == grad.dtype or total.is_cuda or total.dim() == 0:
+        total.add_(grad)
+        return
+    num_rows = max(1, _ADD_BYTES // max(1, total[:1].nbytes))
+    for rows, grad_rows in zip(total.split(num_rows), grad.split(num_rows), strict=True):
+        rows.add_(grad_rows)
 
 
 def slot_of(parameter: Tensor) -> GradSlot | None:

@@ -77,6 +77,7 @@ def train_step(
         loss_sum = objective(model, microbatch.to(world.device)).loss_sum
         (loss_sum * (scale / weight)).backward()
         local_loss_sum += loss_sum.detach()
+        del loss_sum  # and with it what is left of the graph, before the next forward makes another
 
     # Every replica has the same shards, so a sum over all ranks counts each square that often.
     squares = early.square_sum if early else local_square_sum(optimizer.shards, world.device)

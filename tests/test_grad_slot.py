@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import minift.grad_slot
 from minift.grad_slot import GradSlot, claim_slot, deliver_product, lay_slot, slot_of
 
 
@@ -15,10 +16,17 @@ from minift.grad_slot import GradSlot, claim_slot, deliver_product, lay_slot, sl
 @given(
     ways=st.lists(st.sampled_from(["add", "product", "rows", "claim"]), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    add_bytes=st.sampled_from([1, 24, 1 << 20]),
     seed=st.integers(0, 999),
 )
-def test_a_slot_holds_the_sum_of_what_came(ways: list[str], dtype: torch.dtype, seed: int) -> None:
+def test_a_slot_holds_the_sum_of_what_came(ways: list[str], dtype: torch.dtype, add_bytes: int, seed: int) -> None:
     """In any order, a claim finished last; fp64 products into an fp32 slot lose 2⁻²⁴ each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minift.grad_slot, "_ADD_BYTES", add_bytes)
+        fill_a_slot(ways, dtype, seed)
+
+
+def fill_a_slot(ways: list[str], dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
     slot = GradSlot(torch.full((5, 3), float("nan")))
     total = torch.zeros(5, 3, dtype=torch.float64)

@@ -24,24 +24,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def map_tensors(container: Any, function: Callable[[list[Tensor]], tuple[Tensor, ...]]) -> Any:
     """`container` (tuple, list or dict) with its tensors that require grad replaced by `function` of all of them."""
-    inputs: list[Tensor] = []
-    replaced: dict[int, Tensor] = {}
-
-    def rebuild(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.requires_grad and not replaced:
-                inputs.append(value)
-            return replaced.get(id(value), value)
-        if isinstance(value, tuple) and type(value) is not tuple:  # a named one
-            return type(value)(*(rebuild(item) for item in value))
-        if isinstance(value, tuple | list):
-            return type(value)(rebuild(item) for item in value)
-        if isinstance(value, dict):
-            return {key: rebuild(item) for key, item in value.items()}
-        return value
-
-    rebuild(container)
+    inputs: dict[int, Tensor] = {}  # each once
+    _rebuild(container, lambda tensor: inputs.setdefault(id(tensor), tensor))
     if not inputs:
         return container
-    replaced = {id(old): new for old, new in zip(inputs, function(inputs), strict=True)}
-    return rebuild(container)
+    replaced = dict(zip(inputs, function(list(inputs.values())), strict=True))
+    return _rebuild(container, lambda tensor: replaced[id(tensor)])
+
+
+def _rebuild(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `replace` of its tensors that require grad. A function of the module: one that called itself by a
+    name of an enclosing call would be a cycle, and keep these tensors until the garbage collector comes by."""
+    if isinstance(value, Tensor):
+        return replace(value) if value.requires_grad else value
+    if isinstance(value, tuple) and type(value) is not tuple:  # a named one
+        return type(value)(*(_rebuild(item, replace) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_rebuild(item, replace) for item in value)
+    if isinstance(value, dict):
+        return {key: _rebuild(item, replace) for key, item in value.items()}
+    return value

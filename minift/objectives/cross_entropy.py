@@ -31,7 +31,7 @@ IGNORE = -100  # target of a row that is not supervised
 
 _LOGITS_BYTES = 256 << 20  # a chunk of logits is this large ...
 _MIN_CHUNK_TOKENS = 1024  # ... or larger: with fewer rows the GEMM would wait for the weight to be read
-_SOFTMAX_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of fp32 logits at a time: stays in cache; outlasts its launches
+SOFTMAX_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of fp32 logits at a time: stays in cache; outlasts its launches
 
 
 def linear_cross_entropy(
@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         run_head = _dense_head if _is_dense(lm_head) else _module_head
         hidden_MD, targets_M1 = hidden_ND[rows_M], targets_N[rows_M].unsqueeze(1)
         loss_sum, *gradients = run_head(
-            hidden_MD, targets_M1, lm_head, _even_chunk(len(rows_M), chunk_tokens), needs_hidden, trainable
+            hidden_MD, targets_M1, lm_head, even_chunk(len(rows_M), chunk_tokens), needs_hidden, trainable
         )
         ctx.trainable = trainable
         # What was claimed stays in its slot: saved, it would be a view of memory that is not autograd's.
@@ -167,7 +167,7 @@ def _to_gradient_(logits_CV: Tensor, targets_C1: Tensor, needs_gradient: bool) -
     """Sum of the losses of a chunk; logits_CV is overwritten by its gradient, softmax - one_hot (if needed)."""
     dtype = _statistics_dtype(logits_CV)
     loss_sum = logits_CV.new_zeros((), dtype=dtype)
-    num_rows = max(1, _SOFTMAX_BYTES[logits_CV.device.type] // (logits_CV.shape[1] * dtype.itemsize))
+    num_rows = max(1, SOFTMAX_BYTES[logits_CV.device.type] // (logits_CV.shape[1] * dtype.itemsize))
     for logits_RV, targets_R1 in zip(logits_CV.split(num_rows), targets_C1.split(num_rows), strict=True):
         softmax_RV = logits_RV.to(dtype)  # fp32 logits: the same memory
         of_target_R1 = softmax_RV.gather(1, targets_R1)
@@ -194,7 +194,7 @@ def _is_dense(lm_head: nn.Module) -> bool:
     )
 
 
-def _even_chunk(num_rows: int, chunk_tokens: int) -> int:
+def even_chunk(num_rows: int, chunk_tokens: int) -> int:
     """The chunk that cuts the rows into as few pieces, but of equal size: a last chunk of a few rows would be slow."""
     num_chunks = -(-num_rows // chunk_tokens)
     return -(-num_rows // max(1, num_chunks)) or 1
@@ -241,6 +241,6 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
     """out = gradient · factor; `out` may be `gradient`. The product is formed in fp32, since a bf16 factor, 1 / (tokens
     of the step), would be off by up to 2^-9 for all; and by few rows, since a head's gradient in fp32 is large."""
-    num_rows = max(1, _SOFTMAX_BYTES[gradient.device.type] // (4 * max(1, gradient[:1].numel())))
+    num_rows = max(1, SOFTMAX_BYTES[gradient.device.type] // (4 * max(1, gradient[:1].numel())))
     for out_rows, rows in zip(out.split(num_rows), gradient.split(num_rows), strict=True):
         out_rows.copy_(rows.to(factor.dtype) * factor)

@@ -39,7 +39,7 @@ def nf4_linear(x_TD: Tensor, nf4: Nf4) -> Tensor:
 
     # A slice is a number of rows that starts and ends at the border of a block.
     unit = nf4.block_size // math.gcd(nf4.block_size, num_inputs)
-    rows = _slice_width(num_outputs, unit, num_inputs * x_TD.element_size())
+    rows = slice_width(num_outputs, unit, num_inputs * x_TD.element_size())
     y_TF = x_TD.new_empty(x_TD.shape[0], num_outputs)
     scratch = x_TD.new_empty(rows * num_inputs)
     for start in range(0, num_outputs, rows):
@@ -64,7 +64,7 @@ def nf4_linear_dx(dy_TF: Tensor, nf4: Nf4, add_to: Tensor | None = None) -> Tens
     if num_inputs % nf4.block_size:
         weight = dequantize_nf4(nf4, dy_TF.dtype).view(num_outputs, num_inputs)
         return mm(dy_TF, weight) if add_to is None else addmm_(add_to, dy_TF, weight)
-    columns = _slice_width(num_inputs, nf4.block_size, num_outputs * dy_TF.element_size())
+    columns = slice_width(num_inputs, nf4.block_size, num_outputs * dy_TF.element_size())
     dx_TD = dy_TF.new_empty(dy_TF.shape[0], num_inputs) if add_to is None else add_to
     scratch = dy_TF.new_empty(num_outputs * columns)
     for start in range(0, num_inputs, columns):
@@ -100,7 +100,7 @@ def _check(function: str, name: str, tensor: Tensor, nf4: Nf4, dim: int) -> tupl
     return nf4.shape
 
 
-def _slice_width(count: int, unit: int, bytes_each: int) -> int:
+def slice_width(count: int, unit: int, bytes_each: int) -> int:
     """How many of `count` rows or columns to dequantise at once: slices of one size, multiples of `unit`."""
     num_slices = max(1, round(count * bytes_each / SLICE_BYTES))
     return -(-count // (num_slices * unit)) * unit

@@ -27,6 +27,9 @@ from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 22  # two buffers of 32 MiB with fp32 moments; a multiple of every block
 
+PAGED_BUFFER_BYTES = 2 * 8 * _PIECE_ELEMENTS
+"""What paging takes of a GPU's memory."""
+
 Work = Callable[[int, tuple[Tensor, ...]], None]
 """(number of the piece, its tensors where the update is computed) -> None, changing the tensors."""
 
@@ -103,7 +106,7 @@ class PinnedHost:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)  # the bus goes both ways at once
-        self._buffers = torch.empty(2, 8 * _PIECE_ELEMENTS, dtype=torch.uint8, device=device)
+        self._buffers = torch.empty(2, PAGED_BUFFER_BYTES // 2, dtype=torch.uint8, device=device)
         self._loaded, self._stored = ([torch.cuda.Event(), torch.cuda.Event()] for _ in range(2))
         self._in.wait_stream(torch.cuda.current_stream(device))  # whose the buffers' memory was before
 

@@ -114,7 +114,7 @@ cases = {"kind": kinds, "num_rows": st.integers(1, 24), "chunk": st.integers(1, 
 def test_value_and_gradients_are_those_of_the_full_logits(kind, num_rows, chunk, seed, supervised, softmax_rows):
     hidden, head, targets = make(kind, torch.float64, num_rows, seed, supervised)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cross_entropy._SOFTMAX_BYTES, "cpu", softmax_rows * V * 8)
+        patch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", softmax_rows * V * 8)
         loss = linear_cross_entropy(hidden, head, targets, chunk)
     ours = gradients(loss, hidden, head)
     full = F.cross_entropy(head(hidden), targets, reduction="sum")

@@ -1,0 +1,280 @@
+"""Bytes that one rank holds: between steps, at every moment of a step, and where the peak is.
+
+    plan = plan_memory(run)         # of shapes.RunShape
+    plan.peak_bytes, plan.peak.name # 3.1e9, "backward of model.layers.29"
+    plan.categories()               # {"weights": ..., "optimizer state": ..., ...} at the peak
+
+What is there all the time is the engine's (closed form in minift/fsdp/sharded.py, after ZeRO: Rajbhandari et al. 2020,
+arXiv 1910.02054, section 3.1) and the optimizer's:
+
+    weights               Σ F/N · storage itemsize; resident F · wire itemsize, and no gathered form beside it
+    quantization scales   the part of the NF4 bytes that are no codes
+    gradients             Σ_trainable F/N · 4, or F · 4 where microbatches are added up before they are reduced
+    optimizer state       fp32: 8 bytes an element of a trainable shard; 8bit: 2.03, small parameters 8 more
+    gathered buffers      rings · largest block, and what is kept beyond its forward
+    reduce buffers        2 · largest block and the root, where gradients are computed; paired sends: staging
+
+A step adds activations (`activations.py`) and the head of the loss. Each moment of it has a function of its own below.
+
+Ranks that share memory (`fsdp/shared_memory.py`) have gathered buffers and resident weights once per host: a rank
+counts for 1/N of them. What lies on the host of a GPU (offloaded shards, paged moments), or on a CPU in a file (paged
+moments), is apart: `host`. Not counted: CUDA's context (0.5 GB) and what its allocator keeps for later, the
+interpreter, the data set.
+
+Checked against every byte that PyTorch hands out in a step, on a CPU: tests/planner/test_memory.py draws two dozen
+configurations in each run. On CUDA nothing of this has been measured; there, operations that csrc has no kernel for
+need fp32 temporaries that are not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minift.objectives.cross_entropy import SOFTMAX_BYTES, default_chunk_tokens, even_chunk
+from minift.ops.blockwise import BLOCK
+from minift.optim.memory import PAGED_BUFFER_BYTES
+from minift.optim.moments import MIN_8BIT_ELEMENTS
+from minift.planner.activations import BlockActivations
+from minift.planner.shapes import BucketShape, RunShape
+
+PERSISTENT = (
+    "weights", "quantization scales", "gradients", "optimizer state", "gathered buffers", "reduce buffers",
+)  # fmt: skip
+TRANSIENT = ("activations", "recompute", "backward", "LM head", "workspace")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a step and the bytes of it, by category, beside what is there all the time."""
+
+    name: str
+    bytes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """persistent: by category. moments: of a step, in their order. host: by category, what is elsewhere."""
+
+    persistent: dict[str, int]
+    moments: tuple[Moment, ...]
+    host: dict[str, int]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total_bytes)
+
+    @property
+    def persistent_bytes(self) -> int:
+        return sum(self.persistent.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.persistent_bytes + self.peak.total_bytes
+
+    def categories(self) -> dict[str, int]:
+        """What the peak is made of."""
+        at_peak = self.persistent | self.peak.bytes
+        return {name: at_peak.get(name, 0) for name in (*PERSISTENT, *TRANSIENT)}
+
+
+def plan_memory(run: RunShape) -> MemoryPlan:
+    persistent, host = persistent_bytes(run)
+    return MemoryPlan(persistent, tuple(_moments(run)), host)
+
+
+# Between steps #
+
+
+def persistent_bytes(run: RunShape) -> tuple[dict[str, int], dict[str, int]]:
+    """What a rank holds between steps, and what of it lies on the host of its GPU."""
+    device = dict.fromkeys(PERSISTENT, 0)
+    host: dict[str, int] = {}
+    is_offloaded = run.policy.offload and run.is_on_gpu
+    shards = host if is_offloaded else device
+    for bucket in run.buckets:
+        weights, scales = _stored_bytes(bucket, run)
+        _add(shards, "weights", weights)
+        _add(shards, "quantization scales", scales)
+        if bucket.trainable:
+            _add(shards, "gradients", _grad_bytes(bucket, run))
+            _add(host if is_offloaded or run.optim.paged else device, "optimizer state", moment_bytes(bucket, run))
+    _add(shards, "gradients", run.scratch_bytes)
+    for ring in {r.key: r for unit in run.units for r in (unit.gather_ring, unit.reduce_ring)}.values():
+        is_gather = any(unit.gather_ring.key == ring.key for unit in run.units)
+        size = ring.count * ring.buffer_bytes
+        if is_gather:
+            _add(device, "gathered buffers", size // run.shard_size if run.shares_memory else size)
+        else:
+            _add(device, "reduce buffers", size + _staging_bytes(size, run))
+    if run.optim.paged and run.is_on_gpu:
+        _add(device, "optimizer state", PAGED_BUFFER_BYTES)
+    return device, host
+
+
+def _add(where: dict[str, int], category: str, num_bytes: int) -> None:
+    where[category] = where.get(category, 0) + num_bytes
+
+
+def _stored_bytes(bucket: BucketShape, run: RunShape) -> tuple[int, int]:
+    """(weights, quantization scales) of a rank's shard, or of its share of what is resident."""
+    if not bucket.resident:
+        total = bucket.shard_numel * bucket.storage_itemsize
+    elif run.shares_memory:
+        total = bucket.full_numel * bucket.wire_itemsize // run.shard_size
+    else:
+        total = bucket.full_numel * bucket.wire_itemsize
+    packed = [p for p in bucket.parameters if p.dtype == "uint8"]
+    if not packed:
+        return total, 0
+    scales = sum(p.numel for p in packed if not p.name.endswith("codes"))
+    scales = total * scales // sum(p.numel for p in packed)
+    return total - scales, scales
+
+
+def _grad_bytes(bucket: BucketShape, run: RunShape) -> int:
+    """fp32 sums. Blocks that are updated in backward take turns with scratch memory (fsdp.step_in_backward)."""
+    if bucket.keeps_full_grads:
+        return 4 * bucket.full_numel + _staging_bytes(4 * bucket.full_numel, run)
+    takes_turns = run.policy.step_in_backward and bucket not in run.root.buckets
+    return 0 if takes_turns else 4 * bucket.shard_numel
+
+
+def moment_bytes(bucket: BucketShape, run: RunShape) -> int:
+    """Both AdamW moments of a shard (minift/optim/moments.py)."""
+    if run.optim.state == "fp32":
+        return 8 * bucket.shard_numel
+    small = sum(here for whole, here in bucket.local_ranges if whole < MIN_8BIT_ELEMENTS)
+    return 2 * (bucket.shard_numel + 4 * -(-bucket.shard_numel // BLOCK)) + 8 * small
+
+
+def _staging_bytes(num_bytes: int, run: RunShape) -> int:
+    """Where what the others send of a reduce buffer arrives: all of it but the own chunk (paired sends only)."""
+    if run.link != "paired sends" or run.shard_size == 1:
+        return 0
+    return num_bytes // run.shard_size * (run.shard_size - 1)
+
+
+# In a step #
+
+
+def _moments(run: RunShape) -> Iterator[Moment]:
+    """Forward of every block, the head, its backward, backward of the blocks from the last to the first, the update."""
+    blocks = block_activations(run)
+    always = batch_bytes(run)
+    kept = always + rotary_bytes(run)
+    embedded = run.wire_itemsize * run.workload.tokens * run.model.hidden_size
+    for block in blocks:
+        needs = {"activations": kept, "backward": 0, "workspace": _forward_workspace(block)}
+        yield Moment(f"forward of {block.unit.name}", needs | {"recompute": _forward_bytes(block)})
+        kept += block.kept_bytes()
+    trains = blocks[-1].needs_dout if blocks else run.root.trains
+    kept += _final_norm_bytes(run, trains)
+    yield Moment("head", {"activations": kept + embedded} | head_bytes(run, trains))
+    yield Moment("backward of head", {"activations": kept} | head_backward_bytes(run, trains))
+    kept += _tied_head_grad_bytes(run) - _final_norm_bytes(run, trains)
+    for block in reversed(blocks):
+        if block.needs_dout:
+            yield Moment(f"backward of {block.unit.name}", {"activations": kept} | block.backward_needs())
+        kept -= block.kept_bytes()
+    yield Moment("optimizer", {"activations": always})
+
+
+def block_activations(run: RunShape) -> list[BlockActivations]:
+    needs_dx = any(p.trainable for p in run.root.parameters if p.name.endswith("embed_tokens.weight"))
+    blocks = []
+    for unit in run.blocks:
+        blocks.append(BlockActivations(run, unit, needs_dx))
+        needs_dx = blocks[-1].needs_dout
+    return blocks
+
+
+def batch_bytes(run: RunShape) -> int:
+    """Tokens, positions and targets, int64, of all microbatches of a step; on a GPU of one."""
+    count = 1 if run.is_on_gpu else run.workload.microbatches
+    return 24 * run.workload.tokens * count
+
+
+def rotary_bytes(run: RunShape) -> int:
+    """Cosines and sines, fp32, of half a head each; kept for the backward of rotations."""
+    return 4 * run.workload.tokens * run.model.head_dim
+
+
+def _final_norm_bytes(run: RunShape, trains: bool) -> int:
+    """The input of the last norm, and 4 bytes a token."""
+    norm_trains = any(p.trainable for p in run.root.parameters if p.name.endswith("norm.weight"))
+    tokens = run.workload.tokens
+    return tokens * (run.wire_itemsize * run.model.hidden_size + 4) if trains or norm_trains else 0
+
+
+def _forward_bytes(block: BlockActivations) -> int:
+    """At the product of silu(gate) · up: all that was made so far; what of it is kept is `activations` later."""
+    return 2 * block.hidden + 3 * block.inner
+
+
+def _forward_workspace(block: BlockActivations) -> int:
+    return max((block.slice_bytes(p) for p in block.unit.projections if p.block_size), default=0)
+
+
+def _head_chunk(run: RunShape) -> int:
+    """Rows of logits at a time (`objectives.cross_entropy`)."""
+    rows = run.workload.num_targets
+    return min(rows, even_chunk(rows, default_chunk_tokens(run.model.vocab_size, run.wire_itemsize)))
+
+
+def head_bytes(run: RunShape, trains: bool) -> dict[str, int]:
+    """The loss, which computes its gradients in forward: rows with a target, M of them, their gradient, a chunk of
+    logits, C of V, softmax in fp32 a few rows at a time, and the gradient of a trained head, V·D."""
+    rows, vocab, b = run.workload.num_targets, run.model.vocab_size, run.wire_itemsize
+    chunk = _head_chunk(run)
+    logits = chunk * vocab * b
+    softmax_rows = max(1, _softmax_bytes(run) // (4 * vocab))
+    softmax = 0 if b == 4 else 4 * vocab * min(chunk, 2 * softmax_rows)
+    in_rows = (2 if trains else 1) * rows * run.model.hidden_size * b
+    grad = _head_grad_bytes(run)
+    is_summed_up = chunk < rows  # else there is none before the softmax of the only chunk is through
+    return {"LM head": in_rows + logits + (softmax + grad if is_summed_up else max(softmax, grad))}
+
+
+def _head_grad_bytes(run: RunShape) -> int:
+    """The gradient of a trained head between its forward and its backward; none where it is written into its slot: one
+    chunk, in the dtype of the slot, and nothing there yet. Of several chunks it is summed up in fp32."""
+    (head,) = run.root.projections
+    if not head.trains_weight or not run.workload.num_targets:
+        return 0
+    numel = head.weight_numel
+    if _head_chunk(run) < run.workload.num_targets or run.precision.wire == "float16":
+        return 4 * numel
+    bucket = next(b for b in run.root.buckets if b.trainable)
+    slot_itemsize = 4 if bucket.keeps_full_grads else bucket.grad_itemsize
+    is_empty = not bucket.keeps_full_grads or run.workload.microbatches == 1
+    return 0 if slot_itemsize == run.wire_itemsize and is_empty else numel * run.wire_itemsize
+
+
+def _tied_head_grad_bytes(run: RunShape) -> int:
+    """The gradient of a head that is the embedding, too, waits for the embedding's, unless it is in its slot."""
+    numel = run.root.projections[0].weight_numel
+    return numel * run.wire_itemsize if run.model.tie_word_embeddings and _head_grad_bytes(run) else 0
+
+
+def head_backward_bytes(run: RunShape, trains: bool) -> dict[str, int]:
+    """The gradient of all rows of which those with a target are filled, from a scaled copy of these; and the scaled
+    gradient of a trained head, unless it is in its slot."""
+    hidden, b = run.model.hidden_size, run.wire_itemsize
+    rows = run.workload.num_targets
+    grad = _head_grad_bytes(run)
+    (head,) = run.root.projections
+    in_rows = (run.workload.tokens + 2 * rows) * hidden * b if trains else 0
+    scaled = head.weight_numel * b if grad else 0
+    num_rows = head.out_features if head.trains_weight and rows else rows if trains else 0
+    scaled_rows = min(num_rows, max(1, _softmax_bytes(run) // (4 * hidden)))
+    return {"LM head": in_rows + grad + scaled + (1 if b == 4 else 2) * 4 * hidden * scaled_rows}
+
+
+def _softmax_bytes(run: RunShape) -> int:
+    """Of what is computed in fp32 at a time."""
+    return SOFTMAX_BYTES["cuda" if run.is_on_gpu else "cpu"]

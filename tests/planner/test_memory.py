@@ -1,0 +1,181 @@
+"""Oracle: steps that were taken, every allocation of which was counted (`measured`), and arithmetic done by hand."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minift.fsdp import ShardPolicy
+from minift.model.config import ModelConfig
+from minift.optim.config import OptimConfig
+from minift.peft.lora import LoraConfig
+from minift.planner.memory import PERSISTENT, TRANSIENT, MemoryPlan, plan_memory
+from minift.planner.shapes import Workload, describe
+from minift.precision import Precision
+from minift.quant.linear import QuantConfig
+from minift.recompute import RecomputeConfig
+from tests.planner.measured import Case, Setup, measure
+from tests.planner.test_shapes import LLAMA_8B, LLAMA_70B
+from tests.ranks import run_ranks
+
+# Against what a step takes #
+
+NUM_CASES = 24
+TOLERANCE = 0.05
+
+
+def draw(random: random.Random) -> Case:
+    """A configuration, large enough for tensors to be what its memory is spent on."""
+    pick = random.choice
+    num_ranks, tied = pick([1, 2, 2, 3]), pick([False, True])
+    model = {
+        "model_type": pick(["llama", "qwen2", "qwen3"]), "vocab_size": pick([512, 2048, 8192]),
+        "hidden_size": pick([256, 384]), "intermediate_size": pick([704, 1024]), "num_hidden_layers": pick([2, 3, 4]),
+        "num_attention_heads": pick([4, 8]), "num_key_value_heads": pick([2, 4]), "head_dim": pick([32, 64]),
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    method = pick(
+        [
+            {},
+            {"freeze": ("layers.0",) if tied else ("embed", "layers.0")},
+            {"adapter": LoraConfig()},
+            {"adapter": LoraConfig(r=8, targets=pick([["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "o_proj"]]))},
+            {"adapter": LoraConfig(dropout=0.1)},
+            {"adapter": LoraConfig(), "quant": QuantConfig(double_quant=pick([True, False]))},
+            {"adapter": LoraConfig(dropout=0.1), "quant": QuantConfig(block_size=32)},
+        ]
+    )
+    policy = pick(
+        [ShardPolicy()] * 3
+        + [ShardPolicy("zero2"), ShardPolicy("zero1"), ShardPolicy("ddp"), ShardPolicy(replicas=num_ranks)]
+        + [ShardPolicy(reshard_after_forward=False), ShardPolicy(keep_gathered=("layers.1",), prefetch_units=0)]
+        + [ShardPolicy(step_in_backward=True), ShardPolicy(offload=True)]
+    )
+    tokens = pick([256, 512, 1024])
+    setup = Setup(
+        **method,
+        optim=OptimConfig(state=pick(["fp32", "8bit"]), max_grad_norm=None if policy.step_in_backward else 1.0),
+        precision=pick(
+            [Precision()] * 2
+            + [Precision(wire="float32"), Precision(wire="float32", reduce="bfloat16")]
+            + [Precision(master="bfloat16", stochastic_rounding=True)]
+        ),
+        fsdp=policy,
+        recompute=RecomputeConfig(pick(["none", "selective", "full", "full", "offload"]), every=pick([1, 1, 2])),
+    )
+    work = Workload(
+        tokens=tokens,
+        document_tokens=tokens // pick([1, 2, 8]),
+        microbatches=1 if policy.step_in_backward else pick([1, 2, 3]),
+        targets=pick([None, tokens // 3]),
+    )
+    return Case(model, setup, work, num_ranks, pick(["shared memory", "paired sends"]))
+
+
+def test_the_peak_is_what_a_step_takes() -> None:
+    """Another two dozen configurations in every run; the message of a failure has all that repeats it."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    source = random.Random(seed)
+    wrong = []
+    for number in range(NUM_CASES):
+        case = draw(source)
+        plan = plan_memory(case.on_paper())
+        measured = max(run_ranks(case.world_size, measure, case), key=lambda rank: rank.held + rank.peak)
+        error = (plan.peak_bytes + sum(plan.host.values())) / (measured.held + measured.peak) - 1
+        if abs(error) > TOLERANCE:
+            wrong.append(f"seed {seed} case {number}: {error:+.1%}, {measured}, {plan.categories()}, {case}")
+    assert not wrong, "\n".join(wrong)
+
+
+# Arithmetic #
+
+GB = 1e9
+
+
+def plan_of(hf: dict, setup: Setup, work: Workload, world_size: int = 1) -> MemoryPlan:
+    run = describe(ModelConfig.from_hf(hf), setup, world_size=world_size, link="nccl", workload=work)
+    return plan_memory(run)
+
+
+def work_of(tokens: int) -> Workload:
+    return Workload(tokens=tokens, document_tokens=min(tokens, 4096))
+
+
+QLORA = Setup(LoraConfig(r=16), QuantConfig())
+
+
+@pytest.mark.parametrize(
+    ("hf", "setup", "tokens", "gigabytes"),
+    [
+        (LLAMA_8B, replace(QLORA, recompute=RecomputeConfig("selective")), 8192, 31.8),
+        (LLAMA_8B, replace(QLORA, recompute=RecomputeConfig("full")), 8192, 9.9),
+        (LLAMA_8B, replace(QLORA, recompute=RecomputeConfig("full")), 2048, 7.5),
+        (LLAMA_70B, replace(QLORA, recompute=RecomputeConfig("full")), 4096, 50.0),
+    ],
+)
+def test_the_arithmetic_of_qlora(hf, setup, tokens, gigabytes) -> None:
+    """performance.md, section 4.4, which counts parts of it roughly: within a tenth."""
+    assert plan_of(hf, setup, work_of(tokens)).peak_bytes / GB == pytest.approx(gigabytes, rel=0.1)
+
+
+def test_full_fine_tuning_takes_sixteen_bytes_a_weight_and_its_activations() -> None:
+    """fp32 masters, gradients and two moments; with a bf16 wire, 2 bytes more in one block's and the root's gathered
+    form. With a bf16 master (no gathered form) and 8-bit moments 8, and two fp32 scales for 256 weights."""
+    numel = 8_030_261_248
+    plan = plan_of(LLAMA_8B, Setup(precision=Precision(wire="float32")), work_of(1))
+    assert plan.persistent_bytes == pytest.approx(16 * numel, rel=1e-3)
+    lean = Setup(precision=Precision(master="bfloat16", stochastic_rounding=True), optim=OptimConfig(state="8bit"))
+    assert plan_of(LLAMA_8B, lean, work_of(1)).persistent_bytes == pytest.approx(
+        (2 + 4 + 2 + 8 / 256) * numel, rel=1e-3
+    )
+
+
+def test_what_zero3_divides() -> None:
+    """Rajbhandari et al., figure 1: everything by N, but for the buffers, which do not depend on N."""
+    one, many = (plan_of(LLAMA_70B, Setup(), work_of(1), n).persistent for n in (64, 512))
+    for category in ("weights", "gradients", "optimizer state"):
+        assert one[category] == pytest.approx(8 * many[category], rel=1e-3)
+    for category in ("gathered buffers", "reduce buffers"):
+        assert one[category] == pytest.approx(many[category], rel=1e-3)
+
+
+POLICIES = ["none", "selective", "full", "offload"]
+
+
+@given(st.integers(8, 4096), st.booleans(), st.integers(1, 3))
+def test_more_recomputation_never_takes_more(tokens: int, adapted: bool, every: int) -> None:
+    setup = Setup(LoraConfig() if adapted else None)
+    hf = LLAMA_8B | {"num_hidden_layers": 6}
+    peaks = [
+        plan_of(hf, replace(setup, recompute=RecomputeConfig(policy, every)), work_of(tokens)).peak_bytes
+        for policy in POLICIES
+    ]
+    assert peaks[0] >= peaks[1] and peaks[0] >= peaks[2] >= peaks[3] - 2 * 4096 * 2 * tokens
+
+
+def test_a_plan_says_when_and_of_what() -> None:
+    plan = plan_of(LLAMA_8B | {"num_hidden_layers": 2}, QLORA, work_of(4096))
+    names = [moment.name for moment in plan.moments]
+    blocks = ["model.layers.0", "model.layers.1"]
+    assert names == [
+        *(f"forward of {name}" for name in blocks), "head", "backward of head",
+        *(f"backward of {name}" for name in reversed(blocks)), "optimizer",
+    ]  # fmt: skip
+    assert list(plan.categories()) == [*PERSISTENT, *TRANSIENT]
+    assert sum(plan.categories().values()) == plan.peak_bytes
+    assert plan.peak.name in names and plan.host == {}
+
+
+def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
+    on_device = plan_of(LLAMA_8B, Setup(), work_of(64), 8)
+    offloaded = plan_of(LLAMA_8B, Setup(fsdp=ShardPolicy(offload=True)), work_of(64), 8)
+    paged = plan_of(LLAMA_8B, Setup(optim=OptimConfig(paged=True)), work_of(64), 8)
+    assert paged.host == {"optimizer state": on_device.persistent["optimizer state"]}
+    assert offloaded.host == {
+        name: on_device.persistent[name] for name in ("weights", "quantization scales", "gradients", "optimizer state")
+    }
+    assert offloaded.persistent["gathered buffers"] == on_device.persistent["gathered buffers"]
