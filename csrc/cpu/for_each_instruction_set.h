@@ -2,7 +2,7 @@
 //
 //     #define MINIFT_KERNELS "swiglu_kernels.h"
 //     #include "for_each_instruction_set.h"
-//     auto* kernel = MINIFT_KERNEL(swiglu<float>);      // portable::, avx2:: or avx512::swiglu<float>
+//     auto* kernel = MINIFT_KERNEL(swiglu<float>);      // portable::swiglu<float>, avx2::..., as the processor offers
 //
 // So one source gives one binary that runs on every processor. The kernels are written with the compiler's vector
 // types (vector.h), whose width LANES (fp32 elements) is set here. The target is set by pragma and not by per-file

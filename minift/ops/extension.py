@@ -49,5 +49,5 @@ def op(name: str, *, reference: Callable, fake: Callable) -> Callable:
 
 
 def instruction_set() -> str:
-    """Name of the instruction set that the CPU kernels use: portable, avx2, avx512, or "none" without the extension."""
+    """What the CPU kernels use: portable, avx2, avx512 or avx512_bf16; "none" without the extension."""
     return "none" if MISSING_REASON is not None else torch.ops.minift.instruction_set()
