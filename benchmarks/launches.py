@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from results import Result, describe_machine, finish, newest, parse
+from results import Result, describe_machine, files_of, finish, parse
 
 from minift.curves import draw_runs
 from minift.metrics import read_metrics
@@ -67,7 +67,7 @@ def main() -> None:
     is_quickstart = '"after_correct"' in log
     finish(args, quickstart(log) if is_quickstart else test_suite(log))
     if is_quickstart and args.write and not args.note:
-        path = newest("quickstart", describe_machine()["hardware"]).with_suffix(".png")
+        path = files_of("quickstart", describe_machine()["hardware"])[0].with_suffix(".png")
         draw_runs([RUN], path)
         draw_runs([RUN], path.with_stem(f"{path.stem}_dark"), DARK)
 

@@ -112,7 +112,7 @@ def finish(args: argparse.Namespace, result: Result, draw: Draw | None = None) -
     if args.write:
         path = keep(result.question, run)
         print(f"wrote {path}", file=sys.stderr)
-        pictures.append((path.with_suffix(".png"), json.loads(path.read_text())["runs"]))
+        pictures.append((path.with_suffix(".png"), runs_of(path)))
     if args.picture:
         pictures.append((args.picture, [run]))
     for path, runs in pictures if draw is not None else []:
@@ -147,9 +147,8 @@ def keep(question: str, run: dict[str, Any]) -> Path:
     machine = describe_machine()
     path = FOLDER / f"{datetime.date.today()}_{machine['hardware']}_{question}.json"
     content = {"question": question, "date": str(datetime.date.today()), "machine": machine, "runs": []}
-    if path.exists():
-        content["runs"] = json.loads(path.read_text())["runs"]
-    content["runs"] = [other for other in content["runs"] if other["parameters"] != run["parameters"]] + [run]
+    others = runs_of(path) if path.exists() else []
+    content["runs"] = [other for other in others if other["parameters"] != run["parameters"]] + [run]
     FOLDER.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -157,20 +156,17 @@ def keep(question: str, run: dict[str, Any]) -> Path:
     return path
 
 
-def newest(question: str, hardware: str | None = None) -> Path:
-    """The newest file of a question, measured on `hardware` or on whatever. FileNotFoundError if there is none."""
-    found = {}
-    for path in sorted(FOLDER.glob("*.json")):
-        _, machine, name = path.stem.split("_", 2)
-        if name == question and hardware in (None, machine):
-            found[question] = path
-    if not found:
-        raise FileNotFoundError(f"{FOLDER} has no file of {question!r}{f' on {hardware}' if hardware else ''}")
-    return found[question]
+def files_of(question: str, hardware: str) -> list[Path]:
+    """The files of a question on a machine, newest first. FileNotFoundError if there is none."""
+    paths = sorted(FOLDER.glob(f"*_{hardware}_{question}.json"), reverse=True)
+    paths = [path for path in paths if path.stem.split("_", 2)[2] == question]
+    if not paths:
+        raise FileNotFoundError(f"{FOLDER} has no file of {question!r} on {hardware}")
+    return paths
 
 
-def runs_of(question: str, hardware: str | None = None) -> list[dict[str, Any]]:
-    return json.loads(newest(question, hardware).read_text())["runs"]
+def runs_of(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["runs"]
 
 
 def draw_picture(path: Path, draw: Draw, runs: list[dict[str, Any]]) -> None:

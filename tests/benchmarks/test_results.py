@@ -9,7 +9,7 @@ import json
 import pytest
 import results
 from protocol import Times
-from results import Result, describe_machine, finish, keep, newest, parse, runs_of
+from results import Result, describe_machine, files_of, finish, keep, parse, runs_of
 
 
 @pytest.fixture
@@ -27,18 +27,20 @@ def test_a_run_takes_the_place_of_the_one_with_the_same_parameters(folder):
     keep("nf4_cpu", run(128, 2.0))
     assert keep("nf4_cpu", run(64, 3.0)) == path
     assert path.name == f"{datetime.date.today()}_{describe_machine()['hardware']}_nf4_cpu.json"
-    assert [(r["parameters"]["size"], r["values"]["speed"]) for r in runs_of("nf4_cpu")] == [(128, 2.0), (64, 3.0)]
+    assert [(r["parameters"]["size"], r["values"]["speed"]) for r in runs_of(path)] == [(128, 2.0), (64, 3.0)]
     content = json.loads(path.read_text())
     assert content["question"] == "nf4_cpu" and content["machine"] == describe_machine()
     assert [file.name for file in folder.iterdir()] == [path.name]
 
 
-def test_the_newest_file_counts(folder):
-    for name in ("2026-01-02_zen4-2vcpu_ops", "2026-02-01_h100_ops", "2026-01-30_h100_ops", "2026-03-01_h100_more_ops"):
+def test_files_of_a_question_are_found_newest_first(folder):
+    names = ["2026-01-02_zen4_ops", "2026-02-01_zen4_ops", "2026-01-30_zen4_ops", "2026-03-01_h100_ops"]
+    names += ["2026-03-01_zen4_more_ops"]
+    for name in names:
         (folder / f"{name}.json").write_text("{}")
-    assert newest("ops").name == "2026-02-01_h100_ops.json"
-    with pytest.raises(FileNotFoundError, match="no file of 'nothing'"):
-        newest("nothing")
+    assert [path.stem for path in files_of("ops", "zen4")] == [names[1], names[2], names[0]]
+    with pytest.raises(FileNotFoundError, match="no file of 'ops' on zen3"):
+        files_of("ops", "zen3")
 
 
 def test_the_last_line_says_everything(folder, capsys):
@@ -52,7 +54,7 @@ def test_the_last_line_says_everything(folder, capsys):
     assert said["question"] == "nf4_cpu" and said["speed"] == 1.5 and said["rows"] == result.rows
     assert said["parameters"] == {"size": 64}  # not how it was printed or kept
     assert said["conditions"] == {"quiet": True, "foreign_share": [0.0, 0.05], "noise": 1.0}
-    (kept,) = runs_of("nf4_cpu")
+    (kept,) = runs_of(next(folder.glob("*.json")))
     assert kept["values"] == {"speed": 1.5} and {k: said[k] for k in kept if k != "values"} == {
         k: v for k, v in kept.items() if k != "values"
     }

@@ -1,0 +1,314 @@
+"""The texts with measured numbers in README.md and INTERVIEW.md: a function for each region, which reads results and
+returns Markdown. `readme` puts them where they belong.
+
+Change a sentence here, not there. Numbers are those of the machine HARDWARE; ratios are rounded where they are shown.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from results import files_of, runs_of
+
+HARDWARE = "zen4-2vcpu"
+COLUMNS = 160
+
+
+def run(question: str, **parameters: Any) -> dict[str, Any]:
+    """The newest run with these parameters. LookupError if there is none."""
+    for candidate in all_runs(question):
+        if all(candidate["parameters"].get(name) == value for name, value in parameters.items()):
+            return candidate
+    raise LookupError(f"no file of {question} on {HARDWARE} has a run with {parameters}")
+
+
+def all_runs(question: str) -> list[dict[str, Any]]:
+    """Newest first."""
+    return [run for path in files_of(question, HARDWARE) for run in reversed(runs_of(path))]
+
+
+def rows(question: str, key: str, **parameters: Any) -> dict[Any, dict[str, Any]]:
+    """The rows of a run by one of their columns."""
+    return {row[key]: row for row in run(question, **parameters)["rows"]}
+
+
+def merged(question: str) -> dict[str, Any]:
+    """The values of all runs; of those that share a name the newest."""
+    return {name: value for run in reversed(all_runs(question)) for name, value in run["values"].items()}
+
+
+def picture(question: str, what: str) -> str:
+    """The newest one; light or dark, as the reader's page is, if there are both."""
+    path = next(path for path in files_of(question, HARDWARE) if path.with_suffix(".png").exists())
+    stem = f"benchmarks/results/{path.stem}"
+    if not path.with_name(f"{path.stem}_dark.png").exists():
+        return f"![{what}]({stem}.png)"
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{stem}_dark.png">'
+        f'<img alt="{what}" src="{stem}.png"></picture>'
+    )
+
+
+def paragraph(text: str) -> str:
+    """Lines as long as the README's, however they are broken here."""
+    return textwrap.fill(" ".join(text.split()), COLUMNS, break_long_words=False, break_on_hyphens=False)
+
+
+def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ("---",) * len(head), *lines))
+
+
+# ----------------------------------------------------------------------------------------------------------- quickstart
+
+
+def quickstart() -> str:
+    values = run("quickstart", note="")["values"]
+    last = {key: values[key] for key in ("before_correct", "after_correct", "total", "train_seconds")}
+    last |= {key: values[key] for key in ("train_tokens_per_second", "wall_seconds")}
+    json_line = ", ".join(f'"{key}": {value}' for key, value in last.items())
+    return f"```\n{values['table']}\n\n{{{json_line}}}\n```\n\n{picture('quickstart', 'curves of the quickstart')}"
+
+
+def stage(name: str) -> int:
+    """Seconds of a stage of the quickstart, found by how its headline begins."""
+    stages = run("quickstart", note="")["values"]["stages_seconds"]
+    return next(seconds for title, seconds in stages.items() if title.startswith(name))
+
+
+def quickstart_time() -> str:
+    values = run("quickstart", note="")["values"]
+    rest = stage("fine-tune") - values["train_seconds"]
+    return paragraph(f"""
+        Where the time goes, on two virtual cores of a Zen 4 server (AVX-512 with bf16, no AMX; they behave like two
+        threads of one core): converting the model {stage("convert")} s, grading before {stage("grade the model")} s
+        (the untrained model rambles to the token limit), training {values["train_seconds"]:.0f} s, starting,
+        validations, checkpoints and export {rest:.0f} s, grading after {stage("grade the fine-tuned")} s. Training is
+        matrix products, near what one such core gives in bf16, attention, and LoRA's thin products; the frozen weights
+        lie in memory that both processes share, so only adapters are gathered.
+        """)
+
+
+def quickstart_nf4() -> str:
+    ours, nf4 = run("quickstart", note="")["values"], run("quickstart", note="--quant '{}'")["values"]
+    return paragraph(f"""
+        (The quickstart with `--quant '{{}}'` and nothing else changed ends at {nf4["after_correct"]} of {nf4["total"]}
+        instead of {ours["after_correct"]}: a model this small feels 4 bits.)
+        """)
+
+
+def memory_growth() -> str:
+    values = run("quickstart", note="")["values"]
+    return paragraph(f"""
+        On a CPU the resident memory of a process grows by about {values["memory_growth_mib_per_step"]:.0f} MiB a step
+        for the first hundred or so steps (the quickstart ends at {values["memory_last_gib"]:.1f} GiB a process, of
+        which {values["memory_first_gib"]:.1f} are there at the first step), because packed batches have ever new
+        shapes: with one fixed shape it does not grow at all. Part of it is oneDNN's cache of compiled kernels;
+        `ONEDNN_PRIMITIVE_CACHE_CAPACITY=64` caps it.
+        """)
+
+
+# --------------------------------------------------------------------------------------------------------------- engine
+
+
+def prefetch() -> str:
+    values, link = run("prefetch")["values"], run("prefetch")["parameters"]["link_gbit"]
+    text = paragraph(f"""
+        `loop.timeline_step` records a step and leaves `timeline.png` and `timeline.json` (a Chrome trace) in the run
+        folder; `minift timeline RUN --dark` draws it again. Here a link of {link} Gbit/s between two processes, first
+        without prefetch, then gathering one block ahead: the waits between the blocks go (a step is
+        {values["prefetch_speedup"]:.2f} times as fast, {100 * values["hidden_share"]:.0f} % of the communication is
+        hidden), and what remains is the first gather and the last reduction, which nothing can hide.
+        """)
+    return f"{text}\n\n{picture('prefetch', 'one step without and with prefetch')}"
+
+
+def fsdp() -> str:
+    lines = []
+    for ranks, wire in ((2, "bfloat16"), (2, "float32"), (1, "bfloat16"), (4, "bfloat16")):
+        values = run("fsdp_vs_fully_shard", ranks=ranks, wire=wire, layers=30)["values"]
+        seconds = values["step_seconds"]
+        peaks = [values["memory_mib"][side]["peak"] for side in ("minift", "fully_shard")]
+        lines.append((
+            f"{ranks}, {wire}", *(f"{seconds[name]:.2f}" for name in ("minift", "fully_shard", "compute")),
+            f"**{values['step_time_ratio']:.2f}**", f"{values['overhead_vs_no_comm']:.2f}",
+            f"{peaks[0]:.0f} / {peaks[1]:.0f} MiB = **{values['peak_memory_ratio']:.2f}**",
+            f"{values['transient_memory_ratio']:.2f}",
+        ))  # fmt: skip
+    head = ("processes, wire", "s a step: minift", "`fully_shard`", "compute", "`fully_shard` / minift",
+            "minift / compute", "peak memory, minift / `fully_shard`", "transient")  # fmt: skip
+    return table(head, lines)
+
+
+def fsdp_sweep() -> str:
+    runs = {ranks: run("fsdp_vs_fully_shard", ranks=ranks, ddp=True)["values"] for ranks in (1, 2, 4, 8)}
+    shard = ", ".join(f"{values['step_time_ratio']:.2f}" for values in runs.values())
+    ddp = ", ".join(f"{values['step_time_ratio_ddp']:.2f}" for values in runs.values())
+    peaks = {name: mib["peak"] / 8 for name, mib in runs[8]["memory_mib"].items()}
+    text = paragraph(f"""
+        With a model of which eight copies fit (10 layers, 8192 words), on 1, 2, 4 and 8 processes a step takes
+        {shard} times as long with `fully_shard` as with minift, and {ddp} times with DDP; of eight, a process peaks at
+        {peaks["minift"]:.0f} MiB with minift, {peaks["fully_shard"]:.0f} with `fully_shard`, {peaks["ddp"]:.0f} with
+        DDP.
+        """)
+    what = "step time and memory of minift, fully_shard and DDP on 1 to 8 processes"
+    return f"{text}\n\n{picture('fsdp_vs_fully_shard', what)}"
+
+
+def recompute() -> str:
+    by_policy = rows("recompute", "policy", method="lora")
+    names = {"none": "`none`", "selective": "`selective`", "full, every 4th": "`full`, every fourth block",
+             "full, every 2nd": "`full`, every second block", "full": "`full`"}  # fmt: skip
+    lines = [
+        (text, f"{by_policy[name]['time']:.2f}", f"{by_policy[name]['kept_mib']:.0f} MiB")
+        for name, text in names.items()
+        if name in by_policy
+    ]
+    return table(("`recompute.policy`", "time of a step", "kept for backward"), lines)
+
+
+def checkpoint() -> str:
+    values = run("checkpoint")["values"]
+    seconds, mib = values["seconds"], values["async_memory_mib"]
+    stall = {name: 1e3 * value for name, value in seconds["stall"].items()}
+    return paragraph(f"""
+        Checkpoints are saved by a thread straight from the live tensors while training goes on; the optimizer asks
+        before it overwrites what is not on disk yet. Against `torch.distributed.checkpoint`
+        (`python benchmarks/checkpoint.py`, 135 M parameters with fp32 masters and moments, 2 processes): a synchronous
+        save takes {seconds["save"]["minift"]:.2f} s against {seconds["save"]["dcp"]:.2f} s although it reads
+        everything back, an asynchronous one stops training for {stall["minift"]:.0f} ms against
+        {stall["dcp staged"]:.0f} (its best setting) and {stall["dcp"]:.0f} (its default), and takes
+        {mib["minift"]:.0f} MiB against {mib["dcp staged"]:.0f}.
+        """)
+
+
+# ----------------------------------------------------------------------------------------------- what each switch costs
+
+
+def switches() -> str:
+    """One line for each question that a recipe's reader has."""
+    full = rows("memory_per_rank", "strategy", method="full")  # of the most ranks: later rows replace earlier ones
+    most = max(row["ranks"] for row in full.values())
+    precision = rows("precision_policies", "policy")
+    packing, accumulation = run("packing")["values"], run("accumulation")
+    chunk = run("loss_chunk", trainable=False)
+    whole = chunk["rows"][-1]
+    near = min(chunk["rows"][:-1], key=lambda row: abs(row["chunk_tokens"] - chunk["values"]["default_chunk_tokens"]))
+    microbatches = max(row["microbatches"] for row in accumulation["rows"])
+    last = {row["policy"]: row for row in accumulation["rows"] if row["microbatches"] == microbatches}
+    measured = {name: full[name]["measured_mib"] for name in ("ddp", "zero1", "zero2", "zero3")}
+    lines = [
+        (f"what does each strategy hold, on {most} ranks?",
+         ", ".join(f"`{name}` {mib:.0f}" for name, mib in measured.items()) + " MiB a rank", "memory_per_rank"),
+        ("bf16 instead of fp32?",
+         f"{precision['bf16']['speedup']:.2f}× as fast, {precision['bf16']['peak_mib']:.0f} instead of "
+         f"{precision['fp32']['peak_mib']:.0f} MiB; bf16 masters: {precision['bf16, bf16 master']['speedup']:.2f}×, "
+         f"{precision['bf16, bf16 master']['peak_mib']:.0f} MiB", "precision_policies"),
+        ("packing instead of padding?",
+         f"{packing['speedup_over_padded']:.2f}× as fast as padding to the longest of the batch, "
+         f"{packing['speedup_over_limit']:.2f}× as padding to the limit", "packing"),
+        ("the loss in chunks?",
+         f"{near['speedup']:.2f}× as fast as all logits at once, {near['peak_mib']:.0f} instead of "
+         f"{whole['peak_mib']:.0f} MiB", "loss_chunk"),
+        (f"accumulating {microbatches} microbatches over a slow link?",
+         ", ".join(f"`{name}` {row['seconds_per_microbatch']:.2f}" for name, row in last.items())
+         + " s a microbatch", "accumulation"),
+    ]  # fmt: skip
+    return table(("", "", "`python benchmarks/`…"), [(a, b, f"`{c}.py`") for a, b, c in lines]) + (
+        f"\n\n{picture('memory_per_rank', 'memory per rank under each strategy')}"
+        f"\n\n{picture('recompute', 'time and memory of the recompute policies')}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def numbers() -> str:
+    start = run("quickstart", note="")["values"]
+    suite = run("test_suite")["values"]
+    ops, steps = merged("ops_cpu"), merged("lora_step")
+    nf4 = run("nf4_cpu", double_quant=False)["values"]
+    error = run("nf4_error")["values"]
+    adam = run("optimizer")["values"]
+
+    def op(name: str) -> str:
+        return f"{ops[f'{name}, bfloat16']:.1f}×"
+
+    def step(method: str) -> str:
+        """Of what was measured."""
+        if f"{method}_step_ratio" not in steps:
+            return "not measured"
+        return f"{steps[f'{method}_step_ratio']:.2f}× as fast in {steps[f'{method}_memory_ratio']:.2f} of the memory"
+
+    limit = steps["lora_step_ratio_limit"]
+    lines = [
+        ("logits against transformers, fp32, every family and SmolLM2 itself", "≤ 2e-5 of the largest logit",
+         "`launch/test.sh tests/model tests/integration`"),
+        ("gradients and weights, 1–4 processes against one, fp32, every strategy", "≤ 1e-6 relative",
+         "`launch/test.sh tests/fsdp`"),
+        ("collectives per step of a model with B blocks, zero3",
+         "2B all-gathers (root 1, blocks 2, the last one 1) and 1 + B reduce-scatters", "`test_collectives_per_step`"),
+        ("throughput of the quickstart's training",
+         f"{start['train_tokens_per_second']:.0f} tokens/s, {start['train_seconds']:.0f} s",
+         "`./launch/quickstart.sh`"),
+        ("C++ operations against eager PyTorch, bf16, one thread",
+         f"RMSNorm {op('rms_norm')} forward, {op('rms_norm backward, frozen weight')} backward; RoPE {op('rope')}, "
+         f"{op('rope backward')}; SwiGLU {op('swiglu')}, {op('swiglu backward')}", "`python benchmarks/ops_cpu.py`"),
+        ("attention against PyTorch's, forward and backward, bf16, one thread",
+         f"thirty documents of 40 tokens {op('attention, 30 of 40, forward + backward (sdpa)')}, eight of 100–250 "
+         f"{op('attention, 8 of 100-250, forward + backward (sdpa)')}, one of 2048 "
+         f"{op('attention, 1 of 2048, forward + backward (sdpa)')}", "`python benchmarks/ops_cpu.py`"),
+        ("NF4 on a CPU against bitsandbytes, 4096², bf16, one thread",
+         f"quantise {nf4['quantize_ratio']:.0f}×; dequantise {nf4['dequantize_ratio']:.1f}× "
+         f"({nf4['dequantize_ratio_new_memory']:.1f}× if both allocate, theirs always does), at "
+         f"{nf4['dequantize_fraction_of_copy']:.2f} of copy bandwidth; product with 512 tokens "
+         f"{nf4['linear_ratio_T512']:.2f}×, {nf4['linear_ratio_T512_dense']:.0%} of a dense one; one token "
+         f"{nf4['gemv_ratio']:.0f}× ({nf4['gemv_ratio_packed']:.1f}× against its packed inference format)",
+         "`python benchmarks/nf4_cpu.py`"),
+        ("error of NF4, normal weights, blocks of 64",
+         f"relative rms {error['rms normal NF4']:.3f}, with double quantisation {error['rms normal NF4 + DQ']:.3f} "
+         f"(4.13 bits); INT4 absmax {error['rms normal INT4 absmax']:.3f}, INT8 {error['rms normal INT8 absmax']:.3f}",
+         "`python benchmarks/nf4_error.py`"),
+        ("AdamW, one thread",
+         f"{adam['torch_fused_over_fp32']:.2f}× as fast as PyTorch's fused one; in 8 bits "
+         f"{adam['bitsandbytes_over_8bit']:.0f}× as fast as bitsandbytes'", "`python benchmarks/optimizer.py`"),
+        ("a step against transformers + PEFT + bitsandbytes, SmolLM2-135M, 2 × 512 tokens",
+         f"LoRA {step('lora')} ({limit:.1f}× is what free everything but the dense products would give), QLoRA "
+         f"{step('qlora')}, full fine-tuning {step('full')}", "`python benchmarks/lora_step.py`"),
+        ("test suite", f"{suite['tests']} tests in {suite['pytest_seconds'] / 60:.1f} min", "`launch/test.sh`"),
+    ]  # fmt: skip
+    return table(("what", "number", "where"), lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ interview
+
+
+def nf4_error_cell() -> str:
+    error = run("nf4_error")["values"]
+    return (
+        f"rms error {error['rms normal NF4']:.3f} against {error['rms normal INT4 absmax']:.3f} of INT4 "
+        "(`benchmarks/nf4_error.py`)"
+    )
+
+
+def adam_cell() -> str:
+    states = rows("optimizer", "name")
+    return (
+        f"{states['8bit']['state_bytes_per_weight']:.2f} bytes a weight instead of "
+        f"{states['fp32']['state_bytes_per_weight']:.0f}; `benchmarks/optimizer.py`"
+    )
+
+
+REGIONS = {
+    "quickstart": quickstart,
+    "quickstart-time": quickstart_time,
+    "quickstart-nf4": quickstart_nf4,
+    "memory-growth": memory_growth,
+    "prefetch": prefetch,
+    "fsdp": fsdp,
+    "recompute": recompute,
+    "checkpoint": checkpoint,
+    "numbers": numbers,
+    "nf4-error-cell": nf4_error_cell,
+    "adam-cell": adam_cell,
+}

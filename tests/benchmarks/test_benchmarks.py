@@ -1,0 +1,93 @@
+"""Every benchmark says what it does, is run by the driver, and draws what was kept of it. Nothing is measured here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import results
+import run_all
+from run_all import BENCHMARKS, Benchmark, missing
+
+from minift.style import save_light_and_dark
+
+FOLDER = Path(results.__file__).parent
+RUNS = [(name, path) for name in BENCHMARKS for path in sorted(results.FOLDER.glob(f"*_{name}.json"))]
+WITHOUT_PICTURE = {"prefetch"}  # drawn when it is measured: what is kept has no spans
+
+
+def test_the_driver_knows_every_benchmark():
+    """A benchmark is a file that measures, so it has a result; launches reads what others printed."""
+    files = {path.stem for path in FOLDER.glob("*.py") if "finish(args" in path.read_text(encoding="utf-8")}
+    assert files - {"results", "launches"} == BENCHMARKS.keys()
+
+
+@pytest.mark.parametrize(("name", "path"), RUNS, ids=lambda value: getattr(value, "stem", value))
+def test_what_was_kept_can_be_drawn(name, path, tmp_path):
+    if missing(BENCHMARKS[name]):
+        pytest.skip("its peers are not installed")
+    if name in WITHOUT_PICTURE:
+        assert path.with_suffix(".png").exists()
+        return
+    draw, runs = importlib.import_module(name).draw, json.loads(path.read_text(encoding="utf-8"))["runs"]
+    for picture in save_light_and_dark(tmp_path / "a.png", lambda figure, theme: draw(figure, theme, runs)):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_of_every_run_are_valid():
+    """Oracle: each benchmark's own parser, stopped before it measures."""
+    code = """
+import importlib, shlex, sys
+import results, run_all
+class Parsed(Exception): pass
+def stop(patience_s=0): raise Parsed
+results.wait_until_quiet = stop
+parse_args = results.argparse.ArgumentParser.parse_args
+for name, benchmark in run_all.BENCHMARKS.items():
+    if run_all.missing(benchmark): continue
+    module = importlib.import_module(name)
+    def parse(parser, *rest, **keywords):
+        parser.add_argument("--write", action="store_true")
+        parse_args(parser)
+        raise Parsed
+    module.parse = parse
+    for options in (*benchmark.runs, benchmark.quick):
+        sys.argv = [name, *shlex.split(options), "--write"]
+        try: module.main()
+        except Parsed: pass
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_the_driver_goes_on_when_one_fails(monkeypatch, capsys):
+    found = {"good": {"question": "good", "ratio": 2.0, "rows": []}, "bad": "ended with status 1"}
+    monkeypatch.setattr(run_all, "BENCHMARKS", {
+        "bad": Benchmark(runs=("--a", "--b")), "lacking": Benchmark(peers=("no_such_module",)), "good": Benchmark(),
+    })  # fmt: skip
+    calls = []
+    monkeypatch.setattr(run_all, "run", lambda name, options: calls.append((name, options)) or found[name])
+    monkeypatch.setattr("sys.argv", ["run_all.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_all.main()
+    assert stopped.value.code == 1
+    assert calls == [("bad", ["--a", "--write"]), ("bad", ["--b", "--write"]), ("good", ["--write"])]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "bad": ["ended with status 1"] * 2,
+        "lacking": ["skipped: no_such_module not installed"],
+        "good": [{"ratio": 2.0}],
+    }
+
+
+def test_the_driver_runs_a_benchmark_and_refuses_others(monkeypatch, capsys):
+    said = run_all.run("nf4_error", ["--size", "64", "--busy"])
+    assert isinstance(said, dict) and said["question"] == "nf4_error" and said["parameters"]["size"] == 64
+    assert isinstance(run_all.run("nf4_error", ["--size", "x"]), str)
+    monkeypatch.setattr("sys.argv", ["run_all.py", "nonsense"])
+    with pytest.raises(SystemExit, match="no benchmark is called nonsense; valid: nf4_error, "):
+        run_all.main()
