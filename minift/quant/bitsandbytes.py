@@ -24,12 +24,18 @@ import torch
 from torch import Tensor
 
 from minift.model.weights import TensorSpec, WeightReader
-from minift.ops.nf4_tables import CODEBOOK, DYNAMIC_MAP, NESTED_BLOCK_SIZE
+from minift.ops.nf4_tables import BLOCK_SIZES, CODEBOOK, DYNAMIC_MAP, NESTED_BLOCK_SIZE
 from minift.quant.linear import NF4Linear, QuantConfig
 
 STATE = "quant_state.bitsandbytes__nf4"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_VALID = {
+    "quant_type": ("nf4",),
+    "dtype": tuple(_DTYPES),
+    "blocksize": BLOCK_SIZES,
+    "nested_blocksize": (NESTED_BLOCK_SIZE,),
+}
 
 
 class StoredNF4:
@@ -93,25 +99,36 @@ def _read_state(reader: WeightReader, name: str) -> dict[str, Any]:
     needed = {"quant_type", "blocksize", "dtype", "shape"}
     if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"{reader.folder}: {name} lacks {sorted(needed - set(state))}")
-    for key, valid in (("quant_type", ("nf4",)), ("dtype", tuple(_DTYPES)), ("nested_blocksize", (NESTED_BLOCK_SIZE,))):
+    for key, valid in _VALID.items():
         if key in state and state[key] not in valid:
             raise ValueError(f"{reader.folder}: {name} has {key} {state[key]!r}; valid: {', '.join(map(str, valid))}")
+    shape = state["shape"]
+    if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{reader.folder}: {name} has shape {shape!r}; valid: positive integers")
+    if not isinstance(state.get("nested_offset", 0.0), (int, float)):
+        raise ValueError(f"{reader.folder}: {name} has nested_offset {state['nested_offset']!r}; valid: a number")
     return state
 
 
 def _check(reader: WeightReader, projection: str, state: Mapping[str, Any]) -> None:
-    """Sizes and codebooks are those that the state implies."""
+    """Sizes, dtypes and codebooks are those that the state implies; codes may be bytes of any dtype."""
     weight = f"{projection}.weight"
     numel = math.prod(state["shape"])
     blocks = math.ceil(numel / state["blocksize"])
     nested = "nested_offset" in state
-    expected = {weight: math.ceil(numel / 2), f"{weight}.absmax": blocks * (1 if nested else 4)}
+    expected = {
+        weight: (reader.dtype(weight), math.ceil(numel / 2)),
+        f"{weight}.absmax": (torch.uint8, blocks) if nested else (torch.float32, 4 * blocks),
+    }
     if nested:
-        expected[f"{weight}.nested_absmax"] = 4 * math.ceil(blocks / NESTED_BLOCK_SIZE)
-    for name, num_bytes in expected.items():
+        expected[f"{weight}.nested_absmax"] = (torch.float32, 4 * math.ceil(blocks / NESTED_BLOCK_SIZE))
+    for name, (dtype, num_bytes) in expected.items():
         found = math.prod(reader.shape(name)) * reader.dtype(name).itemsize
-        if found != num_bytes:
-            raise ValueError(f"{reader.folder}: {name} has {found} bytes where {num_bytes} are expected")
+        if found != num_bytes or reader.dtype(name) != dtype:
+            raise ValueError(
+                f"{reader.folder}: {name} has {found} bytes of {reader.dtype(name)} where {num_bytes} of {dtype} are "
+                "expected"
+            )
     maps = [("quant_map", CODEBOOK)] + ([("nested_quant_map", DYNAMIC_MAP)] if nested else [])
     for suffix, ours in maps:
         if not torch.equal(reader.read(f"{weight}.{suffix}"), ours):

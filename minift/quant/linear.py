@@ -120,13 +120,16 @@ class NF4Linear(LinearBase):
         )
         linear.bias = self.bias
         linear.hold("codes", codes)
-        if self.nested is None:
-            linear.hold("scales", absmax.view(torch.uint8))
-        else:
-            scales, nested_absmax, offset = quantize_scales(absmax)
-            linear.hold("scales", scales)
-            linear.hold("nested", torch.cat([offset, nested_absmax]).view(torch.uint8))
+        for part, values in self.bytes_of_scales(absmax).items():
+            linear.hold(part, values)
         return linear
+
+    def bytes_of_scales(self, absmax: Tensor) -> dict[str, Tensor]:
+        """What absmax fp32 (blocks,) is stored as: scales and, with double quantisation, nested."""
+        if not self.double_quant:
+            return {"scales": absmax.view(torch.uint8)}
+        scales, nested_absmax, offset = quantize_scales(absmax)
+        return {"scales": scales, "nested": torch.cat([offset, nested_absmax]).view(torch.uint8)}
 
     def hold(self, part: str, values: Tensor) -> None:
         """Make `values` (uint8, of the right size) the parameter codes, scales or nested."""

@@ -1,8 +1,8 @@
 """The weights of a folder, whether they are stored densely or in NF4, for models that want them either way.
 
     weights = QuantWeights("model/")
-    weights.read_range(name, start, stop)      # of dense weights, as `WeightReader`; stored NF4 is dequantised
-    weights.read_bytes(name, start, stop)      # of the parameters of an `NF4Linear`; a dense weight is quantised
+    weights.read_range(name, start, stop)          # of dense weights, as `WeightReader`; stored NF4 is dequantised
+    weights.read_bytes(linear, name, start, stop)  # of the parameters of an `NF4Linear`; a dense weight is quantised
 
 A rank of a sharded model asks for its part of each parameter. Codes depend on their own block only, so it reads just
 the blocks that its part touches. Scales with double quantisation depend on the mean of all scales of a weight; for
@@ -12,15 +12,19 @@ a dense weight than a piece and its own share, and the bytes are the same at any
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from minift.model.weights import WeightReader
-from minift.ops.nf4 import absmax_of, dequantize_nf4, quantize_nf4, quantize_scales
+from minift.ops.nf4 import absmax_of, dequantize_nf4, quantize_nf4
 from minift.quant.bitsandbytes import StoredNF4
 from minift.quant.linear import NF4Linear, QuantConfig, projections_to_quantize, quantize_linears
+
+T = TypeVar("T")
 
 _PIECE_ELEMENTS = 1 << 22  # a multiple of every block size; 8 MiB of bf16
 
@@ -73,13 +77,10 @@ class QuantWeights(WeightReader):
         projection, _, part = name.rpartition(".")
         if projection in self.stored.projections:
             return self.stored.read(projection, part, start, stop)
-        try:
-            if part == "codes":
-                return self._codes(f"{projection}.weight", linear, start, stop)
-            if projection != self._scales_of:
-                self._scales, self._scales_of = self._make_scales(f"{projection}.weight", linear), projection
-        except ValueError as error:
-            raise ValueError(f"{self.folder}: {projection}.weight cannot be quantised: {error}") from None
+        if part == "codes":
+            return self._codes(f"{projection}.weight", linear, start, stop)
+        if projection != self._scales_of:
+            self._scales, self._scales_of = self._make_scales(f"{projection}.weight", linear), projection
         return self._scales[part][start:stop]
 
     def fill(self, projection: str, linear: NF4Linear, device: torch.device) -> None:
@@ -93,22 +94,28 @@ class QuantWeights(WeightReader):
         first = 2 * start // block * block
         last = min(-(-2 * stop // block) * block, linear.numel)
         codes = torch.empty(stop - start, dtype=torch.uint8)
-        for at in range(first, last, _PIECE_ELEMENTS):
-            made, _ = quantize_nf4(self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, last)), block)
+        for at, (made, _) in self._of_pieces(lambda piece: quantize_nf4(piece, block), weight_name, first, last):
             begin, end = max(start, at // 2), min(stop, at // 2 + len(made))
             codes[begin - start : end - start] = made[begin - at // 2 : end - at // 2]
         return codes
 
     def _make_scales(self, weight_name: str, linear: NF4Linear) -> dict[str, Tensor]:
-        pieces = [
-            absmax_of(self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, linear.numel)), linear.block_size)
-            for at in range(0, linear.numel, _PIECE_ELEMENTS)
-        ]
-        absmax = torch.cat(pieces)
-        if not linear.double_quant:
-            return {"scales": absmax.view(torch.uint8)}
-        scales, nested_absmax, offset = quantize_scales(absmax)
-        return {"scales": scales, "nested": torch.cat([offset, nested_absmax]).view(torch.uint8)}
+        pieces = self._of_pieces(lambda piece: absmax_of(piece, linear.block_size), weight_name, 0, linear.numel)
+        return linear.bytes_of_scales(torch.cat([absmax for _, absmax in pieces]))
+
+    def _of_pieces(
+        self, function: Callable[[Tensor], T], weight_name: str, first: int, last: int
+    ) -> Iterator[tuple[int, T]]:
+        """(its first element, function(piece)) for the pieces of elements [first, last) of a dense weight."""
+        for at in range(first, last, _PIECE_ELEMENTS):
+            piece = self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, last))
+            try:
+                result = function(piece)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.folder}: {weight_name}, from element {at} on, cannot be quantised: {error}"
+                ) from None
+            yield at, result
 
 
 def quantize_for(model: nn.Module, weights: QuantWeights | None, asked: QuantConfig | None) -> dict[str, NF4Linear]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minift.checkpoint.quantize import quantize_folder
 from minift.model.weights import WeightReader
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.model import load_model
+from minift.quant.weights import QuantWeights
 from tests.tiny import write_model
 
 transformers = pytest.importorskip("transformers")
@@ -43,6 +47,23 @@ def logits(model, tokens_T: torch.Tensor) -> torch.Tensor:
         return model(tokens_T, torch.arange(length), bounds, length, head=lambda hidden, lm_head: lm_head(hidden))
 
 
+def quantize(folder: Path, config: QuantConfig) -> Path:
+    """A tiny model in NF4 in `folder`, which is made."""
+    quantize_folder(write_model(folder / "dense"), folder / "nf4", config)
+    return folder / "nf4"
+
+
+def spoiled(folder: Path, spoil: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Another one, whose tensors `spoil` has changed."""
+    shutil.rmtree(folder / "spoiled", ignore_errors=True)
+    path = quantize(folder / "spoiled", QuantConfig()) / "model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    return path.parent
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
 DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
 
@@ -119,6 +140,11 @@ def test_codes_stored_as_another_dtype_are_read(tmp_path: Path) -> None:
     expected = load_model(tmp_path / "uint8", None, torch.float32).state_dict()
     for name, tensor in load_model(tmp_path / "bfloat16", None, torch.float32).state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+    # A rank reads any range of bytes.
+    codes = expected[f"{DOWN[0]}.codes"]
+    for start, stop in ((0, 1), (1, 2), (1, 4), (2, 4), (477, 480), (7, 7)):
+        part = QuantWeights(tmp_path / "bfloat16").stored.read(DOWN[0], "codes", start, stop)
+        assert torch.equal(part, codes[start:stop])
 
 
 @pytest.mark.parametrize(
@@ -148,30 +174,48 @@ def test_other_formats_of_bitsandbytes_are_refused(tmp_path: Path, asked: dict, 
         ({"quant_type": "fp4"}, "has quant_type 'fp4'; valid: nf4"),
         ({"dtype": "float64"}, "has dtype 'float64'; valid: float32, bfloat16, float16"),
         ({"nested_blocksize": 128}, "has nested_blocksize 128; valid: 256"),
-        ({"shape": [24, 48]}, "has 480 bytes where 576 are expected|bytes where"),
+        ({"nested_offset": "0.1"}, "has nested_offset '0.1'; valid: a number"),
+        ({"blocksize": 100}, "has blocksize 100; valid: 32, 64, 128"),
+        ({"blocksize": "64"}, "has blocksize '64'; valid: 32, 64, 128"),
+        ({"shape": "24 x 40"}, "has shape '24 x 40'; valid: positive integers"),
+        ({"shape": [24, 48]}, "has 480 bytes of torch.uint8 where 576 of torch.uint8 are expected"),
     ],
 )
 def test_what_cannot_be_held_is_refused(tmp_path: Path, change: dict, message: str) -> None:
-    from safetensors.torch import load_file, save_file
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"{UP}.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[name].tolist())) | change
+        tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
-    quantize_folder(write_model(tmp_path / "dense"), tmp_path / "nf4", QuantConfig())
-    path = tmp_path / "nf4" / "model.safetensors"
-    tensors = load_file(path)
-    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
-    state = json.loads(bytes(tensors[name].tolist())) | change
-    tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
-        load_model(tmp_path / "nf4", None, torch.float32)
+        load_model(spoiled(tmp_path, spoil), None, torch.float32)
 
 
-def test_another_codebook_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("which", ["quant_map", "nested_quant_map"])
+def test_another_codebook_is_refused(tmp_path: Path, which: str) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{UP}.{which}"][3] += 0.01
 
-    quantize_folder(write_model(tmp_path / "dense"), tmp_path / "nf4", QuantConfig())
-    path = tmp_path / "nf4" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight.quant_map"][3] += 0.01
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="up_proj.weight.quant_map is not the codebook of NF4"):
-        load_model(tmp_path / "nf4", None, torch.float32)
+    with pytest.raises(ValueError, match=f"up_proj.weight.{which} is not the codebook of NF4"):
+        load_model(spoiled(tmp_path, spoil), None, torch.float32)
+
+
+@pytest.mark.parametrize("which", ["absmax", "nested_absmax"])
+def test_scales_of_other_numbers_or_dtypes_are_refused(tmp_path: Path, which: str) -> None:
+    """960 weights have 15 scales, in one group."""
+    count, dtype, other = {
+        "absmax": (15, torch.uint8, torch.int8),
+        "nested_absmax": (1, torch.float32, torch.int32),
+    }[which]
+    for wrong in (torch.zeros(count + 1, dtype=dtype), torch.zeros(count, dtype=other)):
+        folder = spoiled(tmp_path, lambda tensors, wrong=wrong: tensors.update({f"{UP}.{which}": wrong}))
+        expected = f"up_proj.weight.{which} has {wrong.nbytes} bytes of {wrong.dtype} where {count * dtype.itemsize} of"
+        with pytest.raises(ValueError, match=expected):
+            load_model(folder, None, torch.float32)
+
+
+def test_projections_that_are_stored_in_different_ways_are_refused(tmp_path: Path) -> None:
+    other = load_file(quantize(tmp_path / "other", QuantConfig(block_size=128)) / "model.safetensors")
+    theirs = {name: tensor for name, tensor in other.items() if name.startswith(UP)}
+    with pytest.raises(ValueError, match="projections differ in .block size, double quantisation.: {.*64.*128|128.*64"):
+        load_model(spoiled(tmp_path, lambda tensors: tensors.update(theirs)), None, torch.float32)

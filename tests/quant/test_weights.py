@@ -54,7 +54,7 @@ configs = st.builds(QuantConfig, block_size=st.sampled_from([32, 64, 256, 4096])
 @given(config=configs, cut=st.floats(0, 1), length=st.floats(0, 1), piece_blocks=st.sampled_from([1, 2, 1 << 10]))
 def test_any_range_of_bytes(folder: Path, config: QuantConfig, cut: float, length: float, piece_blocks: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minift.quant.weights, "_PIECE_ELEMENTS", 4096 * piece_blocks)
+        patch.setattr(minift.quant.weights, "_PIECE_ELEMENTS", config.block_size * piece_blocks)
         weights, linears = quantized(folder, config)
         for part, expected in whole(folder, config).items():
             assert linears[NAME].get_parameter(part).numel() == len(expected)
@@ -113,17 +113,28 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         QuantConfig(format="fp4")
 
 
-def test_a_weight_that_is_not_finite_is_named(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    weights, linears = quantized(folder, QuantConfig())
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_an_element_that_is_not_finite_is_found(folder: Path, tmp_path: Path, monkeypatch, double_quant: bool) -> None:
+    """Element 500, counted from where what was read begins."""
+    monkeypatch.setattr(minift.quant.weights, "_PIECE_ELEMENTS", 128)
+    weights, linears = quantized(folder, QuantConfig(double_quant=double_quant))
     read_range = WeightReader.read_range
 
     def poisoned(self, name: str, start: int, stop: int) -> Tensor:
-        return read_range(self, name, start, stop).index_fill_(0, torch.tensor([0]), torch.nan)
+        elements = read_range(self, name, start, stop)
+        if start <= 500 < stop:
+            elements[500 - start] = torch.nan
+        return elements
 
     monkeypatch.setattr(WeightReader, "read_range", poisoned)
-    for part in ("codes", "scales"):
-        with pytest.raises(ValueError, match=f"{NAME}.weight cannot be quantised"):
-            weights.read_bytes(linears[NAME], f"{NAME}.{part}", 0, 1)
+    where = f"{NAME}.weight, from element {{}} on, cannot be quantised: .* among elements {{}} to {{}};"
+    for part, start, message in (
+        ("codes", 0, where.format(384, 64, 127)),
+        ("codes", 230, where.format(448, 0, 63)),  # of block 7 on
+        ("scales", 0, where.format(384, 64, 127)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.read_bytes(linears[NAME], f"{NAME}.{part}", start, 480)
 
 
 def test_skip_and_lm_head(folder: Path) -> None:
