@@ -277,7 +277,8 @@ def numbers() -> str:
          f"{step('qlora')}, full fine-tuning {step('full')}", "`python benchmarks/lora_step.py`"),
         ("test suite", f"{suite['tests']} tests in {suite['pytest_seconds'] / 60:.1f} min", "`launch/test.sh`"),
     ]  # fmt: skip
-    return table(("what", "number", "where"), lines)
+    drawn = picture("lora_step", "seconds and memory of a step, minift against transformers + PEFT")
+    return f"{table(('what', 'number', 'where'), lines)}\n\n{drawn}"
 
 
 # ------------------------------------------------------------------------------------------------------------ interview

@@ -4,6 +4,7 @@
     python benchmarks/run_all.py nf4_cpu lora_step      # these
     python benchmarks/run_all.py --quick                # small models, few rounds, kept nowhere: does it work?
     python benchmarks/run_all.py --list
+    python benchmarks/run_all.py --draw ops_cpu         # no run: pictures of what is kept, again
 
 Each benchmark compares with peers within its own run, in turns (`protocol`); one whose peer is not installed is skipped
 and said to be. Every run waits until the machine is quiet. One that fails, or that finds results to differ, is told at
@@ -14,6 +15,7 @@ the end and does not stop the others; the exit status is then 1. The last line i
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -90,12 +92,23 @@ def run(name: str, options: list[str]) -> dict | str:
     return json.loads(last)
 
 
+def draw(name: str) -> None:
+    """The pictures of every kept result of a benchmark. What it draws only while it measures stays as it is."""
+    from results import FOLDER, draw_picture, runs_of
+
+    module = importlib.import_module(name)
+    for path in sorted(FOLDER.glob(f"*_{name}.json")):
+        if path.stem.split("_", 2)[2] == name and hasattr(module, "draw"):
+            draw_picture(path.with_suffix(".png"), module.draw, runs_of(path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help="default: all")
     parser.add_argument("--quick", action="store_true", help="one small run each, nothing kept")
     parser.add_argument("--busy", action="store_true", help="measure although others use the processors")
     parser.add_argument("--list", action="store_true", help="say what there is, and whether its peers are installed")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what is kept")
     args = parser.parse_args()
     unknown = set(args.names) - BENCHMARKS.keys()
     if unknown:
@@ -104,6 +117,11 @@ def main() -> None:
         for name, benchmark in BENCHMARKS.items():
             lacks = missing(benchmark)
             print(f"{name:22}{len(benchmark.runs)} run(s){f'; not here: {chr(44).join(lacks)}' if lacks else ''}")
+        return
+
+    if args.draw:
+        for name in args.names or BENCHMARKS:
+            draw(name)
         return
 
     found: dict[str, list] = {}

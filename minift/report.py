@@ -131,8 +131,10 @@ def _commands(run_dir: Path, facts: RunFacts) -> str:
     blocks += [
         ("Go on from the last checkpoint, if it was stopped", f"minift train {recipe}"),
         ("Run it again elsewhere", f"minift train {recipe} --run_dir {shlex.quote(str(run_dir) + '-again')}"),
-        ("Draw the curves again", f"minift plot {shlex.quote(str(run_dir))}"),
+        ("Draw the curves again, or those of several runs on one sheet", f"minift plot {shlex.quote(str(run_dir))}"),
     ]
+    if (run_dir / "timeline.json").exists():
+        blocks += [("Draw the recorded step again", f"minift timeline {shlex.quote(str(run_dir))}")]
     return "\n\n".join(f"{title}:\n\n```\n{command}\n```" for title, command in blocks)
 
 

@@ -48,6 +48,13 @@ def test_report_and_picture(tmp_path, num_steps):
         assert part in text
 
 
+def test_a_recorded_step_can_be_drawn_again(tmp_path):
+    write_records(tmp_path, [training_record(1)])
+    assert "minift timeline" not in write_report(tmp_path, FACTS).read_text()
+    (tmp_path / "timeline.json").write_text("{}")
+    assert f"minift timeline {tmp_path}" in write_report(tmp_path, FACTS).read_text()
+
+
 def test_a_run_without_a_step_has_a_report_without_a_picture(tmp_path):
     write_records(tmp_path, [validation_record(0)])
     assert "## Loss" not in write_report(tmp_path, FACTS).read_text()
