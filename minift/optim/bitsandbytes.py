@@ -45,10 +45,10 @@ def from_bitsandbytes(theirs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
 
     ValueError if they are quantised by other maps or blocks, or not the state of an AdamW.
     """
-    missing = {"step", "state1", "state2"} - theirs.keys()
-    if missing:
+    is_8bit = "state1" in theirs and theirs["state1"].dtype == torch.uint8
+    needed = {"step", "state1", "state2"} | ({"qmap1", "qmap2", "absmax1", "absmax2"} if is_8bit else set())
+    if missing := needed - theirs.keys():
         raise ValueError(f"not the state of bitsandbytes' AdamW: it has {sorted(theirs)}, but no {sorted(missing)}")
-    is_8bit = theirs["state1"].dtype == torch.uint8
     if is_8bit:
         blocks = -(-theirs["state1"].numel() // BLOCK)
         for name, signed in _MAPS.items():

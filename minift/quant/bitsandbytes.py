@@ -164,6 +164,11 @@ def _tensors(projection: str, linear: NF4Linear) -> list[tuple[str, Tensor]]:
 
 
 def _state(projection: str, linear: NF4Linear, offset: float) -> tuple[str, Tensor]:
+    if linear.dtype not in _DTYPE_NAMES:
+        raise ValueError(
+            f"{projection}.weight was {linear.dtype}, which bitsandbytes' format has no name for; valid: "
+            f"{', '.join(_DTYPES)}"
+        )
     state = {
         "quant_type": "nf4",
         "blocksize": linear.block_size,

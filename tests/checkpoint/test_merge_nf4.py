@@ -6,6 +6,7 @@ has absolute values inside; `Case.slack` is this. A dense target rounds it once 
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from dataclasses import dataclass
@@ -190,6 +191,34 @@ def test_requantized(case: Case) -> None:
     again = case.merge("again", "dense", target="requantized", quant=case.quant)
     assert again == report
     assert all(torch.equal(tensor, written[name]) for name, tensor in stored_tensors(case.folder / "again").items())
+
+
+def test_requantized_says_what_is_dense(tmp_path: Path) -> None:
+    """As the folder that it was made from, or transformers would look for codes where there are none."""
+    case = Case(tmp_path, QuantConfig(skip=("down_proj", r"layers\.0\..*v_proj")))
+    write_models(tmp_path, torch.bfloat16, case.quant)
+    case.merge("out", target="requantized")
+    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("nf4", "out"))
+    assert after["quantization_config"] == before["quantization_config"]
+    dense = [
+        "lm_head",
+        *(f"model.layers.{name}" for name in ("0.mlp.down_proj", "0.self_attn.v_proj", "1.mlp.down_proj")),
+    ]
+    assert after["quantization_config"]["llm_int8_skip_modules"] == dense
+    written, base = stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "nf4")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {name: t.dtype for name, t in base.items()}
+
+
+def test_an_original_in_another_dtype_keeps_it(small_case: Case) -> None:
+    """The base was quantized from bf16; the same numbers in fp32 are an original, too, of which nothing is rounded."""
+    wide = LlamaForCausalLM.from_pretrained(small_case.folder / "dense", dtype=torch.float32)
+    wide.save_pretrained(small_case.folder / "wide")
+    report = small_case.merge("out", target="original", original_folder=small_case.folder / "wide")
+    for name, tensor in stored_tensors(small_case.folder / "out").items():
+        assert tensor.dtype == torch.float32
+        exact = small_case.original(name).double() + small_case.update(name)
+        assert ((tensor - exact).abs() <= small_case.slack(name, small_case.original(name))).all()
+    check_drifts(small_case, report, QuantWeights(small_case.folder / "out"))
 
 
 @torch.no_grad()

@@ -113,7 +113,9 @@ def test_our_states_continue_there() -> None:
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
+        (lambda s: s.pop("state1"), r"no \['state1'\]"),
         (lambda s: s.pop("state2"), r"no \['state2'\]"),
+        (lambda s: s.pop("absmax2"), r"no \['absmax2'\]"),  # as without blocks
         (lambda s: s.update(qmap1=s["qmap2"]), "qmap1 is not the dynamic map"),
         (lambda s: s.update(absmax2=torch.zeros(3)), r"absmax2 has shape \(3,\) for 5810 elements; valid: \(23,\)"),
     ],

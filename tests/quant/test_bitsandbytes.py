@@ -129,6 +129,13 @@ def test_block_sizes_that_transformers_does_not_offer_are_loaded_by_it(tmp_path:
     assert_logits_agree(tmp_path / "nf4", torch.float32, num_quantized=2 * 7)
 
 
+def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
+    dense = cast(write_model(tmp_path / "dense"), tmp_path / "fp64", torch.float64)
+    with pytest.raises(ValueError, match="_proj.weight was torch.float64, .* valid: float32, bfloat16, float16"):
+        quantize_folder(dense, tmp_path / "nf4", QuantConfig())
+    assert not (tmp_path / "nf4").exists()
+
+
 def test_codes_stored_as_another_dtype_are_read(tmp_path: Path) -> None:
     """bnb_4bit_quant_storage: what FSDP of others needs to shard them. The same bytes, so the same model to the bit."""
     dense = write_model(tmp_path / "dense")
