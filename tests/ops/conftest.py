@@ -1,11 +1,16 @@
-"""Fixtures for the op tests: every compiled instruction set in turn, and tensors in awkward layouts."""
+"""Fixtures for the op tests: every compiled instruction set in turn, threads, and tensors in awkward layouts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
 
 from minift.ops import extension
+
+T = TypeVar("T")
 
 
 def _offered_instruction_sets() -> list[str]:
@@ -33,6 +38,22 @@ def implementation(request):
     torch.ops.minift.use_instruction_set(request.param)
     yield request.param
     torch.ops.minift.use_instruction_set("best")
+
+
+@pytest.fixture
+def in_threads() -> Iterator[Callable[[Callable[[], T]], list[T]]]:
+    """in_threads(function): its results with one, two and three threads."""
+    num_threads = torch.get_num_threads()
+
+    def run(function: Callable[[], T]) -> list[T]:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(function())
+        return results
+
+    yield run
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

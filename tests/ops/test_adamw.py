@@ -141,16 +141,10 @@ def test_a_non_finite_gradient_shows(implementation, master_dtype):
         assert torch.equal(~tensor.isfinite(), bad)
 
 
-def test_many_threads_give_the_same_bits(instruction_set):
+def test_many_threads_give_the_same_bits(instruction_set, in_threads):
     tensors = draw(200_003, 0, torch.bfloat16)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = update(instruction_set, tensors)
-    torch.set_num_threads(3)
-    three = update(instruction_set, tensors)
-    torch.set_num_threads(num_threads)
-    for a, b in zip(one, three, strict=True):
-        assert torch.equal(a, b)
+    for one, two, three in zip(*in_threads(lambda: update(instruction_set, tensors)), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("master_dtype", MASTERS)

@@ -79,6 +79,18 @@ def test_moments_are_quantised_exactly(implementation, seed, n):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("tiny", [0.0, 2.0**-149, 2.0**-127, 2.0**-126, 2.0**-63])
+def test_blocks_of_nothing_are_quantised_exactly(implementation, tiny):
+    """Zeros, and numbers whose inverse, or that of whose square, is infinite: a full block, and one that ends early."""
+    grad = torch.full((300,), tiny)
+    grad[::2] *= -1.0
+    master, _, moments = draw(300, 0)
+    _, after = update(implementation, master, grad, moments, step=FORGETFUL)
+    expected = (*quantize_blockwise(grad, SIGNED), *quantize_blockwise(grad * grad, UNSIGNED))
+    for ours, theirs in zip(tensors_of(after), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("dynamic_map", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
 def test_every_border_between_codes(implementation, dynamic_map):
     """The floats around each of the 255 borders, from below and above zero, and 10^5 values of every magnitude."""
@@ -176,17 +188,11 @@ def test_a_non_finite_gradient_shows(implementation):
     assert new_master.isinf().sum() == 0
 
 
-def test_many_threads_give_the_same_bits(instruction_set):
+def test_many_threads_give_the_same_bits(instruction_set, in_threads):
     arguments = draw(300_003, 0, torch.bfloat16)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one_master, one = update(instruction_set, *arguments)
-    torch.set_num_threads(3)
-    three_master, three = update(instruction_set, *arguments)
-    torch.set_num_threads(num_threads)
-    assert torch.equal(one_master, three_master)
-    for a, b in zip(tensors_of(one), tensors_of(three), strict=True):
-        assert torch.equal(a, b)
+    results = [[master, *tensors_of(m)] for master, m in in_threads(lambda: update(instruction_set, *arguments))]
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("master_dtype", MASTERS)

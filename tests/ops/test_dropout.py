@@ -111,15 +111,10 @@ def test_steps_are_the_nearest_and_never_all():
     assert [dropout_steps(p) for p in (0.0, 0.5, 1 / 2**16, 0.4 / 2**16, 1 - 2**-20)] == [0, 32768, 1, 0, 65535]
 
 
-def test_many_threads_make_the_same_mask(instruction_set):
+def test_many_threads_make_the_same_mask(instruction_set, in_threads):
     x = torch.ones(301, 1031)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = dropout(x, 11, 9000)
-    torch.set_num_threads(3)
-    three = dropout(x, 11, 9000)
-    torch.set_num_threads(num_threads)
-    assert torch.equal(one, three)
+    one, two, three = in_threads(lambda: dropout(x, 11, 9000))
+    assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])

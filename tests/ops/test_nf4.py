@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -105,6 +108,20 @@ def test_the_tables_are_those_of_bitsandbytes():
 def test_the_tables_are_those_of_nf4_h():
     codebook, thresholds = torch.ops.minift.nf4_tables()
     assert torch.equal(nf4.CODEBOOK, codebook) and torch.equal(nf4.THRESHOLDS, thresholds)
+
+
+def test_the_sizes_are_those_of_nf4_h():
+    """Read from its text: the extension has no use for the defaults."""
+    text = (Path(__file__).parents[2] / "csrc" / "nf4.h").read_text()
+    constants = {name: float(value) for name, value in re.findall(r"\b([A-Z_]+) = ([\d.e-]+)f?[,;]", text)}
+    assert constants == {
+        "BLOCK_SIZE": nf4.BLOCK_SIZE,
+        "NESTED_BLOCK_SIZE": nf4.NESTED_BLOCK_SIZE,
+        "SMALLEST_BLOCK_SIZE": min(nf4.BLOCK_SIZES),
+        "LARGEST_BLOCK_SIZE": max(nf4.BLOCK_SIZES),
+        "SMALLEST_DIVISOR": nf4.SMALLEST_DIVISOR,
+    }
+    assert nf4.BLOCK_SIZES == tuple(2**power for power in range(5, 13))
 
 
 # ---- quantising ----
@@ -228,17 +245,15 @@ def test_no_elements(kernels):
     assert codes.shape == (0,) and absmax.shape == (0,)
 
 
-def test_the_number_of_threads_does_not_matter(instruction_set):
+def test_the_number_of_threads_does_not_matter(instruction_set, in_threads):
     weight = torch.randn(1_000_003)
-    results = []
-    num_threads = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+
+    def there_and_back() -> tuple[torch.Tensor, ...]:
         quantised = quantize(weight, 64, double=True)
-        results.append((quantised.codes, quantised.scales, nf4.dequantize_nf4(quantised, torch.bfloat16)))
-    torch.set_num_threads(num_threads)
-    for result in results[1:]:
-        assert all(torch.equal(first, other) for first, other in zip(results[0], result, strict=True))
+        return quantised.codes, quantised.scales, nf4.dequantize_nf4(quantised, torch.bfloat16)
+
+    for one, two, three in zip(*in_threads(there_and_back), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 # ---- double quantisation ----

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minift.ops import nf4, nf4_linear
 
 U32 = 2.0**-24
+LAYOUTS = ["contiguous", "slice of wider rows", "transposed", "expanded"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,6 +56,7 @@ cases = {
     "num_inputs": st.one_of(st.integers(1, 20).map(lambda blocks: 32 * blocks), st.integers(1, 100)),
     "block_size": st.sampled_from([32, 64, 128, 256]),
     "double": st.booleans(),
+    "layout": st.sampled_from(LAYOUTS),
     "seed": st.integers(0, 99),
 }
 
@@ -63,11 +65,11 @@ cases = {
 @property_test
 @given(**cases)
 def test_forward_is_the_product(
-    kernels, draw_tensor, rounding, dtype, tokens, num_outputs, num_inputs, block_size, double, seed
+    kernels, draw_tensor, rounding, dtype, tokens, num_outputs, num_inputs, block_size, double, layout, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     matrix = draw_matrix(generator, (num_outputs, num_inputs), block_size, double)
-    x = draw_tensor(generator, (tokens, num_inputs), dtype, ["contiguous", "slice of wider rows"][seed % 2])
+    x = draw_tensor(generator, (tokens, num_inputs), dtype, layout)
     y = nf4_linear.nf4_linear(x, matrix)
     assert y.dtype == dtype
     weight = nf4.dequantize_nf4(matrix, torch.float64).view(num_outputs, num_inputs)
@@ -78,11 +80,11 @@ def test_forward_is_the_product(
 @property_test
 @given(**cases)
 def test_the_input_gradient_is_the_product(
-    kernels, draw_tensor, rounding, dtype, tokens, num_outputs, num_inputs, block_size, double, seed
+    kernels, draw_tensor, rounding, dtype, tokens, num_outputs, num_inputs, block_size, double, layout, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     matrix = draw_matrix(generator, (num_outputs, num_inputs), block_size, double)
-    dy = draw_tensor(generator, (tokens, num_outputs), dtype, ["contiguous", "slice of wider rows"][seed % 2])
+    dy = draw_tensor(generator, (tokens, num_outputs), dtype, layout)
     dx = nf4_linear.nf4_linear_dx(dy, matrix)
     assert dx.dtype == dtype
     weight = nf4.dequantize_nf4(matrix, torch.float64).view(num_outputs, num_inputs)
@@ -94,13 +96,14 @@ def test_the_input_gradient_is_the_product(
 @settings(property_test, max_examples=15)
 @given(**cases)
 def test_the_input_gradient_added_to_another(
-    draw_tensor, rounding, monkeypatch, slice_bytes, dtype, tokens, num_outputs, num_inputs, block_size, double, seed
-):
+    draw_tensor, rounding, monkeypatch, slice_bytes, dtype, tokens, num_outputs, num_inputs, block_size, double, layout,
+    seed,
+):  # fmt: skip
     """Rounded once, after the addition."""
     monkeypatch.setattr(nf4_linear, "SLICE_BYTES", slice_bytes)
     generator = torch.Generator().manual_seed(seed)
     matrix = draw_matrix(generator, (num_outputs, num_inputs), block_size, double)
-    dy = draw_tensor(generator, (tokens, num_outputs), dtype, ["contiguous", "slice of wider rows"][seed % 2])
+    dy = draw_tensor(generator, (tokens, num_outputs), dtype, layout)
     add_to = torch.randn(tokens, num_inputs, generator=generator).to(dtype)
     before = add_to.double()
     dx = nf4_linear.nf4_linear_dx(dy, matrix, add_to)
@@ -146,29 +149,28 @@ def test_the_slices_do_not_matter(monkeypatch, rounding, shape, slice_bytes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_inputs", [64, 576, 4160, 8192, 12352])
-def test_few_tokens_and_long_rows(kernels, rounding, dtype, num_inputs):
-    """Rows longer than a stretch of scales, with and without an incomplete chunk at the end."""
+@pytest.mark.parametrize(
+    ("num_inputs", "block_size"),
+    [(64, 64), (576, 64), (4160, 64), (8192, 64), (12352, 64), (9248, 32), (6144, 2048), (12288, 4096)],
+)
+def test_few_tokens_and_long_rows(kernels, rounding, dtype, num_inputs, block_size):
+    """Rows longer than a stretch of scales, with and without an incomplete chunk at the end; blocks longer than both,
+    too: a stretch of 8 tokens has 1024 elements."""
     generator = torch.Generator().manual_seed(num_inputs)
-    matrix = draw_matrix(generator, (19, num_inputs), 64, double=True)
+    matrix = draw_matrix(generator, (19, num_inputs), block_size, double=True)
     weight = nf4.dequantize_nf4(matrix, torch.float64).view(19, num_inputs)
     x = torch.randn(15, num_inputs, generator=generator).to(dtype)
     assert_is_product(nf4_linear.nf4_linear(x, matrix), x.double(), weight.t(), rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_does_not_depend_on_its_neighbours_nor_on_threads(instruction_set, dtype):
+def test_a_token_does_not_depend_on_its_neighbours_nor_on_threads(instruction_set, in_threads, dtype):
     """For few tokens: 15 are computed as 8 + 4 + 2 + 1."""
     generator = torch.Generator().manual_seed(0)
     matrix = draw_matrix(generator, (203, 704), 64, double=True)
     x = torch.randn(15, 704, generator=generator).to(dtype)
-    num_threads = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(nf4_linear.nf4_linear(x, matrix))
-        results.append(torch.cat([nf4_linear.nf4_linear(token.unsqueeze(0), matrix) for token in x]))
-    torch.set_num_threads(num_threads)
+    results = in_threads(lambda: nf4_linear.nf4_linear(x, matrix))
+    results += in_threads(lambda: torch.cat([nf4_linear.nf4_linear(token.unsqueeze(0), matrix) for token in x]))
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 

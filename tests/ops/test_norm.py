@@ -105,20 +105,15 @@ def test_rounds_where_hugging_face_rounds(implementation, dtype):
         assert (y == module(x)).float().mean() > 0.995
 
 
-def test_dweight_of_many_rows_does_not_depend_on_the_number_of_threads(instruction_set):
+def test_dweight_of_many_rows_does_not_depend_on_the_number_of_threads(instruction_set, in_threads):
     torch.manual_seed(0)
     x, dy, weight = torch.randn(3001, 48), torch.randn(3001, 48), torch.randn(48)
     _, rstd = norm.rms_norm(x, weight, 1e-5)
-    num_threads = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(norm.rms_norm_backward(dy, x, weight, rstd, True)[1])
-    torch.set_num_threads(num_threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    one, two, three = in_threads(lambda: norm.rms_norm_backward(dy, x, weight, rstd, True)[1])
+    assert torch.equal(one, two) and torch.equal(one, three)
     terms = dy.double() * x.double() * rstd.double().unsqueeze(-1)
     # At most 64 blocks of 47 rows, and two products.
-    assert ((results[0].double() - terms.sum(0)).abs() <= (64 + 47 + 2) * U32 * terms.abs().sum(0)).all()
+    assert ((one.double() - terms.sum(0)).abs() <= (64 + 47 + 2) * U32 * terms.abs().sum(0)).all()
 
 
 def test_a_nan_stays_in_its_row(implementation):

@@ -77,16 +77,11 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, angle.cos(), angle.sin()), x)
 
 
-def test_many_threads_give_the_same_bits(instruction_set):
+def test_many_threads_give_the_same_bits(instruction_set, in_threads):
     torch.manual_seed(0)
     x, angle = torch.randn(301, 5, 64), torch.rand(301, 32)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = apply_rope(x, angle.cos(), angle.sin())
-    torch.set_num_threads(3)
-    three = apply_rope(x, angle.cos(), angle.sin())
-    torch.set_num_threads(num_threads)
-    assert torch.equal(one, three)
+    one, two, three = in_threads(lambda: apply_rope(x, angle.cos(), angle.sin()))
+    assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("x_shape, cos_shape", [((2, 1, 6), (2, 4)), ((2, 1, 6), (3, 3)), ((2, 1, 5), (2, 2))])

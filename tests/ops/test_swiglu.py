@@ -95,16 +95,11 @@ def test_saves_only_gate_and_up():
     assert {tensor.data_ptr() for tensor in saved} == {gate.data_ptr(), up.data_ptr()} and len(saved) == 2
 
 
-def test_many_threads_give_the_same_bits(instruction_set):
+def test_many_threads_give_the_same_bits(instruction_set, in_threads):
     torch.manual_seed(0)
     gate, up = torch.randn(301, 1031), torch.randn(301, 1031)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = swiglu(gate, up)
-    torch.set_num_threads(3)
-    three = swiglu(gate, up)
-    torch.set_num_threads(num_threads)
-    assert torch.equal(one, three)
+    one, two, three = in_threads(lambda: swiglu(gate, up))
+    assert torch.equal(one, two) and torch.equal(one, three)
 
 
 def test_gradcheck_in_float64():
