@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(minift, m) {
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
 
+  // minift/ops/cross_entropy.py. targets int64; losses are fp32, of each row.
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, bool need_gradient) -> Tensor losses");
+
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 

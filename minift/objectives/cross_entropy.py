@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minift.grad_slot import claim_slot, slot_of, without_slots
+from minift.ops.cross_entropy import WIDE_BYTES, cross_entropy_
 from minift.ops.matmul import addmm_, mm
 
 IGNORE = -100  # target of a row that is not supervised
 
 _LOGITS_BYTES = 256 << 20  # a chunk of logits is this large ...
 _MIN_CHUNK_TOKENS = 1024  # ... or larger: with fewer rows the GEMM would wait for the weight to be read
-SOFTMAX_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of fp32 logits at a time: stays in cache; outlasts its launches
 
 
 def linear_cross_entropy(
@@ -72,9 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         trainable = trainable if with_graph else ()
         needs_hidden = with_graph and ctx.needs_input_grad[1]
         run_head = _dense_head if _is_dense(lm_head) else _module_head
-        hidden_MD, targets_M1 = hidden_ND[rows_M], targets_N[rows_M].unsqueeze(1)
+        hidden_MD, targets_M = hidden_ND[rows_M], targets_N[rows_M]
         loss_sum, *gradients = run_head(
-            hidden_MD, targets_M1, lm_head, even_chunk(len(rows_M), chunk_tokens), needs_hidden, trainable
+            hidden_MD, targets_M, lm_head, even_chunk(len(rows_M), chunk_tokens), needs_hidden, trainable
         )
         ctx.trainable = trainable
         # What was claimed stays in its slot: saved, it would be a view of memory that is not autograd's.
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None, d_hidden_ND, None, None, None, None, *scaled
 
 
-def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
+def _dense_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
     """[loss_sum, its gradient for hidden (or None), and for each of `trainable`], by explicit GEMMs."""
     weight_VD, bias_V = lm_head.weight, lm_head.bias
     d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
@@ -125,7 +125,7 @@ def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trai
             mm(hidden_CD, weight_VD.t(), out=logits_CV)
         else:
             addmm_(logits_CV.copy_(bias_V), hidden_CD, weight_VD.t())
-        loss_sum += _to_gradient_(logits_CV, targets_M1[here], needs_hidden or bool(trainable))
+        loss_sum += cross_entropy_(logits_CV, targets_M[here], needs_hidden or bool(trainable)).sum()
         if needs_hidden:
             mm(logits_CV, weight_VD, out=d_hidden_MD[here])
         for parameter in trainable:
@@ -139,7 +139,7 @@ def _dense_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trai
     return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
 
 
-def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
+def _module_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
     """What `_dense_head` returns, for a head known by its forward only."""
     d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
     totals: dict[Tensor, Tensor] = {}
@@ -150,8 +150,9 @@ def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, tra
         hidden_CD = hidden_MD[here].requires_grad_(needs_hidden)
         with torch.set_grad_enabled(needs_any):
             logits_CV = lm_head(hidden_CD)
-        d_logits_CV = logits_CV.detach().clone()  # the head may need its own output in backward
-        loss_sum += _to_gradient_(d_logits_CV, targets_M1[here], needs_any)
+        # Not in place: the head may need its own output in backward.
+        d_logits_CV = logits_CV.detach().clone(memory_format=torch.contiguous_format)
+        loss_sum += cross_entropy_(d_logits_CV, targets_M[here], needs_any).sum()
         if needs_any:
             inputs = [hidden_CD, *trainable] if needs_hidden else trainable
             with without_slots(trainable):  # these gradients are not scaled yet
@@ -161,25 +162,6 @@ def _module_head(hidden_MD, targets_M1, lm_head, chunk_tokens, needs_hidden, tra
             for parameter, gradient in zip(trainable, gradients, strict=True):
                 _add_to(totals, parameter, gradient.clone())  # for A + B, autograd returns one tensor twice
     return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
-
-
-def _to_gradient_(logits_CV: Tensor, targets_C1: Tensor, needs_gradient: bool) -> Tensor:
-    """Sum of the losses of a chunk; logits_CV is overwritten by its gradient, softmax - one_hot (if needed)."""
-    dtype = _statistics_dtype(logits_CV)
-    loss_sum = logits_CV.new_zeros((), dtype=dtype)
-    num_rows = max(1, SOFTMAX_BYTES[logits_CV.device.type] // (logits_CV.shape[1] * dtype.itemsize))
-    for logits_RV, targets_R1 in zip(logits_CV.split(num_rows), targets_C1.split(num_rows), strict=True):
-        softmax_RV = logits_RV.to(dtype)  # fp32 logits: the same memory
-        of_target_R1 = softmax_RV.gather(1, targets_R1)
-        largest_R1 = softmax_RV.amax(1, keepdim=True)
-        softmax_RV.sub_(largest_R1).exp_()
-        total_R1 = softmax_RV.sum(1, keepdim=True)
-        loss_sum += (total_R1.log() + (largest_R1 - of_target_R1)).sum()
-        if needs_gradient:
-            minus_one_R1 = softmax_RV.new_full((1, 1), -1.0).expand_as(targets_R1)
-            softmax_RV.div_(total_R1).scatter_add_(1, targets_R1, minus_one_R1)
-            logits_RV.copy_(softmax_RV)
-    return loss_sum
 
 
 def _is_dense(lm_head: nn.Module) -> bool:
@@ -241,6 +223,6 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
     """out = gradient · factor; `out` may be `gradient`. The product is formed in fp32, since a bf16 factor, 1 / (tokens
     of the step), would be off by up to 2^-9 for all; and by few rows, since a head's gradient in fp32 is large."""
-    num_rows = max(1, SOFTMAX_BYTES[gradient.device.type] // (4 * max(1, gradient[:1].numel())))
+    num_rows = max(1, WIDE_BYTES[gradient.device.type] // (4 * max(1, gradient[:1].numel())))
     for out_rows, rows in zip(out.split(num_rows), gradient.split(num_rows), strict=True):
         out_rows.copy_(rows.to(factor.dtype) * factor)

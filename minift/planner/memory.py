@@ -31,8 +31,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minift.objectives.cross_entropy import SOFTMAX_BYTES, default_chunk_tokens, even_chunk
+from minift.objectives.cross_entropy import default_chunk_tokens, even_chunk
 from minift.ops.blockwise import BLOCK
+from minift.ops.cross_entropy import WIDE_BYTES
 from minift.optim.memory import PAGED_BUFFER_BYTES
 from minift.optim.moments import MIN_8BIT_ELEMENTS
 from minift.planner.activations import BlockActivations
@@ -228,12 +229,12 @@ def _head_chunk(run: RunShape) -> int:
 
 def head_bytes(run: RunShape, trains: bool) -> dict[str, int]:
     """The loss, which computes its gradients in forward: rows with a target, M of them, their gradient, a chunk of
-    logits, C of V, softmax in fp32 a few rows at a time, and the gradient of a trained head, V·D."""
+    logits, C of V, on a GPU softmax in fp32 a few rows at a time, and the gradient of a trained head, V·D."""
     rows, vocab, b = run.workload.num_targets, run.model.vocab_size, run.wire_itemsize
     chunk = _head_chunk(run)
     logits = chunk * vocab * b
-    softmax_rows = max(1, _softmax_bytes(run) // (4 * vocab))
-    softmax = 0 if b == 4 else 4 * vocab * min(chunk, 2 * softmax_rows)
+    softmax_rows = max(1, _wide_bytes(run) // (4 * vocab))
+    softmax = 4 * vocab * min(chunk, 2 * softmax_rows) if run.is_on_gpu and b < 4 else 0
     in_rows = (2 if trains else 1) * rows * run.model.hidden_size * b
     grad = _head_grad_bytes(run)
     is_summed_up = chunk < rows  # else there is none before the softmax of the only chunk is through
@@ -271,10 +272,10 @@ def head_backward_bytes(run: RunShape, trains: bool) -> dict[str, int]:
     in_rows = (run.workload.tokens + 2 * rows) * hidden * b if trains else 0
     scaled = head.weight_numel * b if grad else 0
     num_rows = head.out_features if head.trains_weight and rows else rows if trains else 0
-    scaled_rows = min(num_rows, max(1, _softmax_bytes(run) // (4 * hidden)))
+    scaled_rows = min(num_rows, max(1, _wide_bytes(run) // (4 * hidden)))
     return {"LM head": in_rows + grad + scaled + (1 if b == 4 else 2) * 4 * hidden * scaled_rows}
 
 
-def _softmax_bytes(run: RunShape) -> int:
+def _wide_bytes(run: RunShape) -> int:
     """Of what is computed in fp32 at a time."""
-    return SOFTMAX_BYTES["cuda" if run.is_on_gpu else "cpu"]
+    return WIDE_BYTES["cuda" if run.is_on_gpu else "cpu"]

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.data import batch
 from minift.model.linear import Linear
-from minift.objectives import cross_entropy
 from minift.objectives.cross_entropy import IGNORE, default_chunk_tokens, linear_cross_entropy
+from minift.ops import cross_entropy
 
 D, V = 6, 11
 
@@ -114,7 +114,7 @@ cases = {"kind": kinds, "num_rows": st.integers(1, 24), "chunk": st.integers(1, 
 def test_value_and_gradients_are_those_of_the_full_logits(kind, num_rows, chunk, seed, supervised, softmax_rows):
     hidden, head, targets = make(kind, torch.float64, num_rows, seed, supervised)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", softmax_rows * V * 8)
+        patch.setitem(cross_entropy.WIDE_BYTES, "cpu", softmax_rows * V * 8)
         loss = linear_cross_entropy(hidden, head, targets, chunk)
     ours = gradients(loss, hidden, head)
     full = F.cross_entropy(head(hidden), targets, reduction="sum")
