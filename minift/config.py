@@ -23,11 +23,11 @@ from minift.data.config import DataConfig
 from minift.fsdp.policy import ShardPolicy
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
-from minift.peft.lora import LoraConfig
+from minift.peft.methods import Method
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recipe.build import build, differences
-from minift.recipe.describe import describe, show, to_plain, walk
+from minift.recipe.describe import Field, describe, sections_of, show, to_plain, variants, walk
 from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
 from minift.recompute import RecomputeConfig
 from minift.train import TrainConfig
@@ -57,8 +57,8 @@ class RunConfig:
     objective: Literal["sft", "lm"] = "sft"
     """sft: the loss counts what the assistant says (or the completion). lm: every token of every document."""
 
-    adapter: LoraConfig | None = None
-    """Train these small matrices beside the frozen weights; null: train the weights themselves."""
+    adapter: Method | None = None
+    """Train little beside the frozen weights, by the method that `method` names; null: train the weights themselves."""
 
     quant: QuantConfig | None = None
     """Hold the frozen weights under an adapter in 4 bits (QLoRA); null: in precision.wire."""
@@ -183,14 +183,30 @@ def _was_trained(run_dir: Path) -> bool:
 def help_text() -> str:
     """Every field with type, default and documentation, section by section."""
     top, sections = [], []
+    seen = set()
     for entry in walk(RunConfig):
         if entry.section:
-            rest = "" if entry.default != "null" else "  (default: null)"
-            sections.append(f"\n{entry.key}: {entry.doc}{rest}")
+            sections += _section_lines(entry, is_first=entry.key not in seen)
+            seen.add(entry.key)
             continue
         default = f"default: {entry.default}" if entry.default else "required"
         lines = [f"  --{entry.key}  {describe(entry.hint)}  ({default})"]
         doc = entry.doc[:1].upper() + entry.doc[1:]
         lines += textwrap.wrap(doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        (sections if "." in entry.key else top).append("\n".join(lines))
+        text = "\n".join(lines)
+        if text not in seen:  # fields that variants of a section share are told once
+            (sections if "." in entry.key else top).append(text)
+            seen.add(text)
     return "\n".join([USAGE, *top, *sections])
+
+
+def _section_lines(entry: Field, is_first: bool) -> list[str]:
+    """The heading of a section, of each of its variants if there are any; `is_first`: of these."""
+    rest = "" if entry.default != "null" else "  (default: null)"
+    lines = [f"\n{entry.key}: {entry.doc}{rest}"] if is_first else []
+    sections = sections_of(entry.hint)
+    if len(sections) > 1:
+        name, choices = variants(sections)
+        value = next(value for value, section in choices.items() if section is entry.section)
+        lines.append(f"\n  with {name}: {value}")
+    return lines

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minift.config import RunConfig, help_text
 from minift.optim.config import OptimConfig
+from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
 from minift.recipe.describe import to_plain, walk
 from minift.recompute import RecomputeConfig
@@ -63,7 +64,7 @@ configs = st.builds(
         targets=st.just("all-linear") | st.lists(words, min_size=1, max_size=3),
         exclude=st.none() | st.lists(words, max_size=2),
         rank_pattern=st.dictionaries(words, st.integers(1, 8), max_size=2),
-    ),
+    ) | st.builds(IA3Config, feedforward=words | st.lists(words, max_size=2)),
     optim=st.builds(
         OptimConfig,
         lr=st.floats(1e-8, 1.0),
@@ -96,6 +97,8 @@ MISTAKES = [
     (["--optim.learning_rate", "1"], ["--optim.learning_rate is not a field; did you mean optim.lr?"]),
     (["--lr", "1"], ["--lr is not a field; did you mean optim.lr?"]),
     (["--adapter.rank", "8"], ["--adapter.rank is not a field; did you mean adapter."]),
+    (["--adapter.method", "ia4"], ["--adapter.method is ia4", "did you mean ia3?"]),
+    (["--adapter", "{method: ia3, r: 8}"], ["is not a field; it belongs to method: lora", "valid in adapter: method"]),
     (["--lora.r", "8"], ["lora (--lora.r) is not a field"]),
     (["--loop.epoch", "8"], ["did you mean loop.epochs?"]),
     (["--optim.lr", "-1"], ["optim.lr is -1.0", "> 0"]),
@@ -162,6 +165,7 @@ def test_every_field_has_documentation_and_is_in_the_help():
         assert entry.doc, f"{entry.key} has no documentation: write a string under the field"
         assert (entry.key + ":" if entry.section else f"--{entry.key} ") in text
     assert "--optim.lr  a number  (default: 0.0002)" in text
+    assert "  with method: ia3\n" in text and text.count("--adapter.exclude ") == 1
     assert "--data.train  [text, ...]  (required)" in text
 
 

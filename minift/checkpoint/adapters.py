@@ -1,18 +1,22 @@
 """Adapters on disk, exactly as PEFT 0.21 writes and reads them: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensors come and go as {in-memory name: tensor}, so that a sharded model can hand in what it gathered. They are stored
-in fp32, which is what is trained. Writing is atomic and ends with reading back what was written; reading is strict: a
+in fp32, which is what is trained; what a method holds in another form than PEFT is turned by `peft.inject.to_file` and
+`from_file`. Writing is atomic and ends with reading back what was written; reading is strict: a
 missing, an unexpected, a misshapen or a non-finite tensor is an error that names it, as is a PEFT feature that minift
 does not have. (An adapter that loads "with a warning" is usually one whose B is still zero.)
 
-    save_adapter(folder, config, {name: p.detach() for name, p in adapter_parameters(model).items()}, base_model=...)
+    save_adapter(folder, config, file_tensors(model), base_model=...)
     config = load_adapter(model, folder)
+
+Methods that PEFT does not have are stored in the same two files, under a `peft_type` that it refuses.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,21 +26,20 @@ from torch import Tensor, nn
 
 from minift.checkpoint.atomic import atomic_folder
 from minift.peft.adapter import AdapterConfig
-from minift.peft.inject import adapter_parameters, inject
-from minift.peft.lora import LoraConfig
+from minift.peft.inject import adapter_parameters, adapters, from_file, inject, to_file
+from minift.peft.methods import METHODS
 from minift.peft.names import fqn_of_peft_key, peft_key
 from minift.peft.patterns import ALL_LINEAR
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-METHODS: dict[str, type[AdapterConfig]] = {"LORA": LoraConfig}
-"""PEFT's name of a method -> its settings. A new method is one more line."""
 
 
 def save_adapter(
     folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], *, base_model: str | None = None
 ) -> None:
-    """Write a new PEFT folder. `tensors`: every adapter parameter, whole, by its in-memory name, any dtype and device.
+    """Write a new PEFT folder. `tensors`: every adapter parameter, whole, as files hold it, by its in-memory name, any
+    dtype and device.
 
     `base_model` is recorded as the name or path by which PEFT finds the base. ValueError if `tensors` is empty or
     incomplete, or has a non-finite value; OSError if what was read back is not what was written.
@@ -69,9 +72,10 @@ def read_config(folder: str | Path) -> AdapterConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    method = METHODS.get(fields.get("peft_type"))
+    method = next((method for method in METHODS if method.reads(fields)), None)
     if method is None:
-        raise ValueError(f"{path}: peft_type is {fields.get('peft_type')!r}; valid: {', '.join(METHODS)}")
+        valid = ", ".join(dict.fromkeys(method.peft_type for method in METHODS))
+        raise ValueError(f"{path}: peft_type is {fields.get('peft_type')!r}; valid: {valid}")
     try:
         return method.from_peft(fields)
     except ValueError as error:
@@ -79,7 +83,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
 
 
 def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, in the dtype of the file.
+    """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, as the file holds them.
 
     `shapes`: name -> shape of every adapter parameter of the model. ValueError names what is missing, unexpected,
     misshapen or non-finite. One exception, `lm_head.base_layer.weight`: PEFT stores a copy of the base weight beside an
@@ -115,8 +119,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = t
     parameters = adapter_parameters(model)
     tensors = read_tensors(folder, {name: tuple(p.shape) for name, p in parameters.items()})
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])
+        parameter.data.copy_(from_file(model, name, tensors[name], partial(_base_weight, model)))
     return config
+
+
+def file_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What `save_adapter` takes, of a model that one process holds whole."""
+    return {
+        name: to_file(model, name, parameter.detach().float(), partial(_base_weight, model))
+        for name, parameter in adapter_parameters(model).items()
+    }
+
+
+def _base_weight(model: nn.Module, name: str) -> Tensor:
+    return adapters(model)[name].base.dense_weight()
 
 
 def _adapted_modules(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:

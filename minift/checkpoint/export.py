@@ -23,6 +23,8 @@ from minift.model.config import ModelConfig
 from minift.model.hf import save_model
 from minift.model.weights import WeightReader
 from minift.peft.adapter import AdapterConfig
+from minift.peft.inject import to_file
+from minift.quant.weights import QuantWeights
 
 
 def export_run(
@@ -41,6 +43,12 @@ def export_run(
         trained = engine.full_tensors(trainable_only=True)
         tensors = {name: tensor.cpu().clone() for name, tensor in trained if is_main}
         if is_main:
+            weights, model = QuantWeights(base_folder), engine.module
+
+            def base_weight(name: str) -> Tensor:
+                return weights.trained_weight(name, model.get_submodule(name).base)
+
+            tensors = {name: to_file(model, name, values.float(), base_weight) for name, values in tensors.items()}
             save_adapter(fresh, adapter, tensors, base_model=str(Path(base_folder).resolve()))
             swap_in(fresh, target)
         return str(target), None

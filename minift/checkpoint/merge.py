@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minift.checkpoint.adapters import read_config, read_tensors
 from minift.checkpoint.atomic import atomic_folder
@@ -32,7 +32,7 @@ from minift.model.weights import TensorSpec, WeightReader
 from minift.ops.nf4 import quantize_nf4
 from minift.peft.adapter import Adapter
 from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, check_target, measure_drift
-from minift.peft.inject import adapter_parameters, adapters, inject
+from minift.peft.inject import adapter_parameters, adapters, from_file, inject
 from minift.quant.bitsandbytes import quantization_config, stored_tensors
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
@@ -106,9 +106,19 @@ def merge_adapter(
         parts = stored_tensors(projection, requantized(projection, lambda drift: None))
         specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts}
 
+    def bias(name: str) -> Tensor:
+        """A bias, with what an adapter does to it."""
+        adapter = updates.get(f"{name.removesuffix('.bias')}.weight")
+        if adapter is None:
+            return unmerged(name)
+        return adapter.effective_bias(nn.Parameter(unmerged(name).float())).detach().to(specs[name][0])
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in dense:
-            yield name, merged(name, specs[name][0]) if name in updates else unmerged(name)
+            if name.endswith(".bias"):
+                yield name, bias(name)
+            else:
+                yield name, merged(name, specs[name][0]) if name in updates else unmerged(name)
         for projection in again:
             yield from stored_tensors(projection, requantized(projection, drifts.append))
 
@@ -143,7 +153,11 @@ class _Base:
         """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta."""
         inject(self._model, read_config(adapter_folder))
         shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(self._model).items()}
-        self._model.load_state_dict(read_tensors(adapter_folder, shapes), strict=False, assign=True)
+        tensors = {
+            name: from_file(self._model, name, values, lambda projection: self.trained_weight(f"{projection}.weight"))
+            for name, values in read_tensors(adapter_folder, shapes).items()
+        }
+        self._model.load_state_dict(tensors, strict=False, assign=True)
         return {f"{name}.weight": adapter for name, adapter in adapters(self._model).items()}
 
     def trained_weight(self, name: str) -> Tensor:

@@ -18,7 +18,7 @@ that says how to multiply with it, `product` and `product_dx`, and needs to know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,11 @@ class LinearBase(nn.Module):
         """The weight (out_features, in_features) without gradient history: itself where it is dense, else a copy."""
         raise NotImplementedError
 
+    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in `dtype`) of the weight from top to bottom, as many at a time as a cache holds; without
+        gradient history, and each good until the next is asked for."""
+        raise NotImplementedError
+
     def storing(self, weight: Tensor) -> LinearBase:
         """A projection like this one, with the same bias, that holds `weight` (any float dtype), frozen and rounded to
         this one's format."""
@@ -97,6 +102,12 @@ class Linear(LinearBase):
     def dense_weight(self) -> Tensor:
         return self.weight.detach()
 
+    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        weight = self.weight.detach()
+        rows = self.out_features if weight.dtype == dtype else rows_in_cache(weight.shape, dtype, weight.device)
+        for start in range(0, self.out_features, rows):
+            yield start, weight[start : start + rows].to(dtype)
+
     def storing(self, weight: Tensor) -> Linear:
         return Linear.holding(weight.to(self.weight.dtype), self.bias)
 
@@ -111,6 +122,12 @@ class Linear(LinearBase):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+def rows_in_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of a weight (out, in) to convert at a time: what fits a cache, or keeps a GPU busy."""
+    slice_bytes = 1 << 20 if device.type == "cpu" else 64 << 20
+    return min(shape[0], max(1, slice_bytes // (shape[1] * dtype.itemsize)))
 
 
 def project(x: Tensor, *projections: LinearBase) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """What an adapter is: a module that wraps another one, as `base`, and owns a few trainable parameters.
 
-Adding a method is adding one file with two classes, and one line in `checkpoint/adapters.py` (its PEFT name):
+Adding a method is adding one file with two classes, and one line in `methods.py`:
 
   * a frozen dataclass derived from `AdapterConfig`: the user's settings, which modules to wrap (inherited: projections)
     and how, and how the settings are spelled in PEFT's `adapter_config.json`;
@@ -16,7 +16,7 @@ parameter that backward needs is read again in backward from the Parameter objec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -32,13 +32,18 @@ from minift.peft.patterns import ALL_LINEAR
 class AdapterConfig(ABC):
     """Settings that all methods share.
 
+    method: which method this is; lora if it is left out.
     targets: which projections get an adapter: "all-linear" (all but lm_head), a list of names or suffixes after a dot
         (["q_proj", "v_proj"]), or one regular expression for the full name.
     exclude: projections left alone although `targets` matches them; a list or one regular expression, as above.
     """
 
+    method: str
     targets: str | list[str] = ALL_LINEAR
     exclude: str | list[str] | None = None
+
+    peft_type: ClassVar[str]
+    """The method's name in `adapter_config.json`: PEFT's, or one of minift's own if PEFT has no such method."""
 
     parameter_names: ClassVar[tuple[str, ...]]
     """Names of an adapter's own parameters below its module, e.g. ("lora_A.weight", "lora_B.weight")."""
@@ -61,6 +66,11 @@ class AdapterConfig(ABC):
         """Every key of PEFT's `adapter_config.json`; "target_modules" as in `targets`, storage spells out a string."""
 
     @classmethod
+    def reads(cls, fields: Mapping[str, Any]) -> bool:
+        """Whether an `adapter_config.json` is of this method: PEFT has several of one `peft_type`."""
+        return fields.get("peft_type") == cls.peft_type
+
+    @classmethod
     @abstractmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
         """Inverse of `to_peft` for any file that PEFT wrote. ValueError names a setting that minift does not have."""
@@ -74,6 +84,17 @@ class AdapterModule(nn.Module):
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
         raise NotImplementedError
+
+    def to_file(self, local_name: str, values: Tensor, base_weight: Callable[[], Tensor]) -> Tensor:
+        """What an adapter file holds where the own parameter `local_name` is `values` (fp32): the same, as a rule.
+
+        base_weight: the base's dense weight as it was trained with, read when it is called.
+        """
+        return values
+
+    def from_file(self, local_name: str, values: Tensor, base_weight: Callable[[], Tensor]) -> Tensor:
+        """Inverse of `to_file`."""
+        return values
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(local name, Parameter) of everything outside `base`: what is stored, and trained unless it is frozen."""
@@ -127,6 +148,9 @@ class Adapter(AdapterModule, LinearBase):
         """The effective weight (out, in), rounded once to the base weight's dtype. A copy unless merged."""
         weight = self.base.dense_weight()
         return weight if self.merged else self.exact_weight(weight).to(weight.dtype)
+
+    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.dense_weight().to(dtype)
 
     @property
     def merged(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,34 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def init_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device."""
+    adapter_name, local_name = split_name(model, name)
+    adapter = model.get_submodule(adapter_name)
+    return adapter.init_parameter(local_name, named_generator(seed, name))
+
+
+def split_name(model: nn.Module, name: str) -> tuple[str, str]:
+    """(name of the adapter, local name) of the adapter parameter called `name`."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):  # the innermost: an adapter may wrap another
-        module = model.get_submodule(".".join(path[:depth]))
-        if isinstance(module, AdapterModule):
-            return module.init_parameter(".".join(path[depth:]), named_generator(seed, name))
+        adapter_name = ".".join(path[:depth])
+        if isinstance(model.get_submodule(adapter_name), AdapterModule):
+            return adapter_name, ".".join(path[depth:])
     raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
+
+
+def to_file(model: nn.Module, name: str, values: Tensor, base_weight: Callable[[str], Tensor]) -> Tensor:
+    """What an adapter file holds where the adapter parameter `name` is `values` (fp32).
+
+    base_weight: name of an adapted module -> its base's dense weight as it was trained with; called where needed only.
+    """
+    adapter_name, local_name = split_name(model, name)
+    return model.get_submodule(adapter_name).to_file(local_name, values, lambda: base_weight(adapter_name))
+
+
+def from_file(model: nn.Module, name: str, values: Tensor, base_weight: Callable[[str], Tensor]) -> Tensor:
+    """Inverse of `to_file`."""
+    adapter_name, local_name = split_name(model, name)
+    return model.get_submodule(adapter_name).from_file(local_name, values, lambda: base_weight(adapter_name))
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,17 @@ from torch import Tensor, nn
 from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
 from minift.peft.patterns import check_endings, first_match
+from minift.peft.peft_json import COMMON, as_int, in_order, refuse_unsupported, required
 
-# `adapter_config.json` as PEFT 0.21.2 writes it, less what `to_peft` sets. `from_peft` supports no other values.
+# What PEFT writes beside the settings of minift; `from_peft` supports no other values.
 _PEFT_DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
     "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
     "fan_in_fan_out": False,
-    "inference_mode": True,
     "init_lora_weights": True,
     "kasa_config": None,
     "layer_replication": None,
@@ -45,26 +43,18 @@ _PEFT_DEFAULTS: dict[str, Any] = {
     "modules_to_save": None,
     "monteclora_config": None,
     "peft_type": "LORA",
-    "peft_version": "0.21.2",
     "qalora_group_size": 16,
-    "revision": None,
     "target_parameters": None,
-    "task_type": "CAUSAL_LM",
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
-# Keys that `from_peft` turns into settings, or checks.
-_PEFT_OWN = {
-    "alpha_pattern", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_dropout", "r", "rank_pattern",
-    "target_modules", "use_rslora",
-}  # fmt: skip
-# Keys whose value does not change what the stored tensors mean, so any value is accepted.
-_PEFT_INFORMATIVE = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "task_type",
+# Keys that `from_peft` turns into settings, or checks, or whose value does not change what the stored tensors mean.
+_PEFT_UNDERSTOOD = {
+    "alpha_pattern", "eva_config", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_dropout",
+    "megatron_core", "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora",
+    "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base weight as it is on disk; PiSSA, OLoRA, LoftQ, LoRA-GA and CorDA change it.
 _BASE_PRESERVING_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -82,6 +72,7 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: alpha of single projections, likewise.
     """
 
+    method: Literal["lora"] = "lora"
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -89,6 +80,9 @@ class LoraConfig(AdapterConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
+    peft_type = "LORA"
+    uses_dora: ClassVar[bool] = False
+    """DoRA is a switch of LoRA in PEFT, and a method of its own here: `dora.py`."""
     parameter_names = ("lora_A.weight", "lora_B.weight")
 
     def __post_init__(self) -> None:
@@ -122,36 +116,35 @@ class LoraConfig(AdapterConfig):
         check_endings(self.alpha_pattern, names, "alpha_pattern")
 
     def to_peft(self) -> dict[str, Any]:
-        return _PEFT_DEFAULTS | {
-            "alpha_pattern": {pattern: _as_int(alpha) for pattern, alpha in self.alpha_pattern.items()},
-            "exclude_modules": _sorted(self.exclude),
-            "lora_alpha": _as_int(self.alpha),
+        return COMMON | _PEFT_DEFAULTS | {
+            "alpha_pattern": {pattern: as_int(alpha) for pattern, alpha in self.alpha_pattern.items()},
+            "exclude_modules": in_order(self.exclude),
+            "lora_alpha": as_int(self.alpha),
             "lora_dropout": self.dropout,
             "r": self.r,
             "rank_pattern": self.rank_pattern,
-            "target_modules": _sorted(self.targets),
+            "target_modules": in_order(self.targets),
+            "use_dora": self.uses_dora,
             "use_rslora": self.rslora,
         }
 
     @classmethod
+    def reads(cls, fields: Mapping[str, Any]) -> bool:
+        return super().reads(fields) and bool(fields.get("use_dora")) == cls.uses_dora
+
+    @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        for key in ("r", "lora_alpha", "target_modules"):
-            if fields.get(key) is None:
-                raise ValueError(f"adapter_config.json has no {key!r}, which LoRA needs")
         if fields.get("init_lora_weights", True) not in _BASE_PRESERVING_INITS:
             raise ValueError(
                 f"init_lora_weights is {fields['init_lora_weights']!r}: that initialisation changes the base, so "
                 "the adapter alone does not describe the model; convert it to a plain LoRA with PEFT first"
             )
-        for key, value in fields.items():
-            if key in _PEFT_OWN or key in _PEFT_INFORMATIVE or value == _PEFT_DEFAULTS.get(key) or not value:
-                continue
-            raise ValueError(f"adapter_config.json sets {key!r} to {value!r}, which minift does not support")
+        refuse_unsupported(fields, _PEFT_DEFAULTS, _PEFT_UNDERSTOOD)
         return cls(
-            targets=fields["target_modules"],
+            targets=required(fields, "target_modules", "LoRA"),
             exclude=fields.get("exclude_modules"),
-            r=fields["r"],
-            alpha=fields["lora_alpha"],
+            r=required(fields, "r", "LoRA"),
+            alpha=required(fields, "lora_alpha", "LoRA"),
             dropout=fields.get("lora_dropout", 0.0),
             rslora=fields.get("use_rslora", False),
             rank_pattern=fields.get("rank_pattern") or {},
@@ -199,12 +192,3 @@ class LoraLinear(Adapter):
     def extra_repr(self) -> str:
         rank, in_features = self.lora_A.weight.shape
         return f"{in_features} -> {self.out_features}, rank={rank}, scale={self.scale:g}, dropout={self.dropout:g}"
-
-
-def _as_int(value: float) -> int | float:
-    """16.0 -> 16: PEFT writes alpha as an integer, and readers less lenient than PEFT expect one."""
-    return int(value) if float(value).is_integer() else value
-
-
-def _sorted(patterns: str | list[str] | None) -> str | list[str] | None:
-    return sorted(patterns) if isinstance(patterns, (list, tuple)) else patterns

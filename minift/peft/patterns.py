@@ -52,11 +52,23 @@ def check_endings(patterns: Iterable[str], names: Sequence[str], what: str) -> N
         _nonempty({name for name in names if first_match([pattern], name)}, pattern, names, what)
 
 
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether the module `name` is meant by `patterns`: names or endings, or one regular expression."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def check_modules(names: Sequence[str], patterns: str | Sequence[str], what: str) -> None:
+    """ValueError for a pattern of modules that matches none of `names`."""
+    _match_modules(names, patterns, what)
+
+
 def _match_modules(names: Sequence[str], patterns: str | Sequence[str], what: str) -> set[str]:
     if isinstance(patterns, str):
-        regex = _compile(patterns, what)
-        return _nonempty({name for name in names if regex.fullmatch(name)}, patterns, names, what)
-    found = (_nonempty({n for n in names if n == p or n.endswith(f".{p}")}, p, names, what) for p in patterns)
+        _compile(patterns, what)
+        return _nonempty({name for name in names if matches(name, patterns)}, patterns, names, what)
+    found = (_nonempty({name for name in names if matches(name, [p])}, p, names, what) for p in patterns)
     return set().union(*found)
 
 

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from minift.model.linear import Linear, LinearBase
+from minift.model.linear import Linear, LinearBase, rows_in_cache
 from minift.ops.nf4 import Nf4, dequantize_nf4, quantize_nf4, quantize_scales
 from minift.ops.nf4_linear import nf4_linear, nf4_linear_dx
 from minift.ops.nf4_tables import BLOCK_SIZES, NESTED_BLOCK_SIZE
@@ -113,11 +113,18 @@ class NF4Linear(LinearBase):
     def dense_weight(self) -> Tensor:
         return dequantize_nf4(self.nf4(), self.dtype).view(self.out_features, self.in_features)
 
+    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        nf4 = self.nf4()
+        unit = self.block_size // math.gcd(self.block_size, self.in_features)  # rows that are whole blocks
+        rows = -(-rows_in_cache(nf4.shape, dtype, self.codes.device) // unit) * unit
+        for start in range(0, self.out_features, rows):
+            stop = min(start + rows, self.out_features)
+            values = dequantize_nf4(nf4, dtype, start * self.in_features, stop * self.in_features)
+            yield start, values.view(stop - start, self.in_features)
+
     def storing(self, weight: Tensor) -> NF4Linear:
         codes, absmax = quantize_nf4(weight, self.block_size)
-        linear = NF4Linear(
-            self.in_features, self.out_features, False, self.block_size, self.double_quant, self.dtype, META
-        )
+        linear = self.blank()
         linear.bias = self.bias
         linear.hold("codes", codes)
         for part, values in self.bytes_of_scales(absmax).items():
@@ -130,6 +137,12 @@ class NF4Linear(LinearBase):
             return {"scales": absmax.view(torch.uint8)}
         scales, nested_absmax, offset = quantize_scales(absmax)
         return {"scales": scales, "nested": torch.cat([offset, nested_absmax]).view(torch.uint8)}
+
+    def blank(self) -> NF4Linear:
+        """A projection of this shape and format, without memory and without bias."""
+        return NF4Linear(
+            self.in_features, self.out_features, False, self.block_size, self.double_quant, self.dtype, META
+        )
 
     def hold(self, part: str, values: Tensor) -> None:
         """Make `values` (uint8, of the right size) the parameter codes, scales or nested."""

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from minift.model.linear import LinearBase
 from minift.model.weights import WeightReader
 from minift.ops.nf4 import absmax_of, dequantize_nf4, quantize_nf4
 from minift.quant.bitsandbytes import StoredNF4
@@ -88,6 +89,15 @@ class QuantWeights(WeightReader):
         for part, old in list(linear.named_parameters()):
             if part != "bias":
                 linear.hold(part, self.read_bytes(linear, f"{projection}.{part}", 0, old.numel()).to(device))
+
+    def trained_weight(self, projection: str, linear: LinearBase) -> Tensor:
+        """The dense weight of `projection`, in memory of its own, as a model sees it in which it is like `linear`: in
+        NF4 or not. Of `linear` nothing else is read."""
+        if not isinstance(linear, NF4Linear):
+            return self.read(f"{projection}.weight")
+        filled = linear.blank()
+        self.fill(projection, filled, torch.device("cpu"))
+        return filled.dense_weight()
 
     def _codes(self, weight_name: str, linear: NF4Linear, start: int, stop: int) -> Tensor:
         block = linear.block_size

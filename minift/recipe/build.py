@@ -3,7 +3,8 @@
     config = build(SomeDataclass, tree)
 
 Types understood: bool, int, float (finite), str, None, Literal, unions of these, list[X], tuple[X, ...], tuple[X, Y],
-dict[str, X], and dataclasses of them. Rules about values belong in `__post_init__`, which raises ValueError.
+dict[str, X], and dataclasses of them; in a union of dataclasses a field whose type is a Literal of one value says which
+is meant. Rules about values belong in `__post_init__`, which raises ValueError.
 
 jsonargparse was tried first. It does the typing, but names no nearest field, no file and no line, stops at the first
 problem, documents no field of an optional section, and lets the ValueErrors of `__post_init__` through as tracebacks.
@@ -18,7 +19,7 @@ import re
 import typing
 from typing import Any, Literal, get_args, get_origin
 
-from minift.recipe.describe import describe, is_required, is_union, to_plain, walk
+from minift.recipe.describe import describe, is_required, is_union, sections_of, to_plain, variants, walk
 from minift.recipe.nodes import NULL, Node, RecipeError
 
 INTEGER = re.compile(r"[+-]?[0-9][0-9_]*")
@@ -65,6 +66,9 @@ def convert(hint: Any, node: Node, key: str, root: type) -> Any:
         members = [member for member in arguments if member is not type(None)]
         if node.is_null and len(members) < len(arguments):
             return None
+        sections = sections_of(hint)
+        if len(sections) > 1 and isinstance(node.value, dict):
+            return build(_variant(sections, node, key), node, key, root)
         if len(members) == 1 and (dataclasses.is_dataclass(members[0]) or not isinstance(node.value, str)):
             return convert(members[0], node, key, root)  # what it says about the inside is worth more than "not valid"
         for member in sorted(members, key=lambda member: member is str):  # any text is a str, so try that last
@@ -84,9 +88,7 @@ def convert(hint: Any, node: Node, key: str, root: type) -> Any:
     elif isinstance(node.value, str) and (value := _scalar(hint, node.value, node.plain)) is not None:
         return value
     choices = [str(choice) for choice in arguments] if origin is Literal else []
-    nearest = difflib.get_close_matches(str(node.value), choices, n=1)
-    hint_text = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise RecipeError(f"{_at(key, node)} is {node}; valid: {describe(hint)}{hint_text}")
+    raise RecipeError(_not_one_of(choices, node, key, describe(hint)))
 
 
 def differences(a: Any, b: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -116,6 +118,24 @@ def _scalar(hint: Any, text: str, plain: bool) -> Any | None:
     return None
 
 
+def _variant(sections: list[type], node: Node, key: str) -> type:
+    """The one of `sections` that the mapping `node` is, by the field that tells them apart."""
+    name, choices = variants(sections)
+    chosen = node.value.get(name)
+    if chosen is None:
+        return sections[0]
+    if str(chosen) not in choices:
+        raise RecipeError(_not_one_of(list(choices), chosen, f"{key}.{name}", " | ".join(choices)))
+    return choices[str(chosen)]
+
+
+def _not_one_of(choices: list[str], node: Node, key: str, valid: str) -> str:
+    """The sentence for a value that is none of `choices`, with the nearest one that is."""
+    nearest = difflib.get_close_matches(str(node.value), choices, n=1)
+    question = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{_at(key, node)} is {node}; valid: {valid}{question}"
+
+
 def _unknown(key: str, node: Node, cls: type, root: type) -> str:
     """The sentence for a name that does not exist, with the nearest one that does.
 
@@ -132,8 +152,22 @@ def _unknown(key: str, node: Node, cls: type, root: type) -> str:
     leaves = [field for field in fields if not field.section and words]
     near += [field.key for field in leaves if all(start.search(field.doc) for start in starts)]
     near += difflib.get_close_matches(key, [field.key for field in fields], n=1)
-    question = f"did you mean {near[0]}? " if near else ""
+    question = _other_variant(section, name, root) or (f"did you mean {near[0]}? " if near else "")
     return f"{_at(key, node)} is not a field; {question}valid in {section or 'a recipe'}: {', '.join(names)}"
+
+
+def _other_variant(section: str, name: str, root: type) -> str:
+    """The beginning of a sentence that says which variants of `section` have a field `name`; "" if there are none."""
+    having = [
+        entry
+        for entry in walk(root)
+        if entry.key == section and entry.section and name in {f.name for f in dataclasses.fields(entry.section)}
+    ]
+    if not having:
+        return ""
+    tag, choices = variants(sections_of(having[0].hint))
+    values = [value for value, choice in choices.items() if any(choice is entry.section for entry in having)]
+    return f"it belongs to {tag}: {' | '.join(values)}; "
 
 
 def _at(key: str, node: Node) -> str:

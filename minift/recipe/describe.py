@@ -20,7 +20,8 @@ import yaml
 
 
 class Field(NamedTuple):
-    """One field below a dataclass. `default`: as typed by a user, "" when required; `section`: the dataclass in it."""
+    """One field below a dataclass. `default`: as typed by a user, "" when required; `section`: the dataclass in it, one
+    entry for each variant."""
 
     key: str
     hint: Any
@@ -34,14 +35,32 @@ def walk(cls: type, prefix: str = "") -> Iterator[Field]:
     hints, docs = get_type_hints(cls), field_docs(cls)
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], prefix + field.name
-        section = next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        sections = sections_of(hint)
         default = ""
-        if not (is_required(field) or section is hint):
+        if not (is_required(field) or hint in sections):
             value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             default = show(value)
-        yield Field(key, hint, default, docs.get(field.name, ""), section)
-        if section:
-            yield from walk(section, key + ".")
+        for section in sections or [None]:
+            yield Field(key, hint, default, docs.get(field.name, ""), section)
+            if section:
+                yield from walk(section, key + ".")
+
+
+def sections_of(hint: Any) -> list[type]:
+    """The dataclasses among the members of a type: more than one where a section has variants."""
+    return [member for member in (hint, *get_args(hint)) if dataclasses.is_dataclass(member)]
+
+
+def variants(sections: list[type]) -> tuple[str, dict[str, type]]:
+    """(name of the field, {its value: section}) by which sections are told apart: its type is a Literal of one value.
+
+    The first section is meant where the field is not given.
+    """
+    hints = [get_type_hints(section) for section in sections]
+    for name in hints[0]:
+        if all(get_origin(of_one.get(name)) is Literal and len(get_args(of_one[name])) == 1 for of_one in hints):
+            return name, {get_args(of_one[name])[0]: section for of_one, section in zip(hints, sections, strict=True)}
+    raise TypeError(f"no field tells {', '.join(section.__name__ for section in sections)} apart")
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -75,6 +94,11 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(show(choice) for choice in arguments)
     if is_union(hint):
+        sections = sections_of(hint)
+        if len(sections) > 1:
+            name, choices = variants(sections)
+            others = [describe(member) for member in arguments if member not in sections]
+            return " | ".join([f"a section with {name}: {' | '.join(choices)}", *others])
         return " | ".join(describe(member) for member in arguments)
     if origin is dict:
         return f"{{name: {describe(arguments[1])}, ...}}"

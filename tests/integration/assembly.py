@@ -1,8 +1,8 @@
-"""QLoRA models put together as `minift.build` does it, over the transport and with the precision that a test wants."""
+"""Models with adapters, put together as `minift.build` does it, over the transport and in the precision of a test."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.hf import load_config, save_model
 from minift.objectives.cross_entropy import linear_cross_entropy
+from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.lora import LoraConfig
 from minift.peft.names import canonical_name
@@ -59,19 +60,21 @@ def write_model(folder: Path, config: dict) -> Path:
 
 def assemble(
     folder: Path,
-    quant: QuantConfig,
+    quant: QuantConfig | None,
     world: World,
     policy: ShardPolicy,
     recompute: str = "none",
     connect=connect,
     precision: Precision = FP32,
-    dropout: float = 0.0,
+    adapter: AdapterConfig = LORA,
+    values: Callable[[CausalLM, str], Tensor] | None = None,
 ) -> tuple[CausalLM, ShardedModel]:
+    """values: of the adapter parameter called so; None: `initial`."""
     with torch.device("meta"):
         model = CausalLM(load_config(folder))
     weights = QuantWeights(folder)
     quantized = quantize_for(model, weights, quant)
-    inject(model, replace(LORA, dropout=dropout), seed=2)
+    inject(model, adapter, seed=2)
     own = adapter_parameters(model).keys()
     recorder = Recorder(world.rank, world.device)
     apply_recompute(model, model.shard_units(), RecomputeConfig(recompute), recorder)
@@ -79,7 +82,7 @@ def assemble(
 
     def read(name: str, start: int, stop: int) -> Tensor:
         if name in own:
-            return initial(model, name).reshape(-1)[start:stop]
+            return (values or initial)(model, name).reshape(-1)[start:stop]
         projection, _, part = canonical_name(name).rpartition(".")
         if projection in quantized and part != "bias":
             return weights.read_bytes(quantized[projection], f"{projection}.{part}", start, stop)

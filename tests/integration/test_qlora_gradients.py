@@ -87,8 +87,9 @@ def folders(tmp_path_factory) -> Folders:
 
 
 def gradients_on_rank(world: World, folder: Path, case: Case, transport) -> dict[str, Tensor]:
+    adapter = replace(LORA, dropout=case.dropout)
     model, engine = assemble(
-        folder, case.quant, world, case.policy, case.recompute, transport, case.precision, case.dropout
+        folder, case.quant, world, case.policy, case.recompute, transport, case.precision, adapter
     )
     for _ in range(2):
         engine.clear_gradients()

@@ -36,6 +36,29 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Round:
+    """One shape.
+
+    kind: which.
+    radius: in meters.
+    """
+
+    kind: Literal["round"] = "round"
+    radius: float = 1.0
+
+
+@dataclass(frozen=True)
+class Square(Round):
+    """Another.
+
+    side: in meters, too.
+    """
+
+    kind: Literal["square"] = "square"
+    side: float = 2.0
+
+
+@dataclass(frozen=True)
 class Outer:
     text: str
     """Any words."""
@@ -49,6 +72,7 @@ class Outer:
     many: tuple[str, ...] = ()
     ratios: dict[str, float] = field(default_factory=dict)
     inner: Inner | None = None
+    shape: Round | Square | None = None
 
 
 def load(folder, text, *overrides):
@@ -81,6 +105,7 @@ outers = st.builds(
     many=st.lists(texts, max_size=3).map(tuple),
     ratios=st.dictionaries(texts, finite, max_size=3),
     inner=st.none() | st.builds(Inner, rank=st.integers(1, 2**70), names=texts | st.lists(texts, max_size=3)),
+    shape=st.none() | st.builds(Round, radius=finite) | st.builds(Square, radius=finite, side=finite),
 )
 
 
@@ -151,6 +176,11 @@ MISTAKES = [
     ("", ["number=1"], "'number=1' on the command line is not an override; write --section.field VALUE"),
     ("", ["--text.more", "1"], "text (--text.more) is the mapping {more}; valid: text"),
     ("", ["--text", "null"], "--text is null; valid: text"),
+    ("shape: round", [], "shape (recipe.yaml:2) is round; valid: a section with kind: round | square | null"),
+    ("shape: {kind: squre}", [], "shape.kind (recipe.yaml:2) is squre; valid: round | square; did you mean square?"),
+    ("shape: {side: 1}", [], "shape.side (recipe.yaml:2) is not a field; it belongs to kind: square; valid"),
+    ("shape: {kind: square, sid: 1}", [], "shape.sid (recipe.yaml:2) is not a field; did you mean shape.side?"),
+    ("shape: {kind: square, side: x}", ["--shape.kind", "round"], "shape.side (recipe.yaml:2) is not a field"),
 ]
 
 
@@ -187,6 +217,14 @@ def test_differences_name_the_unequal_leaves(a, name, other):
     expected = [] if getattr(a, name) == getattr(b, name) else [(name, to_plain(a)[name], to_plain(b)[name])]
     assert differences(a, b) == expected
     assert differences(replace(a, inner=Inner(1)), replace(a, inner=Inner(2))) == [("inner.rank", 1, 2)]
+
+
+def test_variants_of_a_section(tmp_path):
+    assert load(tmp_path, "text: a\nshape: {radius: 3}\n").shape == Round(radius=3.0)
+    assert load(tmp_path, "text: a\nshape: {}\n", "--shape.kind", "square").shape == Square()
+    entries = [(entry.key, entry.section) for entry in walk(Outer) if entry.key.startswith("shape")]
+    round_fields = [("shape.kind", None), ("shape.radius", None)]
+    assert entries == [("shape", Round), *round_fields, ("shape", Square), *round_fields, ("shape.side", None)]
 
 
 def test_fields_are_documented_from_either_place():

@@ -1,0 +1,13 @@
+"""The methods there are. A new one is a line here: recipes, their help and adapter files know it by that."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from minift.peft.adapter import AdapterConfig
+from minift.peft.dora import DoraConfig
+from minift.peft.ia3 import IA3Config
+from minift.peft.lora import LoraConfig
+
+Method = LoraConfig | DoraConfig | IA3Config
+METHODS: tuple[type[AdapterConfig], ...] = get_args(Method)

@@ -1,0 +1,138 @@
+"""The rows of the test matrix (test_matrix.py): one for each method, with the formula that it is held to.
+
+A formula is the paper's, in plain PyTorch: autograd differentiates it, in fp64, with every matrix spelled out. To add a
+method, add a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from minift.model.decoder import CausalLM
+from minift.model.linear import LinearBase
+from minift.peft.adapter import AdapterConfig
+from minift.peft.dora import DoraConfig
+from minift.peft.ia3 import IA3Config
+from minift.peft.inject import init_tensor
+from minift.peft.lora import LoraConfig
+
+Formula = Callable[[Tensor, Tensor, Tensor | None, dict[str, Tensor]], Tensor]
+"""(x (N, in), W (out, in), b (out,) or None, own parameters by local name) -> y (N, out)."""
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, as some settings have it.
+
+    formulas: last part of the name of a projection -> what it computes with the method.
+    own: likewise, the local names of what is trained there, as files call them.
+    is_dense_weight: whether it can be merged.
+    """
+
+    config: AdapterConfig
+    formulas: dict[str, Formula]
+    own: dict[str, tuple[str, ...]]
+    is_identity_at_start: bool = True
+    is_dense_weight: bool = True
+    spread: float = field(default=0.1)
+    """Standard deviation of what is added to initial values before anything is compared."""
+
+    def trainable(self, model: CausalLM) -> list[str]:
+        """The exact names, in any order."""
+        return [
+            f"{name}.{local_name}"
+            for name in projections(model)
+            for local_name in self.own.get(name.rpartition(".")[2], ())
+        ]
+
+    def values(self, model: CausalLM, name: str) -> Tensor:
+        """Of the adapter parameter `name`: initial ones and noise, so that no gradient is zero. The same everywhere."""
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        shape, generator = model.get_parameter(name).shape, torch.Generator().manual_seed(seed)
+        return init_tensor(model, name, seed=2) + self.spread * torch.randn(shape, generator=generator)
+
+    def as_formulas(self, model: CausalLM, own: dict[str, Tensor]) -> None:
+        """Make `model`, dense and without adapters, compute the formulas of `own`: {full name: leaf}."""
+        for name, projection in projections(model).items():
+            formula = self.formulas.get(name.rpartition(".")[2])
+            if formula is not None:
+                prefix = f"{name}."
+                mine = {full.removeprefix(prefix): leaf for full, leaf in own.items() if full.startswith(prefix)}
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, _AsFormula(projection, formula, mine))
+
+
+class _AsFormula(LinearBase):
+    def __init__(self, projection: nn.Module, formula: Formula, own: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.formula, self.own = projection.weight, projection.bias, formula, own
+
+    def parts(self) -> None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(x, self.weight, self.bias, self.own)
+
+
+def projections(model: CausalLM) -> dict[str, nn.Module]:
+    """Of the blocks, by full name; adapters are not told from what they wrap."""
+    return {
+        f"model.layers.{index}.{part}.{name}": model.get_submodule(f"model.layers.{index}.{part}.{name}")
+        for index in range(len(model.model.layers))
+        for part, names in (("self_attn", ALL[:4]), ("mlp", ALL[4:]))
+        for name in names
+    }
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return x @ W.T if b is None else x @ W.T + b
+
+
+def lora(scale: float) -> Formula:
+    return lambda x, W, b, own: _affine(x, W + scale * own["lora_B.weight"] @ own["lora_A.weight"], b)
+
+
+def dora(scale: float) -> Formula:
+    def formula(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+        V = W + scale * own["lora_B.weight"] @ own["lora_A.weight"]
+        m = W.norm(dim=1) + own["lora_magnitude_vector"]
+        return _affine(x, (m / V.norm(dim=1).detach()).unsqueeze(1) * V, b)
+
+    return formula
+
+
+def ia3_after(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+    return (1 + own["ia3_l"].view(-1)) * _affine(x, W, b)
+
+
+def ia3_before(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+    return _affine((1 + own["ia3_l"].view(-1)) * x, W, b)
+
+
+LORA_OWN = ("lora_A.weight", "lora_B.weight")
+ROWS = {
+    "lora": Row(LoraConfig(r=3, alpha=6), dict.fromkeys(ALL, lora(2.0)), dict.fromkeys(ALL, LORA_OWN)),
+    "rslora": Row(
+        LoraConfig(r=4, alpha=6, rslora=True, rank_pattern={"q_proj": 9}, alpha_pattern={"mlp.up_proj": 2}),
+        dict.fromkeys(ALL, lora(3.0)) | {"q_proj": lora(2.0), "up_proj": lora(1.0)},
+        dict.fromkeys(ALL, LORA_OWN),
+    ),
+    "dora": Row(
+        DoraConfig(r=3, alpha=6),
+        dict.fromkeys(ALL, dora(2.0)),
+        dict.fromkeys(ALL, (*LORA_OWN, "lora_magnitude_vector")),
+    ),
+    "ia3": Row(
+        IA3Config(),
+        {"k_proj": ia3_after, "v_proj": ia3_after, "down_proj": ia3_before},
+        dict.fromkeys(("k_proj", "v_proj", "down_proj"), ("ia3_l",)),
+    ),
+}
+assert math.isclose(6 / math.sqrt(9), 2.0), "rsLoRA divides by the root of the rank"

@@ -1,0 +1,185 @@
+"""Every method x {dense, NF4} x {1, 2 ranks} x recomputation on and off, against its formula in fp64.
+
+The methods and their formulas are in rows.py. What the base computes with is the same in both: of an NF4 folder the
+formula gets the dequantised weights. Oracles of files: reading back, and PEFT (tests/checkpoint/test_adapters.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minift.checkpoint.adapters import file_tensors, load_adapter, save_adapter
+from minift.checkpoint.quantize import quantize_folder
+from minift.dist.process import World
+from minift.fsdp import ShardPolicy
+from minift.model.decoder import CausalLM
+from minift.model.hf import fill_parameters, load_config
+from minift.peft.inject import adapter_parameters, inject
+from minift.peft.manage import merge_all, unmerge_all
+from minift.quant.linear import QuantConfig
+from minift.quant.model import load_model
+from minift.quant.weights import QuantWeights
+from tests.integration.assembly import QWEN2, VOCAB_SIZE, assemble, loss_of, write_model
+from tests.peft.rows import ROWS
+from tests.ranks import run_ranks
+
+NUM_TOKENS = 23
+# fp32 against fp64 through two blocks, relative to the norm of a whole gradient, or to the largest logit: some dozens
+# of roundings of 6e-8 one after another, each of random sign.
+TOLERANCE = 1e-5
+BASES = ["dense", "nf4"]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The same model twice (Qwen2, for its biases on q, k and v), and what the formulas make of it."""
+
+    parent: Path
+
+    @functools.cache  # noqa: B019 (one object, of this module)
+    def folder(self, base: str) -> Path:
+        if base == "dense":
+            return write_model(self.parent / "dense", QWEN2 | {"num_hidden_layers": 2})
+        quantize_folder(self.folder("dense"), self.parent / "nf4", QuantConfig())
+        return self.parent / "nf4"
+
+    def formulas(self, base: str, row: str) -> tuple[CausalLM, dict[str, Tensor]]:
+        """The model in fp64 that computes the formulas, and what is trained in it."""
+        folder = self.folder(base)
+        with torch.device("meta"):
+            model, adapted = CausalLM(load_config(folder)), CausalLM(load_config(folder))
+        weights = QuantWeights(folder)
+        fill_parameters(model, lambda name: weights.read(name).double())
+        model.requires_grad_(False)
+        names = inject(adapted, ROWS[row].config)
+        own = {name: ROWS[row].values(adapted, name).double().requires_grad_() for name in names}
+        ROWS[row].as_formulas(model, own)
+        return model, own
+
+    @functools.cache  # noqa: B019
+    def expected(self, base: str, row: str, world_size: int) -> tuple[list[float], dict[str, Tensor]]:
+        """The loss on each rank, and the gradients of their sum."""
+        model, own = self.formulas(base, row)
+        losses = []
+        for rank in range(world_size):
+            loss = loss_of(model, rank, NUM_TOKENS)
+            loss.backward()
+            losses.append(loss.item())
+        return losses, {name: leaf.grad for name, leaf in own.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("models"))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank tells of its second step (in the first the engine learns the order of things)."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    in_gradient_buffers: list[str]
+    not_reached: list[str]
+
+
+def step_on_rank(world: World, folder: Path, row: str, recompute: str) -> Step:
+    chosen = ROWS[row]
+    model, engine = assemble(
+        folder, None, world, ShardPolicy(), recompute, adapter=chosen.config, values=chosen.values
+    )
+    for _ in range(2):
+        engine.clear_gradients()
+        loss = loss_of(model, world.rank, NUM_TOKENS)
+        loss.backward()
+    with_gradients = [name for bucket in engine.buckets if bucket.grad is not None for name in bucket.params]
+    for bucket in engine.buckets:
+        if bucket.trainable:
+            bucket.shard.copy_(bucket.grad)
+    engine.weights_changed()
+    gradients = {name: tensor.clone() for name, tensor in engine.full_tensors(trainable_only=True)}
+    return Step(loss.item(), gradients, with_gradients, engine.parameters_without_grad())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("row", ROWS)
+def test_loss_and_gradients_are_the_formula_s(
+    folders: Folders, row: str, base: str, world_size: int, recompute: str
+) -> None:
+    losses, expected = folders.expected(base, row, world_size)
+    steps = run_ranks(world_size, step_on_rank, folders.folder(base), row, recompute)
+    for step, loss in zip(steps, losses, strict=True):
+        assert step.loss == pytest.approx(loss, rel=TOLERANCE)
+        assert step.gradients.keys() == expected.keys()
+        for name, gradient in step.gradients.items():
+            assert (gradient - expected[name]).norm() <= TOLERANCE * expected[name].norm(), name
+        assert sorted(step.in_gradient_buffers) == sorted(expected), "gradient buffers are for what is trained"
+        assert not step.not_reached
+
+
+@torch.no_grad()
+def logits_of(model: CausalLM) -> Tensor:
+    tokens_T = torch.arange(11) * 7 % VOCAB_SIZE
+    bounds = torch.tensor([0, 11], dtype=torch.int32)
+    return model(tokens_T, torch.arange(11), bounds, 11, head=lambda hidden_TD, lm_head: lm_head(hidden_TD))
+
+
+def adapted(folders: Folders, base: str, row: str) -> CausalLM:
+    """With values that are not the initial ones."""
+    model = load_model(folders.folder(base), None, torch.float32).eval()
+    inject(model, ROWS[row].config)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data.copy_(ROWS[row].values(model, name))
+    return model
+
+
+def assert_close_logits(actual: Tensor, expected: Tensor) -> None:
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("row", ROWS)
+def test_logits_are_the_formula_s_merged_or_not(folders: Folders, row: str, base: str) -> None:
+    model, (oracle, _) = adapted(folders, base, row), folders.formulas(base, row)
+    expected, unmerged = logits_of(oracle), logits_of(model)
+    assert_close_logits(unmerged, expected)
+    if not ROWS[row].is_dense_weight:
+        with pytest.raises(ValueError, match="keep the adapter"):
+            merge_all(model)
+        return
+    merge_all(model)
+    assert_close_logits(logits_of(model), expected)
+    unmerge_all(model)
+    assert torch.equal(logits_of(model), unmerged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("row", ROWS)
+def test_nothing_changes_at_the_start_and_what_trains_is_exactly_this(
+    folders: Folders, row: str, base: str, dtype: torch.dtype
+) -> None:
+    model = load_model(folders.folder(base), None, dtype)
+    before = logits_of(model)
+    names = inject(model, ROWS[row].config, dtype=dtype)
+    assert torch.equal(logits_of(model), before) == ROWS[row].is_identity_at_start
+    assert sorted(names) == sorted(ROWS[row].trainable(model))
+    assert sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad) == sorted(names)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("row", ROWS)
+def test_saved_and_loaded_it_is_the_same(folders: Folders, tmp_path: Path, row: str, base: str) -> None:
+    model = adapted(folders, base, row)
+    save_adapter(tmp_path / "adapter", ROWS[row].config, file_tensors(model))
+    again = load_model(folders.folder(base), None, torch.float32).eval()
+    assert type(load_adapter(again, tmp_path / "adapter")) is type(ROWS[row].config)
+    assert_close_logits(logits_of(again), logits_of(model))
