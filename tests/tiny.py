@@ -35,7 +35,6 @@ def write_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes: ob
     vocab_size = write_tokenizer(folder)
     config = ModelConfig.from_hf(
         {
-            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": vocab_size,
             "hidden_size": 24,

@@ -17,7 +17,7 @@ adapter was trained over a quantized base. Here they are files:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minift.checkpoint.adapters import read_config, read_tensors
 from minift.checkpoint.atomic import atomic_folder
+from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.hf import TIED_HEAD, check_weights, load_config, save_model
 from minift.model.linear import Linear
@@ -61,7 +62,7 @@ def merge_adapter(
         folder that was quantized on the way is its own.)
 
     ValueError if the adapter does not fit the base (names, shapes), or adapts an LM head whose weight is the
-    embedding's: the format has no place for two different ones; if the base does not have the target; if
+    embedding's, or makes biases that the format has no place for; if the base does not have the target; if
     `original_folder` is not what the base was quantized from (names, shapes, codes).
     """
     base = _Base(base_folder, quant)
@@ -99,33 +100,40 @@ def merge_adapter(
         measure(measure_drift(name, stored.dense_weight(), exact, trained))
         return stored
 
+    def bias(name: str, out_dtype: torch.dtype) -> Tensor:
+        """With what an adapter does to it, also where the base has none."""
+        projection = name.removesuffix(".bias")
+        old = nn.Parameter(unmerged(name).float()) if name in base.names else None
+        adapter = updates.get(f"{projection}.weight")
+        new = old if adapter is None else adapter.effective_bias(old)
+        if new is None:  # it shares a switch in config.json with one that an adapter has made
+            return torch.zeros(base.weights.shape(f"{projection}.weight")[0], dtype=out_dtype)
+        return new.detach().to(out_dtype)
+
+    config = _merged_config(base.config, updates)
     again = list(base.quantized) if target == "requantized" else []
-    dense = [name for name in base.names if name.removesuffix(".weight") not in again]
-    specs: dict[str, TensorSpec] = {name: (dtype or sources.dtype(name), base.weights.shape(name)) for name in dense}
+    dense = [name for name in _parameter_names(config) if name.removesuffix(".weight") not in again]
+    specs: dict[str, TensorSpec] = {}
+    for name in dense:
+        like = name if name in base.names else f"{name.removesuffix('.bias')}.weight"
+        specs[name] = (dtype or sources.dtype(like), base.weights.shape(like)[: 1 if name.endswith(".bias") else None])
     for projection in again:
         parts = stored_tensors(projection, requantized(projection, lambda drift: None))
         specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts}
 
-    def bias(name: str) -> Tensor:
-        """A bias, with what an adapter does to it."""
-        adapter = updates.get(f"{name.removesuffix('.bias')}.weight")
-        if adapter is None:
-            return unmerged(name)
-        return adapter.effective_bias(nn.Parameter(unmerged(name).float())).detach().to(specs[name][0])
-
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in dense:
-            if name.endswith(".bias"):
-                yield name, bias(name)
+            if name in updates:
+                yield name, merged(name, specs[name][0])
             else:
-                yield name, merged(name, specs[name][0]) if name in updates else unmerged(name)
+                yield name, bias(name, specs[name][0]) if name.endswith(".bias") else unmerged(name)
         for projection in again:
             yield from stored_tensors(projection, requantized(projection, drifts.append))
 
     with atomic_folder(Path(out_folder)) as temporary:
         save_model(
             tensors(),
-            base.config,
+            config,
             temporary,
             specs,
             source_folder=base_folder,
@@ -144,7 +152,7 @@ class _Base:
         with torch.device("meta"):
             self._model = CausalLM(self.config)
         check_weights(self.weights, self._model)
-        self.names = [name for name, _ in self._model.named_parameters()]
+        self.names = _parameter_names(self.config)
         self.quantized = quantize_for(self._model, self.weights, quant)
         self._dense = [name for name, module in self._model.named_modules() if isinstance(module, Linear)]
         self.is_stored_quantized = bool(self.weights.stored.projections)
@@ -191,6 +199,24 @@ class _Base:
         first = next(iter(self.quantized.values()))
         kind = QuantConfig(block_size=first.block_size, double_quant=first.double_quant)
         return quantization_config(kind, first.dtype, self._dense)
+
+
+def _merged_config(config: ModelConfig, updates: Mapping[str, Adapter]) -> ModelConfig:
+    """With the biases that adapters have made."""
+    made = [
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name, adapter in updates.items()
+        if adapter.base.bias is None and adapter.bias is not None
+    ]
+    try:
+        return config.with_biases(made) if made else config
+    except ValueError as error:
+        raise ValueError(f"{error}, which merging would need; keep the adapter beside the model") from None
+
+
+def _parameter_names(config: ModelConfig) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in CausalLM(config).named_parameters()]
 
 
 def _choose_target(target: MergeTarget | None, base: _Base, original_folder: str | Path | None) -> MergeTarget:

@@ -10,8 +10,8 @@ that loads without complaint and computes something else is the worst outcome.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minift.model.rope import RopeConfig
@@ -136,6 +136,26 @@ class ModelConfig:
             pad_token_id=given.get("pad_token_id"),
             initializer_range=given["initializer_range"],
         )
+
+    def with_biases(self, projections: Iterable[str]) -> ModelConfig:
+        """This model with a bias on each of `projections` (q_proj, ...), and on those that share a switch with them.
+        ValueError where the family's config.json has no such switch."""
+        wanted = set(projections)
+        config = replace(
+            self,
+            qkv_bias=self.qkv_bias or bool(wanted & {"q_proj", "k_proj", "v_proj"}),
+            o_bias=self.o_bias or "o_proj" in wanted,
+            mlp_bias=self.mlp_bias or bool(wanted & {"gate_proj", "up_proj", "down_proj"}),
+        )
+        if self.family != "qwen2":  # attention_bias is for all four
+            config = replace(config, qkv_bias=config.qkv_bias or config.o_bias, o_bias=config.qkv_bias or config.o_bias)
+        stored = ModelConfig.from_hf(config.to_hf())
+        kept = all(getattr(stored, name) == getattr(config, name) for name in ("qkv_bias", "o_bias", "mlp_bias"))
+        if "lm_head" in wanted or not kept:
+            raise ValueError(
+                f"a {self.family} model on disk has no place for a bias on some of {', '.join(sorted(wanted))}"
+            )
+        return config
 
     def to_hf(self, dtype: str | None = None) -> dict[str, Any]:
         """The dict for config.json in both spellings; `dtype` ("bfloat16") is the weights' on disk, if known."""

@@ -41,7 +41,7 @@ class DoraConfig(LoraConfig):
     parameter_names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> DoraLinear:
-        return DoraLinear(base, self.rank(name), self.scale(name), self.dropout, dtype, device)
+        return DoraLinear(base, self.fitting_rank(name, base), self.scale(name), self.dropout, dtype, device)
 
 
 class DoraLinear(LoraLinear):

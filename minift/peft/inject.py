@@ -21,19 +21,21 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: tor
     """Wrap the modules that `config` names, train the adapters and nothing else; return the trainable names.
 
     Adapter parameters get `dtype` and their base's device, and `init_tensor`'s values unless that is the meta device.
-    ValueError if the model has adapters already, or a pattern matches nothing (the model is unchanged then).
+    ValueError if the model has adapters already, a pattern matches nothing, or a setting does not fit a module (the
+    model is unchanged then).
     """
     if any(isinstance(module, AdapterModule) for module in model.modules()):
         raise ValueError("the model has adapters already; inject works once per model")
     candidates = config.candidates(model)
     names = select_modules(list(candidates), config.targets, config.exclude)
     config.check(names)
-    model.requires_grad_(False)
+    wrapped: dict[str, AdapterModule] = {}
     for name in names:
         base = candidates[name]
         device = next(itertools.chain(base.parameters(), base.buffers())).device
-        adapter = config.wrap(name, base, dtype, device)
-        adapter.train(base.training)
+        wrapped[name] = config.wrap(name, base, dtype, device).train(base.training)
+    model.requires_grad_(False)  # what is in the adapters is not in the model yet
+    for name, adapter in wrapped.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, adapter)
     own_parameters = adapter_parameters(model)

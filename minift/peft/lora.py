@@ -109,7 +109,17 @@ class LoraConfig(AdapterConfig):
         return alpha / (math.sqrt(self.rank(name)) if self.rslora else self.rank(name))
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> LoraLinear:
-        return LoraLinear(base, self.rank(name), self.scale(name), self.dropout, dtype, device)
+        return LoraLinear(base, self.fitting_rank(name, base), self.scale(name), self.dropout, dtype, device)
+
+    def fitting_rank(self, name: str, base: LinearBase) -> int:
+        """Rank of the projection `base`, called `name`. ValueError if no update of `base` has such a rank."""
+        rank, most = self.rank(name), min(base.in_features, base.out_features)
+        if rank > most:
+            raise ValueError(
+                f"rank {rank} is more than {name} can have, which goes from {base.in_features} to {base.out_features}; "
+                f"valid: r of at most {most}, or a rank_pattern for it such as {{{name.rpartition('.')[2]}: {most}}}"
+            )
+        return rank
 
     def check(self, names: Sequence[str]) -> None:
         check_endings(self.rank_pattern, names, "rank_pattern")

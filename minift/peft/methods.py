@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import get_args
 
 from minift.peft.adapter import AdapterConfig
+from minift.peft.bitfit import BitFitConfig
+from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
 
-Method = LoraConfig | DoraConfig | IA3Config
+Method = LoraConfig | DoraConfig | IA3Config | BitFitConfig | BottleneckConfig
 METHODS: tuple[type[AdapterConfig], ...] = get_args(Method)

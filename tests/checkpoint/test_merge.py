@@ -11,9 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from minift.checkpoint.adapters import file_tensors, save_adapter
 from minift.checkpoint.merge import merge_adapter
 from minift.model.config import ModelConfig
+from minift.peft.bitfit import BitFitConfig
+from minift.peft.bottleneck import BottleneckConfig
+from minift.peft.dora import DoraConfig
 from minift.peft.drift import WeightDrift
+from minift.peft.ia3 import IA3Config
+from minift.peft.inject import adapter_parameters, inject
+from minift.quant.model import load_model
+from tests.tiny import write_model
 
 TOKENS = torch.arange(13)[None] * 3
 TARGETS = ["q_proj", "o_proj", "down_proj"]
@@ -98,6 +106,61 @@ def test_rounds_once_from_fp32_and_reports_it(folders, tmp_path, base_dtype, out
             assert drift.error_norm == pytest.approx(error.norm().item(), rel=1e-2)
             assert drift.lost_ratio == pytest.approx((error.norm() / update.norm()).item(), rel=1e-2)
     assert max(report.drifts, key=lambda drift: drift.lost_ratio).name in str(report)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", DoraConfig(r=3, alpha=6)),
+        ("llama", IA3Config()),
+        ("qwen2", IA3Config(targets="all-linear")),
+        ("llama", BitFitConfig(targets=["q_proj", "down_proj"])),
+        ("llama", BitFitConfig(targets=["o_proj"])),
+        ("qwen2", BitFitConfig(targets=["k_proj"])),
+        ("qwen3", BitFitConfig(targets=["v_proj"])),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.method,
+)
+def test_other_methods_biases_included(tmp_path, family, config):
+    """transformers is the oracle of the folder, the model with its adapter that of the numbers."""
+    base = write_model(tmp_path / "base", model_type=family, tied=False, head_dim=8)
+    model = with_random_adapter(base, config)
+    save_adapter(tmp_path / "adapter", config, file_tensors(model))
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    tokens_T = TOKENS[0]
+    bounds = torch.tensor([0, len(tokens_T)], dtype=torch.int32)
+    expected = model(
+        tokens_T, torch.arange(len(tokens_T)), bounds, len(tokens_T), head=lambda hidden, lm_head: lm_head(hidden)
+    )
+    assert (merged(TOKENS).logits[0] - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def with_random_adapter(folder, config):
+    model = load_model(folder, None, torch.float32).eval()
+    inject(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter_parameters(model).values():
+        parameter.data.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("qwen2", BitFitConfig(targets=["o_proj", "q_proj"]), "a qwen2 model on disk has no place for a bias"),
+        ("mistral", BitFitConfig(targets=["q_proj"]), "no place for a bias on some of q_proj, .* keep the adapter"),
+        ("llama", BitFitConfig(targets=["lm_head"]), "no place for a bias on some of lm_head"),
+        ("llama", BottleneckConfig(size=2), "a bottleneck adapter is no matrix"),
+    ],
+)
+def test_what_has_no_place_is_refused(tmp_path, family, config, message):
+    base = write_model(tmp_path / "base", model_type=family, tied=False)
+    save_adapter(tmp_path / "adapter", config, file_tensors(with_random_adapter(base, config)))
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_lost_ratio_of_an_update_of_zero():

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from minift.model.decoder import CausalLM
 from minift.model.linear import LinearBase
 from minift.peft.adapter import AdapterConfig
+from minift.peft.bitfit import BitFitConfig
+from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.inject import init_tensor
@@ -116,6 +118,19 @@ def ia3_before(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -
     return _affine((1 + own["ia3_l"].view(-1)) * x, W, b)
 
 
+def bitfit(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+    return _affine(x, W, own["bias_change"] if b is None else b + own["bias_change"])
+
+
+def bottleneck(activation: Callable[[Tensor], Tensor]) -> Formula:
+    def formula(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+        z = _affine(x, W, b)
+        hidden = activation(z @ own["adapter_down.weight"].T + own["adapter_down.bias"])
+        return z + hidden @ own["adapter_up.weight"].T + own["adapter_up.bias"]
+
+    return formula
+
+
 LORA_OWN = ("lora_A.weight", "lora_B.weight")
 ROWS = {
     "lora": Row(LoraConfig(r=3, alpha=6), dict.fromkeys(ALL, lora(2.0)), dict.fromkeys(ALL, LORA_OWN)),
@@ -133,6 +148,19 @@ ROWS = {
         IA3Config(),
         {"k_proj": ia3_after, "v_proj": ia3_after, "down_proj": ia3_before},
         dict.fromkeys(("k_proj", "v_proj", "down_proj"), ("ia3_l",)),
+    ),
+    "bitfit": Row(BitFitConfig(), dict.fromkeys(ALL, bitfit), dict.fromkeys(ALL, ("bias_change",))),
+    "bottleneck": Row(
+        BottleneckConfig(size=5),
+        dict.fromkeys(("o_proj", "down_proj"), bottleneck(nn.GELU())),
+        dict.fromkeys(("o_proj", "down_proj"), BottleneckConfig.parameter_names),
+        is_dense_weight=False,
+    ),
+    "pfeiffer": Row(
+        BottleneckConfig(size=3, activation="relu", targets=["down_proj"]),
+        {"down_proj": bottleneck(nn.ReLU())},
+        {"down_proj": BottleneckConfig.parameter_names},
+        is_dense_weight=False,
     ),
 }
 assert math.isclose(6 / math.sqrt(9), 2.0), "rsLoRA divides by the root of the rank"

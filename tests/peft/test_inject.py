@@ -9,6 +9,8 @@ import torch
 
 from minift.model.decoder import CausalLM
 from minift.peft.adapter import Adapter
+from minift.peft.dora import DoraConfig
+from minift.peft.ia3 import IA3Config
 from minift.peft.inject import adapter_parameters, adapters, init_tensor, inject, named_generator
 from minift.peft.lora import LoraConfig
 
@@ -28,11 +30,11 @@ def with_factors(modules):
 @pytest.mark.parametrize(
     ("config", "modules"),
     [
-        (LoraConfig(), PROJECTIONS),
-        (LoraConfig(targets=["q_proj", "v_proj"]), [m for m in PROJECTIONS if m.endswith(("q_proj", "v_proj"))]),
-        (LoraConfig(targets=r"model\.layers\.1\.mlp\..*"), PROJECTIONS[11:]),
+        (LoraConfig(r=8), PROJECTIONS),
+        (LoraConfig(r=8, targets=["q_proj", "v_proj"]), [m for m in PROJECTIONS if m.endswith(("q_proj", "v_proj"))]),
+        (LoraConfig(r=8, targets=r"model\.layers\.1\.mlp\..*"), PROJECTIONS[11:]),
         (LoraConfig(targets=["lm_head"]), ["lm_head"]),
-        (LoraConfig(exclude=["down_proj"]), [m for m in PROJECTIONS if not m.endswith("down_proj")]),
+        (LoraConfig(r=8, exclude=["down_proj"]), [m for m in PROJECTIONS if not m.endswith("down_proj")]),
     ],
 )
 def test_trainable_names_are_exactly_the_adapters(tiny_model, config, modules):
@@ -58,12 +60,19 @@ def test_first_forward_is_the_base_model_and_only_adapters_get_gradients(tiny_mo
 
 def test_refuses_a_second_injection_and_leaves_the_model_alone_on_error(tiny_model):
     model = tiny_model()
-    for config in (LoraConfig(targets=["q_projj"]), LoraConfig(rank_pattern={"o_porj": 2})):
-        with pytest.raises(ValueError, match="matches none"):
+    too_much = r"rank 9 is more than .*0.self_attn.k_proj can have, which goes from 16 to 8; valid: r of at most 8"
+    for config, message in (
+        (LoraConfig(targets=["q_projj"]), "matches none"),
+        (LoraConfig(rank_pattern={"o_porj": 2}), "matches none"),
+        (LoraConfig(r=9), too_much),
+        (DoraConfig(r=9), too_much),
+        (IA3Config(targets=["k_proj"]), "feedforward: 'down_proj' matches none"),
+    ):
+        with pytest.raises(ValueError, match=message):
             inject(model, config)
         assert not adapters(model)
         assert all(p.requires_grad for p in model.parameters())
-    inject(model, LoraConfig())
+    inject(model, LoraConfig(r=8))
     with pytest.raises(ValueError, match="adapters already"):
         inject(model, LoraConfig(targets=["lm_head"]))
 
@@ -107,7 +116,7 @@ def test_initial_distribution_is_peft_s():
     with torch.device("meta"):
         from minift.model.linear import Linear
 
-        base = Linear(1024, 8)
+        base = Linear(1024, 64)
     adapter: Adapter = LoraConfig(r=64).wrap("x", base, torch.float32, torch.device("meta"))
     A = adapter.init_parameter("lora_A.weight", named_generator(0, "x"))
     bound = 1 / math.sqrt(1024)
