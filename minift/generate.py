@@ -56,7 +56,7 @@ def generate(
             f"The longest prompt has {max(map(len, prompts))} tokens; with max_new_tokens = {max_new_tokens} it would "
             f"exceed the model's {model.config.max_position_embeddings} positions."
         )
-    embedding = model.model.embed_tokens.weight
+    embedding = next(model.model.embed_tokens.parameters())
     cache = KVCache.allocate(model.config, len(prompts), max_tokens, embedding.dtype, embedding.device)
 
     outputs: list[list[int]] = [[] for _ in prompts]

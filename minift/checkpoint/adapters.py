@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from minift.checkpoint.atomic import atomic_folder
 from minift.peft.adapter import AdapterConfig
-from minift.peft.inject import adapter_parameters, adapters, from_file, inject, to_file
+from minift.peft.inject import adapters, from_file, inject, stored_parameters, to_file
 from minift.peft.methods import METHODS
 from minift.peft.names import fqn_of_peft_key, peft_key
-from minift.peft.patterns import ALL_LINEAR
+from minift.peft.patterns import ALL_LINEAR, matches
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -86,8 +86,8 @@ def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> d
     """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, as the file holds them.
 
     `shapes`: name -> shape of every adapter parameter of the model. ValueError names what is missing, unexpected,
-    misshapen or non-finite. One exception, `lm_head.base_layer.weight`: PEFT stores a copy of the base weight beside an
-    adapter on the LM head; the base folder has the same and it is not read here.
+    misshapen or non-finite. One exception, `base_layer.weight`: PEFT stores a copy of the base weight beside an adapter
+    on the LM head or the embedding; the base folder has the same and it is not read here.
     """
     path = Path(folder) / TENSOR_FILE
     if not path.is_file():
@@ -96,8 +96,10 @@ def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> d
         tensors = {fqn_of_peft_key(key): tensor for key, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if "lm_head.lora_A.weight" in shapes:
-        tensors.pop("lm_head.base_layer.weight", None)
+    for name in list(tensors):
+        module = name.removesuffix(".base_layer.weight")
+        if module != name and any(own.startswith(f"{module}.") for own in shapes):
+            del tensors[name]
     if not tensors:
         raise ValueError(f"{path} is empty")
     differences = (("lacks", shapes.keys() - tensors.keys()), ("has unexpected", tensors.keys() - shapes.keys()))
@@ -116,7 +118,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = t
     """Inject the adapter in `folder` into a model that one process holds whole, and load its tensors, as `dtype`."""
     config = read_config(folder)
     inject(model, config, dtype=dtype)
-    parameters = adapter_parameters(model)
+    parameters = stored_parameters(model)
     tensors = read_tensors(folder, {name: tuple(p.shape) for name, p in parameters.items()})
     for name, parameter in parameters.items():
         parameter.data.copy_(from_file(model, name, tensors[name], partial(_base_weight, model)))
@@ -127,7 +129,7 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What `save_adapter` takes, of a model that one process holds whole."""
     return {
         name: to_file(model, name, parameter.detach().float(), partial(_base_weight, model))
-        for name, parameter in adapter_parameters(model).items()
+        for name, parameter in stored_parameters(model).items()
     }
 
 
@@ -136,20 +138,30 @@ def _base_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _adapted_modules(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names of the adapted modules; ValueError unless `tensors` holds all parameters of each, and nothing else."""
+    """Names of the adapted modules; ValueError unless `tensors` holds all parameters of each, and nothing else but what
+    is in `config.modules_to_save`."""
     if not tensors:
         raise ValueError("there is no adapter tensor to save")
+    endings = [local_name for names in config.parameter_sets for local_name in names]
     modules: dict[str, set[str]] = {}
     for name in tensors:
-        local_name = next((local for local in config.parameter_names if name.endswith(f".{local}")), None)
-        if local_name is None:
-            raise ValueError(f"{name} is not an adapter parameter; valid endings: {', '.join(config.parameter_names)}")
-        modules.setdefault(name.removesuffix(f".{local_name}"), set()).add(local_name)
+        local_name = next((ending for ending in endings if name.endswith(f".{ending}")), None)
+        if local_name is not None:
+            modules.setdefault(name.removesuffix(f".{local_name}"), set()).add(local_name)
+        elif not _is_within(name, config.modules_to_save):
+            raise ValueError(f"{name} is not an adapter parameter; valid endings: {', '.join(endings)}")
     for module, local_names in modules.items():
-        missing = set(config.parameter_names) - local_names
+        expected = next(names for names in config.parameter_sets if local_names & set(names))
+        missing = set(expected) - local_names
         if missing:
             raise ValueError(f"the adapter of {module} lacks {', '.join(sorted(missing))}")
     return set(modules)
+
+
+def _is_within(name: str, modules: list[str]) -> bool:
+    """Whether the parameter `name` is of one of `modules`."""
+    path = name.split(".")
+    return any(matches(".".join(path[:depth]), modules) for depth in range(1, len(path)))
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -27,16 +27,19 @@ from minift.checkpoint.adapters import read_config, read_tensors
 from minift.checkpoint.atomic import atomic_folder
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
+from minift.model.embedding import Embedding
 from minift.model.hf import TIED_HEAD, check_weights, load_config, save_model
-from minift.model.linear import Linear
+from minift.model.linear import Linear, LinearBase
 from minift.model.weights import TensorSpec, WeightReader
 from minift.ops.nf4 import quantize_nf4
-from minift.peft.adapter import Adapter
+from minift.peft.adapter import Adapter, AdapterModule
 from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, check_target, measure_drift
-from minift.peft.inject import adapter_parameters, adapters, from_file, inject
+from minift.peft.inject import adapter_modules, adapter_parameters, from_file, inject, stored_parameters
 from minift.quant.bitsandbytes import quantization_config, stored_tensors
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 # Another implementation may round the few elements that lie on a threshold, to the last bit, to the other side. The
 # codes of another model, even one trained a little further, differ in more places than this.
@@ -67,9 +70,11 @@ def merge_adapter(
     """
     base = _Base(base_folder, quant)
     target = _choose_target(target, base, original_folder)
-    updates = base.load_adapters(adapter_folder)
-    if base.config.tie_word_embeddings and TIED_HEAD in updates:
-        raise ValueError(f"{adapter_folder} adapts lm_head, whose weight is the embedding's; merging would change both")
+    updates, whole = base.load_adapters(adapter_folder)
+    tied = [name for name in (TIED_HEAD, _EMBEDDING) if base.config.tie_word_embeddings and name in updates]
+    if tied:
+        why = "and lm_head and the embedding are one; merging would change both"
+        raise ValueError(f"{adapter_folder} adapts {tied[0]}, {why}")
     sources = base.weights if original_folder is None else _open_original(original_folder, base)
     drifts: list[WeightDrift] = []
 
@@ -105,7 +110,7 @@ def merge_adapter(
         projection = name.removesuffix(".bias")
         old = nn.Parameter(unmerged(name).float()) if name in base.names else None
         adapter = updates.get(f"{projection}.weight")
-        new = old if adapter is None else adapter.effective_bias(old)
+        new = adapter.effective_bias(old) if isinstance(adapter, Adapter) else old
         if new is None:  # it shares a switch in config.json with one that an adapter has made
             return torch.zeros(base.weights.shape(f"{projection}.weight")[0], dtype=out_dtype)
         return new.detach().to(out_dtype)
@@ -123,10 +128,13 @@ def merge_adapter(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in dense:
+            out_dtype = specs[name][0]
             if name in updates:
-                yield name, merged(name, specs[name][0])
+                yield name, merged(name, out_dtype)
+            elif name in whole:
+                yield name, whole[name].to(out_dtype)
             else:
-                yield name, bias(name, specs[name][0]) if name.endswith(".bias") else unmerged(name)
+                yield name, bias(name, out_dtype) if name.endswith(".bias") else unmerged(name)
         for projection in again:
             yield from stored_tensors(projection, requantized(projection, drifts.append))
 
@@ -157,16 +165,24 @@ class _Base:
         self._dense = [name for name, module in self._model.named_modules() if isinstance(module, Linear)]
         self.is_stored_quantized = bool(self.weights.stored.projections)
 
-    def load_adapters(self, adapter_folder: str | Path) -> dict[str, Adapter]:
-        """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta."""
+    def load_adapters(self, adapter_folder: str | Path) -> tuple[dict[str, AdapterModule], dict[str, Tensor]]:
+        """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta; and
+        weights that were trained whole."""
         inject(self._model, read_config(adapter_folder))
-        shapes = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(self._model).items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in stored_parameters(self._model).items()}
         tensors = {
-            name: from_file(self._model, name, values, lambda projection: self.trained_weight(f"{projection}.weight"))
+            name: from_file(self._model, name, values, lambda module: self.trained_weight(f"{module}.weight"))
             for name, values in read_tensors(adapter_folder, shapes).items()
         }
-        self._model.load_state_dict(tensors, strict=False, assign=True)
-        return {f"{name}.weight": adapter for name, adapter in adapters(self._model).items()}
+        own = adapter_parameters(self._model).keys()
+        self._model.load_state_dict({name: tensors[name] for name in own}, strict=False, assign=True)
+        adapters = adapter_modules(self._model)
+        for name, adapter in adapters.items():
+            if not isinstance(adapter.base, (LinearBase, Embedding)):
+                kind = type(adapter).__name__
+                raise ValueError(f"{kind} on {name} is no weight and cannot be merged; keep it beside the model")
+        updates = {f"{name}.weight": adapter for name, adapter in adapters.items()}
+        return updates, {name: values for name, values in tensors.items() if name not in own}
 
     def trained_weight(self, name: str) -> Tensor:
         """A weight, dense, as training saw it."""
@@ -201,12 +217,12 @@ class _Base:
         return quantization_config(kind, first.dtype, self._dense)
 
 
-def _merged_config(config: ModelConfig, updates: Mapping[str, Adapter]) -> ModelConfig:
+def _merged_config(config: ModelConfig, updates: Mapping[str, AdapterModule]) -> ModelConfig:
     """With the biases that adapters have made."""
     made = [
         name.removesuffix(".weight").rpartition(".")[2]
         for name, adapter in updates.items()
-        if adapter.base.bias is None and adapter.bias is not None
+        if isinstance(adapter, Adapter) and adapter.base.bias is None and adapter.bias is not None
     ]
     try:
         return config.with_biases(made) if made else config

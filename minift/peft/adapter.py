@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.drift import MergeTarget, check_target
-from minift.peft.patterns import ALL_LINEAR
+from minift.peft.patterns import ALL_LINEAR, select_modules
+from minift.peft.peft_json import in_order, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,13 @@ class AdapterConfig(ABC):
     targets: which projections get an adapter: "all-linear" (all but lm_head), a list of names or suffixes after a dot
         (["q_proj", "v_proj"]), or one regular expression for the full name.
     exclude: projections left alone although `targets` matches them; a list or one regular expression, as above.
+    modules_to_save: modules that are trained whole and stored beside the adapters (["lm_head"]), names or suffixes.
     """
 
     method: str
     targets: str | list[str] = ALL_LINEAR
     exclude: str | list[str] | None = None
+    modules_to_save: list[str] = field(default_factory=list)
 
     peft_type: ClassVar[str]
     """The method's name in `adapter_config.json`: PEFT's, or one of minift's own if PEFT has no such method."""
@@ -48,10 +51,20 @@ class AdapterConfig(ABC):
     parameter_names: ClassVar[tuple[str, ...]]
     """Names of an adapter's own parameters below its module, e.g. ("lora_A.weight", "lora_B.weight")."""
 
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (LinearBase,)
+    """What `targets` chooses from. Where there are more than projections, "all-linear" means these alone."""
+
     @classmethod
     def candidates(cls, model: nn.Module) -> dict[str, nn.Module]:
-        """Full name -> module, in the model's order, of what `targets` chooses from: projections."""
-        return {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
+        """Full name -> module, in the model's order, of what `targets` chooses from."""
+        return {name: module for name, module in model.named_modules() if isinstance(module, cls.kinds)}
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Of these, the chosen ones. ValueError if a pattern matches nothing, or nothing is left."""
+        candidates = self.candidates(model)
+        linear = [name for name, module in candidates.items() if isinstance(module, LinearBase)]
+        names = select_modules(linear if self.targets == ALL_LINEAR else list(candidates), self.targets, self.exclude)
+        return {name: candidates[name] for name in names}
 
     @abstractmethod
     def wrap(self, name: str, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterModule:
@@ -61,9 +74,31 @@ class AdapterConfig(ABC):
     def check(self, names: Sequence[str]) -> None:
         """ValueError if a setting speaks of a module that is not among the wrapped ones, `names`."""
 
+    @property
+    def parameter_sets(self) -> tuple[tuple[str, ...], ...]:
+        """`parameter_names` of each kind of module."""
+        return (self.parameter_names,)
+
     @abstractmethod
     def to_peft(self) -> dict[str, Any]:
         """Every key of PEFT's `adapter_config.json`; "target_modules" as in `targets`, storage spells out a string."""
+
+    def selection_to_peft(self) -> dict[str, Any]:
+        """Of these keys, those that all methods share."""
+        return {
+            "exclude_modules": in_order(self.exclude),
+            "modules_to_save": in_order(self.modules_to_save) or None,
+            "target_modules": in_order(self.targets),
+        }
+
+    @classmethod
+    def selection_from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Inverse, as arguments for the class."""
+        return {
+            "targets": required(fields, "target_modules", cls.__name__.removesuffix("Config")),
+            "exclude": fields.get("exclude_modules"),
+            "modules_to_save": fields.get("modules_to_save") or [],
+        }
 
     @classmethod
     def reads(cls, fields: Mapping[str, Any]) -> bool:
@@ -84,6 +119,16 @@ class AdapterModule(nn.Module):
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
         raise NotImplementedError
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        """The dense weight that the adapter makes of the base weight `weight`, in its shape and dtype: fp32 or fp64.
+        ValueError, with what to do instead, for a method that is no dense weight."""
+        raise ValueError(f"{type(self).__name__} is no weight and cannot be merged; keep it beside the model")
+
+    @torch.no_grad()
+    def exact_weight(self, weight: Tensor) -> Tensor:
+        """The effective weight over the base weight `weight`, not yet rounded to its dtype: fp32, or fp64 for fp64."""
+        return self.effective_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def to_file(self, local_name: str, values: Tensor, base_weight: Callable[[], Tensor]) -> Tensor:
         """What an adapter file holds where the own parameter `local_name` is `values` (fp32): the same, as a rule.
@@ -117,15 +162,10 @@ class Adapter(AdapterModule, LinearBase):
         self.base = base
         self._own_base: tuple[LinearBase] | None = None  # while merged; in a tuple, as it is no submodule then
 
-    # What a method writes, beside `init_parameter` and perhaps `after` #
+    # What a method writes, beside `init_parameter`, `effective_weight` and perhaps `after` #
 
     def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]] | None:
         """The base and the updates added to it, see `LinearBase`; None for a method with a `forward` of its own."""
-        raise NotImplementedError
-
-    def effective_weight(self, weight: Tensor) -> Tensor:
-        """The dense weight (out, in) that the adapter makes of the base weight `weight`, in its dtype: fp32 or fp64.
-        ValueError, with what to do instead, for a method that is no dense weight."""
         raise NotImplementedError
 
     def effective_bias(self, bias: nn.Parameter | None) -> nn.Parameter | None:
@@ -138,11 +178,6 @@ class Adapter(AdapterModule, LinearBase):
     def bias(self) -> nn.Parameter | None:
         """Of the projection as it is, adapter included."""
         return self.base.bias if self.merged else self.effective_bias(self.base.bias)
-
-    @torch.no_grad()
-    def exact_weight(self, weight: Tensor) -> Tensor:
-        """The effective weight over the base weight `weight`, not yet rounded to its dtype: fp32, or fp64 for fp64."""
-        return self.effective_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def dense_weight(self) -> Tensor:
         """The effective weight (out, in), rounded once to the base weight's dtype. A copy unless merged."""

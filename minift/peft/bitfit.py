@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
-from minift.peft.peft_json import COMMON, in_order, refuse_unsupported, required
+from minift.peft.peft_json import COMMON, SELECTION, refuse_unsupported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,12 @@ class BitFitConfig(AdapterConfig):
         """No setting speaks of a single projection."""
 
     def to_peft(self) -> dict[str, Any]:
-        names = {"exclude_modules": in_order(self.exclude), "target_modules": in_order(self.targets)}
-        return COMMON | {"peft_type": self.peft_type} | names
+        return COMMON | self.selection_to_peft() | {"peft_type": self.peft_type}
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        refuse_unsupported(fields, {}, {"peft_type", "exclude_modules", "target_modules"})
-        return cls(targets=required(fields, "target_modules", "BitFit"), exclude=fields.get("exclude_modules"))
+        refuse_unsupported(fields, {"peft_type": cls.peft_type}, SELECTION)
+        return cls(**cls.selection_from_peft(fields))
 
 
 class BitFitLinear(Adapter):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
-from minift.peft.peft_json import COMMON, in_order, refuse_unsupported, required
+from minift.peft.peft_json import COMMON, SELECTION, refuse_unsupported, required
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -57,20 +57,14 @@ class BottleneckConfig(AdapterConfig):
         """No setting speaks of a single projection."""
 
     def to_peft(self) -> dict[str, Any]:
-        return COMMON | {
-            "activation": self.activation,
-            "exclude_modules": in_order(self.exclude),
-            "peft_type": self.peft_type,
-            "size": self.size,
-            "target_modules": in_order(self.targets),
-        }
+        own = {"activation": self.activation, "peft_type": self.peft_type, "size": self.size}
+        return COMMON | self.selection_to_peft() | own
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        refuse_unsupported(fields, {}, {"peft_type", "activation", "exclude_modules", "size", "target_modules"})
+        refuse_unsupported(fields, {"peft_type": cls.peft_type}, SELECTION | {"activation", "size"})
         return cls(
-            targets=required(fields, "target_modules", "a bottleneck adapter"),
-            exclude=fields.get("exclude_modules"),
+            **cls.selection_from_peft(fields),
             size=required(fields, "size", "a bottleneck adapter"),
             activation=required(fields, "activation", "a bottleneck adapter"),
         )
@@ -101,9 +95,6 @@ class BottleneckLinear(Adapter):
             return torch.zeros(shape)
         bound = 1.0 / math.sqrt(self.out_features)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    def effective_weight(self, weight: Tensor) -> Tensor:
-        raise ValueError("a bottleneck adapter is no matrix and cannot be merged; keep the adapter beside the model")
 
     def extra_repr(self) -> str:
         size = self.adapter_down.out_features

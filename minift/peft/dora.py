@@ -39,9 +39,11 @@ class DoraConfig(LoraConfig):
 
     uses_dora = True
     parameter_names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    kinds = (LinearBase,)
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> DoraLinear:
-        return DoraLinear(base, self.fitting_rank(name, base), self.scale(name), self.dropout, dtype, device)
+        rank = self.fitting_rank(name, base.in_features, base.out_features)
+        return DoraLinear(base, rank, self.scale(name), self.dropout, dtype, device)
 
 
 class DoraLinear(LoraLinear):

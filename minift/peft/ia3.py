@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
 from minift.peft.patterns import check_modules, matches
-from minift.peft.peft_json import COMMON, in_order, refuse_unsupported, required
+from minift.peft.peft_json import COMMON, SELECTION, in_order, refuse_unsupported
 from minift.peft.stretch import stretch
 
 _PEFT_DEFAULTS: dict[str, Any] = {
     "fan_in_fan_out": False,
     "init_ia3_weights": True,
-    "modules_to_save": None,
     "peft_type": "IA3",
 }
-_PEFT_UNDERSTOOD = {"exclude_modules", "feedforward_modules", "init_ia3_weights", "target_modules"}
+_PEFT_UNDERSTOOD = SELECTION | {"feedforward_modules", "init_ia3_weights"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +53,13 @@ class IA3Config(AdapterConfig):
         check_modules(names, self.feedforward, "feedforward")
 
     def to_peft(self) -> dict[str, Any]:
-        return COMMON | _PEFT_DEFAULTS | {
-            "exclude_modules": in_order(self.exclude),
-            "feedforward_modules": in_order(self.feedforward),
-            "target_modules": in_order(self.targets),
-        }
+        feedforward = {"feedforward_modules": in_order(self.feedforward)}
+        return COMMON | _PEFT_DEFAULTS | self.selection_to_peft() | feedforward
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
         refuse_unsupported(fields, _PEFT_DEFAULTS, _PEFT_UNDERSTOOD)
-        return cls(
-            targets=required(fields, "target_modules", "IA3"),
-            exclude=fields.get("exclude_modules"),
-            feedforward=fields.get("feedforward_modules") or [],
-        )
+        return cls(**cls.selection_from_peft(fields), feedforward=fields.get("feedforward_modules") or [])
 
 
 class IA3Linear(Adapter):

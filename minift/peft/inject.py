@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from minift.peft.adapter import Adapter, AdapterConfig, AdapterModule
-from minift.peft.patterns import select_modules
+from minift.peft.patterns import check_modules, matches
 
 
 def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Wrap the modules that `config` names, train the adapters and nothing else; return the trainable names.
+    """Wrap the modules that `config` names, train the adapters and its `modules_to_save`; return the trainable names.
 
     Adapter parameters get `dtype` and their base's device, and `init_tensor`'s values unless that is the meta device.
     ValueError if the model has adapters already, a pattern matches nothing, or a setting does not fit a module (the
@@ -26,23 +27,53 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: tor
     """
     if any(isinstance(module, AdapterModule) for module in model.modules()):
         raise ValueError("the model has adapters already; inject works once per model")
-    candidates = config.candidates(model)
-    names = select_modules(list(candidates), config.targets, config.exclude)
-    config.check(names)
+    chosen = config.select(model)
+    config.check(list(chosen))
+    whole = _whole_parameters(model, config, chosen)
     wrapped: dict[str, AdapterModule] = {}
-    for name in names:
-        base = candidates[name]
+    for name, base in chosen.items():
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         wrapped[name] = config.wrap(name, base, dtype, device).train(base.training)
     model.requires_grad_(False)  # what is in the adapters is not in the model yet
     for name, adapter in wrapped.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, adapter)
-    own_parameters = adapter_parameters(model)
-    for name, parameter in own_parameters.items():
+    for parameter in whole:
+        parameter.requires_grad_(True)
+    for name, parameter in adapter_parameters(model).items():
         if not parameter.is_meta:
             parameter.data.copy_(init_tensor(model, name, seed))
-    return [name for name, parameter in own_parameters.items() if parameter.requires_grad]
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _whole_parameters(
+    model: nn.Module, config: AdapterConfig, chosen: Mapping[str, nn.Module]
+) -> list[nn.Parameter]:
+    """Parameters of `config.modules_to_save`. ValueError for a module that cannot be trained beside the adapters of
+    `chosen`, by name, and alone."""
+    modules = dict(model.named_modules())
+    check_modules([name for name in modules if name], config.modules_to_save, "modules_to_save")
+    users = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    found = []
+    for name, module in modules.items():
+        if not matches(name, config.modules_to_save):
+            continue
+        for adapted in chosen:
+            if f"{adapted}.".startswith(f"{name}.") or f"{name}.".startswith(f"{adapted}."):
+                raise ValueError(f"{name} is in modules_to_save and {adapted} gets an adapter; valid: one of the two")
+        for local_name, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} is in modules_to_save, but {local_name} is held in 4 bits, which cannot be trained; "
+                    "valid: an adapter on it, or quant.skip to leave it dense"
+                )
+            if users[parameter] > 1:
+                raise ValueError(
+                    f"{name} is in modules_to_save, but shares its {local_name} with another module (tied embeddings), "
+                    "which would change too; valid: an adapter on it"
+                )
+            found.append(parameter)
+    return found
 
 
 def adapter_modules(model: nn.Module) -> dict[str, AdapterModule]:
@@ -56,7 +87,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Full name -> parameter of every adapter, in the model's order: what is stored, and trained unless frozen."""
+    """Full name -> parameter of every adapter, in the model's order."""
     return {
         f"{name}.{local_name}": parameter
         for name, adapter in adapter_modules(model).items()
@@ -64,35 +95,49 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def stored_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """These and whatever else is trained, in `modules_to_save`: what an adapter file holds."""
+    own = adapter_parameters(model)
+    return own | {name: p for name, p in model.named_parameters() if p.requires_grad and name not in own}
+
+
 def init_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device."""
-    adapter_name, local_name = split_name(model, name)
-    adapter = model.get_submodule(adapter_name)
-    return adapter.init_parameter(local_name, named_generator(seed, name))
+    found = _adapter_of(model, name)
+    if found is None:
+        raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
+    adapter_name, local_name = found
+    return model.get_submodule(adapter_name).init_parameter(local_name, named_generator(seed, name))
 
 
-def split_name(model: nn.Module, name: str) -> tuple[str, str]:
-    """(name of the adapter, local name) of the adapter parameter called `name`."""
+def _adapter_of(model: nn.Module, name: str) -> tuple[str, str] | None:
+    """(name of the adapter, local name) of the adapter parameter called `name`; None for any other parameter."""
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):  # the innermost: an adapter may wrap another
         adapter_name = ".".join(path[:depth])
         if isinstance(model.get_submodule(adapter_name), AdapterModule):
             return adapter_name, ".".join(path[depth:])
-    raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
+    return None
 
 
 def to_file(model: nn.Module, name: str, values: Tensor, base_weight: Callable[[str], Tensor]) -> Tensor:
-    """What an adapter file holds where the adapter parameter `name` is `values` (fp32).
+    """What an adapter file holds where the stored parameter `name` is `values` (fp32).
 
     base_weight: name of an adapted module -> its base's dense weight as it was trained with; called where needed only.
     """
-    adapter_name, local_name = split_name(model, name)
+    found = _adapter_of(model, name)
+    if found is None:
+        return values
+    adapter_name, local_name = found
     return model.get_submodule(adapter_name).to_file(local_name, values, lambda: base_weight(adapter_name))
 
 
 def from_file(model: nn.Module, name: str, values: Tensor, base_weight: Callable[[str], Tensor]) -> Tensor:
     """Inverse of `to_file`."""
-    adapter_name, local_name = split_name(model, name)
+    found = _adapter_of(model, name)
+    if found is None:
+        return values
+    adapter_name, local_name = found
     return model.get_submodule(adapter_name).from_file(local_name, values, lambda: base_weight(adapter_name))
 
 

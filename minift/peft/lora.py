@@ -16,10 +16,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from minift.model.embedding import Embedding
 from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
+from minift.peft.lora_embedding import LoraEmbedding
 from minift.peft.patterns import check_endings, first_match
-from minift.peft.peft_json import COMMON, as_int, in_order, refuse_unsupported, required
+from minift.peft.peft_json import COMMON, SELECTION, as_int, refuse_unsupported, required
 
 # What PEFT writes beside the settings of minift; `from_peft` supports no other values.
 _PEFT_DEFAULTS: dict[str, Any] = {
@@ -40,7 +42,6 @@ _PEFT_DEFAULTS: dict[str, Any] = {
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "modules_to_save": None,
     "monteclora_config": None,
     "peft_type": "LORA",
     "qalora_group_size": 16,
@@ -51,10 +52,9 @@ _PEFT_DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 # Keys that `from_peft` turns into settings, or checks, or whose value does not change what the stored tensors mean.
-_PEFT_UNDERSTOOD = {
-    "alpha_pattern", "eva_config", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_dropout",
-    "megatron_core", "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora",
-    "use_rslora",
+_PEFT_UNDERSTOOD = SELECTION | {
+    "alpha_pattern", "eva_config", "init_lora_weights", "lora_alpha", "lora_dropout", "megatron_core",
+    "qalora_group_size", "r", "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base weight as it is on disk; PiSSA, OLoRA, LoftQ, LoRA-GA and CorDA change it.
 _BASE_PRESERVING_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -84,6 +84,7 @@ class LoraConfig(AdapterConfig):
     uses_dora: ClassVar[bool] = False
     """DoRA is a switch of LoRA in PEFT, and a method of its own here: `dora.py`."""
     parameter_names = ("lora_A.weight", "lora_B.weight")
+    kinds = (LinearBase, Embedding)
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -108,32 +109,40 @@ class LoraConfig(AdapterConfig):
         alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
         return alpha / (math.sqrt(self.rank(name)) if self.rslora else self.rank(name))
 
-    def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> LoraLinear:
-        return LoraLinear(base, self.fitting_rank(name, base), self.scale(name), self.dropout, dtype, device)
+    def wrap(
+        self, name: str, base: LinearBase | Embedding, dtype: torch.dtype, device: torch.device
+    ) -> LoraLinear | LoraEmbedding:
+        if isinstance(base, Embedding):
+            rank = self.fitting_rank(name, base.num_embeddings, base.embedding_dim)
+            return LoraEmbedding(base, rank, self.scale(name), dtype, device)
+        rank = self.fitting_rank(name, base.in_features, base.out_features)
+        return LoraLinear(base, rank, self.scale(name), self.dropout, dtype, device)
 
-    def fitting_rank(self, name: str, base: LinearBase) -> int:
-        """Rank of the projection `base`, called `name`. ValueError if no update of `base` has such a rank."""
-        rank, most = self.rank(name), min(base.in_features, base.out_features)
+    def fitting_rank(self, name: str, in_features: int, out_features: int) -> int:
+        """Rank of the module `name`. ValueError if no update of its weight has such a rank."""
+        rank, most = self.rank(name), min(in_features, out_features)
         if rank > most:
             raise ValueError(
-                f"rank {rank} is more than {name} can have, which goes from {base.in_features} to {base.out_features}; "
+                f"rank {rank} is more than {name} can have, which goes from {in_features} to {out_features}; "
                 f"valid: r of at most {most}, or a rank_pattern for it such as {{{name.rpartition('.')[2]}: {most}}}"
             )
         return rank
+
+    @property
+    def parameter_sets(self) -> tuple[tuple[str, ...], ...]:
+        return self.parameter_names, ("lora_embedding_A", "lora_embedding_B")
 
     def check(self, names: Sequence[str]) -> None:
         check_endings(self.rank_pattern, names, "rank_pattern")
         check_endings(self.alpha_pattern, names, "alpha_pattern")
 
     def to_peft(self) -> dict[str, Any]:
-        return COMMON | _PEFT_DEFAULTS | {
+        return COMMON | _PEFT_DEFAULTS | self.selection_to_peft() | {
             "alpha_pattern": {pattern: as_int(alpha) for pattern, alpha in self.alpha_pattern.items()},
-            "exclude_modules": in_order(self.exclude),
             "lora_alpha": as_int(self.alpha),
             "lora_dropout": self.dropout,
             "r": self.r,
             "rank_pattern": self.rank_pattern,
-            "target_modules": in_order(self.targets),
             "use_dora": self.uses_dora,
             "use_rslora": self.rslora,
         }
@@ -151,8 +160,7 @@ class LoraConfig(AdapterConfig):
             )
         refuse_unsupported(fields, _PEFT_DEFAULTS, _PEFT_UNDERSTOOD)
         return cls(
-            targets=required(fields, "target_modules", "LoRA"),
-            exclude=fields.get("exclude_modules"),
+            **cls.selection_from_peft(fields),
             r=required(fields, "r", "LoRA"),
             alpha=required(fields, "lora_alpha", "LoRA"),
             dropout=fields.get("lora_dropout", 0.0),

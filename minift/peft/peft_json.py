@@ -14,6 +14,8 @@ COMMON: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 """Written by every method. Their values do not change what the stored tensors mean, so any are read."""
+SELECTION = {"exclude_modules", "modules_to_save", "target_modules"}
+"""Written by every method too; what they say is a setting."""
 
 
 def refuse_unsupported(fields: Mapping[str, Any], written: Mapping[str, Any], understood: set[str]) -> None:

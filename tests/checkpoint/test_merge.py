@@ -19,7 +19,8 @@ from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.drift import WeightDrift
 from minift.peft.ia3 import IA3Config
-from minift.peft.inject import adapter_parameters, inject
+from minift.peft.inject import inject, stored_parameters
+from minift.peft.lora import LoraConfig
 from minift.quant.model import load_model
 from tests.tiny import write_model
 
@@ -119,6 +120,8 @@ def test_rounds_once_from_fp32_and_reports_it(folders, tmp_path, base_dtype, out
         ("llama", BitFitConfig(targets=["o_proj"])),
         ("qwen2", BitFitConfig(targets=["k_proj"])),
         ("qwen3", BitFitConfig(targets=["v_proj"])),
+        ("llama", LoraConfig(r=3, targets=["embed_tokens", "lm_head", "up_proj"])),
+        ("llama", LoraConfig(r=3, targets=["up_proj"], modules_to_save=["embed_tokens", "lm_head"])),
     ],
     ids=lambda value: value if isinstance(value, str) else value.method,
 )
@@ -141,7 +144,7 @@ def with_random_adapter(folder, config):
     model = load_model(folder, None, torch.float32).eval()
     inject(model, config)
     generator = torch.Generator().manual_seed(0)
-    for parameter in adapter_parameters(model).values():
+    for parameter in stored_parameters(model).values():
         parameter.data.normal_(std=0.2, generator=generator)
     return model
 
@@ -152,7 +155,7 @@ def with_random_adapter(folder, config):
         ("qwen2", BitFitConfig(targets=["o_proj", "q_proj"]), "a qwen2 model on disk has no place for a bias"),
         ("mistral", BitFitConfig(targets=["q_proj"]), "no place for a bias on some of q_proj, .* keep the adapter"),
         ("llama", BitFitConfig(targets=["lm_head"]), "no place for a bias on some of lm_head"),
-        ("llama", BottleneckConfig(size=2), "a bottleneck adapter is no matrix"),
+        ("llama", BottleneckConfig(size=2), "BottleneckLinear is no weight and cannot be merged; keep it"),
     ],
 )
 def test_what_has_no_place_is_refused(tmp_path, family, config, message):
@@ -169,9 +172,10 @@ def test_lost_ratio_of_an_update_of_zero():
 
 
 def test_refuses_and_leaves_nothing_behind(folders, tmp_path):
-    base, adapter, _ = folders(tied=True, targets=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="adapts lm_head, whose weight is the embedding's"):
-        merge_adapter(base, adapter, tmp_path / "merged")
+    for target in ("lm_head", "embed_tokens"):
+        base, adapter, _ = folders(tied=True, targets=["q_proj", target])
+        with pytest.raises(ValueError, match=f"adapts .*{target}.weight, and lm_head and the embedding are one"):
+            merge_adapter(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

@@ -25,7 +25,8 @@ from minift.peft.inject import init_tensor
 from minift.peft.lora import LoraConfig
 
 Formula = Callable[[Tensor, Tensor, Tensor | None, dict[str, Tensor]], Tensor]
-"""(x (N, in), W (out, in), b (out,) or None, own parameters by local name) -> y (N, out)."""
+"""(x (N, in), W (out, in), b (out,) or None, own parameters by local name) -> y (N, out). The embedding gets tokens
+(N,) for x, and its weight (vocabulary, out)."""
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -72,9 +73,11 @@ class Row:
 
 
 class _AsFormula(LinearBase):
-    def __init__(self, projection: nn.Module, formula: Formula, own: dict[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, formula: Formula, own: dict[str, Tensor]) -> None:
         super().__init__()
-        self.weight, self.bias, self.formula, self.own = projection.weight, projection.bias, formula, own
+        self.out_features, self.weight, self.bias = len(module.weight), module.weight, getattr(module, "bias", None)
+        self.formula, self.own = formula, own
+        self.leaves = nn.ParameterList(own.values())  # the loss asks the LM head what is trained in it
 
     def parts(self) -> None:
         return None
@@ -84,8 +87,9 @@ class _AsFormula(LinearBase):
 
 
 def projections(model: CausalLM) -> dict[str, nn.Module]:
-    """Of the blocks, by full name; adapters are not told from what they wrap."""
-    return {
+    """By full name, and the embedding; adapters are not told from what they wrap."""
+    ends = {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}
+    return ends | {
         f"model.layers.{index}.{part}.{name}": model.get_submodule(f"model.layers.{index}.{part}.{name}")
         for index in range(len(model.model.layers))
         for part, names in (("self_attn", ALL[:4]), ("mlp", ALL[4:]))
@@ -99,6 +103,21 @@ def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 def lora(scale: float) -> Formula:
     return lambda x, W, b, own: _affine(x, W + scale * own["lora_B.weight"] @ own["lora_A.weight"], b)
+
+
+def lora_embedding(scale: float) -> Formula:
+    def formula(tokens: Tensor, W: Tensor, b: None, own: dict[str, Tensor]) -> Tensor:
+        return (W + scale * (own["lora_embedding_B"] @ own["lora_embedding_A"]).T)[tokens]
+
+    return formula
+
+
+def whole(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+    return _affine(x, own["weight"], b)
+
+
+def whole_embedding(tokens: Tensor, W: Tensor, b: None, own: dict[str, Tensor]) -> Tensor:
+    return own["weight"][tokens]
 
 
 def dora(scale: float) -> Formula:
@@ -138,6 +157,16 @@ ROWS = {
         LoraConfig(r=4, alpha=6, rslora=True, rank_pattern={"q_proj": 9}, alpha_pattern={"mlp.up_proj": 2}),
         dict.fromkeys(ALL, lora(3.0)) | {"q_proj": lora(2.0), "up_proj": lora(1.0)},
         dict.fromkeys(ALL, LORA_OWN),
+    ),
+    "lora, ends": Row(
+        LoraConfig(r=3, alpha=6, targets=["embed_tokens", "v_proj", "lm_head"]),
+        {"embed_tokens": lora_embedding(2.0), "v_proj": lora(2.0), "lm_head": lora(2.0)},
+        {"embed_tokens": ("lora_embedding_A", "lora_embedding_B"), "v_proj": LORA_OWN, "lm_head": LORA_OWN},
+    ),
+    "lora, whole": Row(
+        LoraConfig(r=3, alpha=6, targets=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+        {"embed_tokens": whole_embedding, "v_proj": lora(2.0), "lm_head": whole},
+        {"embed_tokens": ("weight",), "v_proj": LORA_OWN, "lm_head": ("weight",)},
     ),
     "dora": Row(
         DoraConfig(r=3, alpha=6),
