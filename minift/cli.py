@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     try:
         options, unknown = _parser().parse_known_args(arguments)
-        if unknown:
+        if options.overrides_anywhere:
+            options.overrides = unknown
+        elif unknown:
             order = "; the recipe comes first: RECIPE --section.field VALUE" if "overrides" in options else ""
             raise ValueError(f"{unknown[0]} is not an option of this command{order}")
         status = options.command(options) or 0
@@ -62,6 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     train = _add(top, "train", commands.train, "fine-tune: alone, or on every rank under torchrun", add_help=False)
     train.add_argument("-h", "--help", action=_ListFields, nargs=0)
     _add_recipe(train)
+
+    plan = _add(top, "plan", commands.plan, "what a recipe takes on paper: memory, and time; or what a model takes")
+    plan.add_argument("recipe", metavar="RECIPE|MODEL", help="YAML file, as in train; or llama-2-7b, ...: all methods")
+    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="processes, one device each (default: 1)")
+    plan.add_argument("--device", default="h100", metavar="NAME", help="h100, a100, rtx4090, ...; cpu: this machine")
+    plan.add_argument(
+        "--network", default="nvlink", metavar="NAME",
+        help="between nodes of 8: nvlink (as fast as inside), 400g, 100g; or GB/s of every rank (default: nvlink)",
+    )  # fmt: skip
+    plan.add_argument("--document-tokens", type=int, metavar="N", help="of all documents; default: the longest allowed")
+    plan.add_argument("--supervised", type=float, default=1.0, metavar="PART", help="of the tokens (default: 1, all)")
+    plan.add_argument("--search", action="store_true", help="the fastest ways to compute the same step that fit")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    plan.add_argument("--picture", metavar="FILE", help="draw it, as PNG")
+    plan.set_defaults(overrides_anywhere=True)
 
     data = top.add_parser("data", help="look at data, or write some").add_subparsers(required=True, metavar="WHAT")
     _add_recipe(_add(data, "prepare", commands.prepare_data, "encode a recipe's data and show what will be learnt"))
@@ -129,7 +146,7 @@ class _ListFields(argparse.Action):
 
 def _add(group, name: str, command, text: str, add_help: bool = True) -> argparse.ArgumentParser:
     parser = group.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=add_help)
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, overrides_anywhere=False)
     return parser
 
 

@@ -5,6 +5,7 @@ Modules that import torch are imported inside the commands, so that help and mis
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -43,6 +44,30 @@ def _train(options: Namespace) -> int:
     from minift.train import train
 
     return train(config)
+
+
+def plan(options: Namespace) -> None:
+    """`minift plan RECIPE ...` or `minift plan MODEL`."""
+    # Half a million small objects are made on the way, and kept until the end: nothing of it is worth looking through.
+    gc.disable()
+    is_recipe = options.recipe.endswith((".yaml", ".yml")) or Path(options.recipe).is_file()
+    config = _read_recipe(options) if is_recipe else None
+
+    from minift.planner.answer import answer_for_model, answer_for_recipe
+    from minift.planner.plan import Machine
+
+    is_here = options.device == "cpu"
+    size = options.world_size
+    machine = Machine.here(size) if is_here else Machine.of_gpus(options.device, size, options.network)
+    if config is None:
+        if options.overrides:
+            raise ValueError(f"{options.overrides[0]} is of a recipe, and {options.recipe} is a model; give a recipe")
+        answer = answer_for_model(options.recipe, machine, options.document_tokens or 2048)
+    else:
+        answer = answer_for_recipe(config, machine, options.document_tokens, options.supervised, options.search)
+    print(json.dumps(answer.to_json(), indent=1) if options.json else answer.text)
+    if options.picture:
+        print(answer.draw(Path(options.picture)), file=sys.stderr)
 
 
 def list_fields() -> None:

@@ -1,0 +1,145 @@
+"""Models, devices and networks by name, for plans of what is not here: figures of model cards and datasheets.
+
+    model_shape("llama-3.1-70b")     -> ModelConfig, without a file
+    gpu("h100")                      -> Device: memory, and rates for times
+    network("400g")                  -> Network
+
+Nothing here was measured by minift. What a GPU does of its datasheet's figures is what performance.md found elsewhere
+(sections 4.2 and 4.7): products at 70 % of the peak in 16 bits, attention at 55 % and its backward at 45 %, everything
+else at 87 % of the memory's bandwidth. For figures of the machine at hand: `minift plan --calibrate`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from minift.model.config import ModelConfig
+from minift.planner.device import Device, Rate
+from minift.planner.network import Network
+from minift.planner.op import LOW_RANK, PRODUCTS
+
+
+def _model(
+    family: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> dict:
+    return {
+        "model_type": family, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab, **more,
+    }  # fmt: skip
+
+
+_TIED = {"tie_word_embeddings": True}
+_QWEN3 = {"head_dim": 128}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": _model("llama", 576, 1536, 30, 9, 3, 49152, **_TIED),
+    "smollm2-360m": _model("llama", 960, 2560, 32, 15, 5, 49152, **_TIED),
+    "smollm2-1.7b": _model("llama", 2048, 8192, 24, 32, 32, 49152, **_TIED),
+    "llama-2-7b": _model("llama", 4096, 11008, 32, 32, 32, 32000),
+    "llama-2-13b": _model("llama", 5120, 13824, 40, 40, 40, 32000),
+    "llama-2-70b": _model("llama", 8192, 28672, 80, 64, 8, 32000),
+    "llama-3.2-1b": _model("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, **_TIED),
+    "llama-3.2-3b": _model("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128, **_TIED),
+    "llama-3.1-8b": _model("llama", 4096, 14336, 32, 32, 8, 128256),
+    "llama-3.1-70b": _model("llama", 8192, 28672, 80, 64, 8, 128256),
+    "llama-3.1-405b": _model("llama", 16384, 53248, 126, 128, 8, 128256),
+    "mistral-7b": _model("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=None),
+    "qwen2.5-7b": _model("qwen2", 3584, 18944, 28, 28, 4, 152064),
+    "qwen2.5-32b": _model("qwen2", 5120, 27648, 64, 40, 8, 152064),
+    "qwen2.5-72b": _model("qwen2", 8192, 29568, 80, 64, 8, 152064),
+    "qwen3-0.6b": _model("qwen3", 1024, 3072, 28, 16, 8, 151936, **_QWEN3, **_TIED),
+    "qwen3-1.7b": _model("qwen3", 2048, 6144, 28, 16, 8, 151936, **_QWEN3, **_TIED),
+    "qwen3-4b": _model("qwen3", 2560, 9728, 36, 32, 8, 151936, **_QWEN3, **_TIED),
+    "qwen3-8b": _model("qwen3", 4096, 12288, 36, 32, 8, 151936, **_QWEN3),
+    "qwen3-14b": _model("qwen3", 5120, 17408, 40, 40, 8, 151936, **_QWEN3),
+    "qwen3-32b": _model("qwen3", 5120, 25600, 64, 64, 8, 151936, **_QWEN3),
+}
+"""name -> what config.json says of its shape."""
+
+
+def model_shape(name: str) -> ModelConfig:
+    """ValueError, with the nearest names, if there is none of this name."""
+    return ModelConfig.from_hf(MODELS[_known(name.lower(), MODELS, "a model")])
+
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Card:
+    """memory_bytes: what PyTorch sees of it; tflops: dense, in 16 bits with fp32 sums; of memory, bytes a second."""
+
+    memory_bytes: int
+    tflops: float
+    memory_bytes_per_s: float
+
+
+_CARDS = {
+    "h100": _Card(79 * GIB, 989, 3.35e12),
+    "h200": _Card(139 * GIB, 989, 4.8e12),
+    "a100": _Card(79 * GIB, 312, 2.04e12),
+    "a100-40g": _Card(39 * GIB, 312, 1.56e12),
+    "l40s": _Card(44 * GIB, 362, 0.86e12),
+    "rtx4090": _Card(int(23.5 * GIB), 165, 1.01e12),
+    "rtx3090": _Card(int(23.5 * GIB), 71, 0.94e12),
+}
+
+CONTEXT_BYTES = GIB // 2
+"""What CUDA takes for itself (performance.md, section 4.4)."""
+USABLE = 0.95
+"""Of the rest: the allocator rounds, and cannot use all gaps."""
+_LAUNCH_S = 5e-6  # of a kernel, for the host (performance.md, section 4.7)
+
+
+def gpu(name: str) -> Device:
+    """ValueError, with the nearest names, if there is none of this name."""
+    name = _known(name.lower(), _CARDS, "a device")
+    card = _CARDS[name]
+    peak, bytes_per_s = card.tflops * 1e12, 0.87 * card.memory_bytes_per_s
+    rates = {"*": Rate(bytes_per_s=bytes_per_s)}
+    for kinds, share in ((PRODUCTS, 0.70), (("attention",), 0.55), (("attention backward",), 0.45)):
+        for kind in kinds:
+            # Operands are read while others are multiplied. In fp32 (TF32 is off) there are no matrix units to use.
+            rates[kind] = Rate(flops_per_s=share * peak)
+            rates[f"{kind} float32"] = Rate(flops_per_s=share * peak / 15)
+    for kind in LOW_RANK:  # these are narrow: limited by what they read
+        rates[kind] = Rate(flops_per_s=0.7 * peak, bytes_per_s=bytes_per_s)
+    return Device(name, card.memory_bytes, peak, card.memory_bytes_per_s, rates, call_s=_LAUNCH_S, runs_ahead=True)
+
+
+_NVLINK_BYTES_PER_S = 370e9
+_NODE_BYTES_PER_S = {"nvlink": 370e9, "400g": 45e9, "100g": 12e9}
+_RANKS_PER_NODE = 8
+
+
+def network(name: str) -> Network:
+    """Between nodes of 8 GPUs with NVLink (performance.md, section 4.6): nvlink: eight interfaces of 400 Gbit/s a node;
+    400g, 100g: one. A number: GB/s of every rank to every other, inside of a node, too."""
+    if name in _NODE_BYTES_PER_S:
+        return Network(_NVLINK_BYTES_PER_S, _NODE_BYTES_PER_S[name] / _RANKS_PER_NODE, _RANKS_PER_NODE)
+    try:
+        bytes_per_s = float(name) * 1e9
+    except ValueError:
+        bytes_per_s = math.nan
+    if not bytes_per_s > 0:
+        raise ValueError(f"--network is {name}; valid: {', '.join(_NODE_BYTES_PER_S)}, or a number of GB/s")
+    return Network(bytes_per_s, bytes_per_s, 1)
+
+
+def this_machine_bytes() -> int:
+    """Memory of the host."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _known(name: str, names: Iterable[str], what: str) -> str:
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        question = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{name} is not the name of {what}; {question}valid: {', '.join(names)}")
+    return name

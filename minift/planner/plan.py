@@ -1,0 +1,197 @@
+"""Plans of one model on one kind of machine: what a candidate takes, whether it fits, what would.
+
+    planner = Planner(model, machine)
+    plan = planner.plan(Candidate(setup, workload, step_tokens))
+    plan.memory.peak_bytes, plan.fits
+    planner.smallest_change(candidate)
+
+The model is put together once for each way of storing and cutting it; what else a candidate may change (tokens,
+recomputation, moments) is changed on paper.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from minift.model.config import ModelConfig
+from minift.planner.catalog import CONTEXT_BYTES, USABLE, gpu, network, this_machine_bytes
+from minift.planner.choices import Candidate, alternatives, smallest_changes
+from minift.planner.device import Device
+from minift.planner.memory import MemoryPlan, plan_memory
+from minift.planner.network import Network
+from minift.planner.shapes import Link, RunShape, Workload, describe
+from minift.planner.timing import Timed, time_step
+from minift.quant.weights import QuantWeights
+
+
+class Loop(Protocol):
+    """What is read of `train.TrainConfig`."""
+
+    examples_per_step: int
+    microbatch_tokens: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """world_size ranks, each with a device of so much memory. link: how they exchange tensors.
+
+    device, network: figures for times; None: there are none.
+    """
+
+    name: str
+    memory_bytes: int
+    world_size: int
+    link: Link
+    device: Device | None = None
+    network: Network | None = None
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"--world-size is {self.world_size}; valid: 1 or more")
+
+    @classmethod
+    def of_gpus(cls, name: str, world_size: int, network_name: str) -> Machine:
+        """ValueError for names that `catalog` does not have."""
+        device = gpu(name)
+        return cls(device.name, int(device.memory_bytes), world_size, "nccl", device, network(network_name))
+
+    @classmethod
+    def here(cls, world_size: int) -> Machine:
+        """CPU processes on this machine, which share its memory."""
+        return cls("cpu", this_machine_bytes() // max(1, world_size), world_size, "shared memory")
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.link == "nccl"
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors can have of it."""
+        return int(USABLE * (self.memory_bytes - (CONTEXT_BYTES if self.is_gpu else 0)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One candidate on paper. timed: None without figures of the device."""
+
+    candidate: Candidate
+    machine: Machine
+    run: RunShape
+    memory: MemoryPlan
+    timed: Timed | None = None
+
+    @property
+    def no_time(self) -> str:
+        """Why it has none."""
+        if self.machine.device is None:
+            return f"there are no figures of {self.machine.name}"
+        return "what crosses the bus to host memory is not part of the model"
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak_bytes <= self.machine.usable_bytes
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks."""
+        return None if self.timed is None else self.candidate.step_tokens / self.timed.seconds
+
+
+def workload_of(
+    loop: Loop, longest_tokens: int, world_size: int, document_tokens: int | None = None, supervised: float = 1.0
+) -> Workload:
+    """What a rank computes in a step: its part of the documents, as many in a microbatch as there is room for.
+
+    longest_tokens: of a document. document_tokens: of all of them; None: the longest, which takes most memory.
+    supervised: the part of the tokens that the loss counts. ValueError if it is none, or more than all.
+    """
+    if not 0 < supervised <= 1:
+        raise ValueError(f"the supervised part of the tokens is {supervised}; valid: above 0, at most 1")
+    length = min(document_tokens or longest_tokens, loop.microbatch_tokens)
+    documents = math.ceil(loop.examples_per_step / world_size)
+    at_once = min(documents, loop.microbatch_tokens // length)
+    tokens = at_once * length
+    return Workload(
+        tokens=tokens,
+        document_tokens=length,
+        microbatches=math.ceil(documents / at_once),
+        targets=None if supervised == 1 else math.ceil(supervised * tokens),
+    )
+
+
+@dataclass
+class Planner:
+    """weights: of the model's folder, if there is one."""
+
+    model: ModelConfig
+    machine: Machine
+    weights: QuantWeights | None = None
+    _described: dict[tuple[Any, ...], RunShape] = field(default_factory=dict)
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """ValueError for what building or training would refuse."""
+        run = self._describe(candidate)
+        timed = None
+        setup, machine = candidate.setup, self.machine
+        crosses_bus = setup.fsdp.offload or setup.optim.paged or setup.recompute.policy == "offload"
+        if machine.device is not None and machine.network is not None and not (machine.is_gpu and crosses_bus):
+            timed = time_step(run, machine.device, machine.network)
+        return Plan(candidate, machine, run, plan_memory(run), timed)
+
+    def smallest_change(self, asked: Candidate) -> Plan | None:
+        """Of the plans with the fewest changes that fit the fastest, or, without figures of the device, the largest;
+        None if `choices` knows no change that helps."""
+        plans = [self.plan(candidate) for candidate in smallest_changes(asked, self._fits)]
+        return min(plans, key=_cost, default=None)
+
+    def search(self, asked: Candidate) -> list[Plan]:
+        """Ways to compute the same step that fit, as it is one of them; the fastest first, or, without figures of the
+        device, the largest: memory is what time is bought with."""
+        others = alternatives(asked, self.machine.world_size)
+        plans = [self.plan(candidate) for candidate in others if self._fits(candidate)]
+        return sorted(plans, key=_cost)
+
+    def fewest_ranks(self, asked: Candidate, most: int = 1024) -> Plan | None:
+        """Of 1, 2, 4, ... ranks with this device, the fewest on which the candidate fits."""
+        for doublings in range(most.bit_length()):
+            machine = replace(self.machine, world_size=1 << doublings)
+            plan = Planner(self.model, machine, self.weights).plan(asked)
+            if plan.fits:
+                return plan
+        return None
+
+    def _fits(self, candidate: Candidate) -> bool:
+        try:
+            run = self._describe(candidate)
+        except ValueError:  # what the model, or the number of ranks, refuses
+            return False
+        return plan_memory(run).peak_bytes <= self.machine.usable_bytes
+
+    def _describe(self, candidate: Candidate) -> RunShape:
+        setup = candidate.setup
+        key = (repr(setup.adapter), setup.quant, setup.train, setup.freeze, setup.precision, setup.fsdp)
+        if key not in self._described:
+            self._described[key] = describe(
+                self.model,
+                setup,
+                world_size=self.machine.world_size,
+                link=self.machine.link,
+                workload=candidate.workload,
+                weights=self.weights,
+            )
+        run = self._described[key]
+        recompute = setup.recompute
+        blocks = [
+            replace(unit, recompute=recompute.policy if number % recompute.every == 0 else "none")
+            for number, unit in enumerate(run.blocks)
+        ]
+        return replace(
+            run, units=(run.root, *blocks), workload=candidate.workload, optim=setup.optim, recompute=recompute
+        )
+
+
+def _cost(plan: Plan) -> tuple[bool, float]:
+    """What has no time comes last."""
+    return plan.timed is None, -plan.memory.peak_bytes if plan.timed is None else plan.timed.seconds

@@ -1,0 +1,68 @@
+"""Oracle: what model cards and datasheets say."""
+
+from __future__ import annotations
+
+import pytest
+
+from minift.planner.catalog import MODELS, gpu, model_shape, network
+from minift.planner.choices import Candidate, Method
+from minift.planner.op import product
+from minift.planner.plan import Machine, Planner
+from minift.planner.shapes import Workload
+
+PARAMETERS = {  # of model cards, or of transformers' count where the card rounds
+    "smollm2-135m": 134_515_008,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_the_parameters_of_the_models(name: str) -> None:
+    planner = Planner(model_shape(name), Machine.here(1))
+    plan = planner.plan(Candidate(Method(), Workload(tokens=1, document_tokens=1), 1))
+    assert plan.run.num_parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_size_in_a_name_is_the_size(name: str) -> None:
+    config = model_shape(name)
+    head = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    block = config.hidden_size * (head + 3 * config.intermediate_size)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    number, unit = name.rpartition("-")[2][:-1], name[-1]
+    billions = float(number) * {"b": 1.0, "m": 1e-3}[unit]
+    assert (config.num_layers * block + embeddings) / 1e9 == pytest.approx(billions, rel=0.25)  # names round
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"did you mean llama-2-7b\?"):
+        model_shape("llama2-7b")
+    with pytest.raises(ValueError, match=r"did you mean h100\?"):
+        gpu("h10")
+    for name in ("fast", "0", "-3", "nan"):
+        with pytest.raises(ValueError, match="a number of GB/s"):
+            network(name)
+
+
+def test_what_a_gpu_is_taken_to_do() -> None:
+    """8192³ in bf16: 2 · 8192³ = 1.1e12 operations, at 70 % of 989e12 in a second."""
+    seconds = gpu("H100").seconds([product("linear", "bfloat16", 8192, 8192, 8192)])
+    assert seconds == pytest.approx(1.0995e12 / 692.3e12, rel=1e-3)
+    assert gpu("h100").seconds([product("linear", "float32", 8192, 8192, 8192)]) > 10 * seconds
+
+
+def test_networks() -> None:
+    """An all-gather to 8 ranks of 8 GB in all, each of which receives 7: at 370 GB/s inside of a node. Over 16 ranks on
+    two nodes, 15/16, at 8 times a rank's share of the node's 45 GB/s."""
+    slow = network("400g")
+    assert slow.shard_seconds(8e9, slow.shard_axis(8)) == pytest.approx(7 / 370, rel=0.01)
+    assert slow.shard_seconds(8e9, slow.shard_axis(16)) == pytest.approx(7.5 / 45, rel=0.01)
+    assert network("10").shard_seconds(8e9, network("10").shard_axis(8)) == pytest.approx(0.7, rel=0.01)
