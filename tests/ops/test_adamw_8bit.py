@@ -188,6 +188,19 @@ def test_a_non_finite_gradient_shows(implementation):
     assert new_master.isinf().sum() == 0
 
 
+def test_a_nan_has_the_code_of_what_is_largest(instruction_set):
+    """It must not look beyond the table. Other elements of its block are what they would be without it."""
+    master, grad, moments = draw(600, 0)
+    grad[[3, 598]] = 0.0
+    _, without = update(instruction_set, master, grad, moments, step=FORGETFUL)
+    grad[[3, 598]] = torch.nan
+    _, after = update(instruction_set, master, grad, moments, step=FORGETFUL)
+    expected = without.exp_avg_codes.clone()
+    expected[[3, 598]] = 255
+    assert torch.equal(after.exp_avg_codes, expected)
+    assert torch.equal(after.exp_avg_absmax, without.exp_avg_absmax)
+
+
 def test_many_threads_give_the_same_bits(instruction_set, in_threads):
     arguments = draw(300_003, 0, torch.bfloat16)
     results = [[master, *tensors_of(m)] for master, m in in_threads(lambda: update(instruction_set, *arguments))]
