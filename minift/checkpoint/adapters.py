@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minift.checkpoint.atomic import atomic_folder
+from minift.checkpoint.fingerprint import Sample, check_fingerprint, write_fingerprint
+from minift.model.linear import Linear
 from minift.peft.adapter import AdapterConfig
-from minift.peft.inject import adapters, from_file, inject, stored_parameters, to_file
+from minift.peft.inject import adapters, from_file, frozen_projections, inject, stored_parameters, to_file
 from minift.peft.methods import METHODS
 from minift.peft.names import fqn_of_peft_key, peft_key
 from minift.peft.patterns import ALL_LINEAR, matches
@@ -36,13 +38,19 @@ TENSOR_FILE = "adapter_model.safetensors"
 
 
 def save_adapter(
-    folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], *, base_model: str | None = None
+    folder: str | Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    base_model: str | None = None,
+    fingerprint: Mapping[str, Sample] | None = None,
 ) -> None:
     """Write a new PEFT folder. `tensors`: every adapter parameter, whole, as files hold it, by its in-memory name, any
     dtype and device.
 
-    `base_model` is recorded as the name or path by which PEFT finds the base. ValueError if `tensors` is empty or
-    incomplete, or has a non-finite value; OSError if what was read back is not what was written.
+    `base_model` is recorded as the name or path by which PEFT finds the base, `fingerprint` to know it by. ValueError
+    if `tensors` is empty or incomplete, or has a non-finite value; OSError if what was read back is not what was
+    written.
     """
     modules = _adapted_modules(config, tensors)
     stored = {peft_key(name): tensors[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(tensors)}
@@ -57,6 +65,8 @@ def save_adapter(
         fields["target_modules"] = sorted(modules)
     with atomic_folder(Path(folder)) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if fingerprint is not None:
+            write_fingerprint(temporary, fingerprint)
         save_file(stored, temporary / TENSOR_FILE, metadata={"format": "pt"})
         written = load_file(temporary / TENSOR_FILE)
         if written.keys() != stored.keys() or not all(torch.equal(written[key], stored[key]) for key in stored):
@@ -115,9 +125,17 @@ def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> d
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> AdapterConfig:
-    """Inject the adapter in `folder` into a model that one process holds whole, and load its tensors, as `dtype`."""
+    """Inject the adapter in `folder` into a model that one process holds whole, and load its tensors, as `dtype`.
+    ValueError if it does not fit, or was trained on another base."""
     config = read_config(folder)
     inject(model, config, dtype=dtype)
+    projections = frozen_projections(model)
+    check_fingerprint(
+        folder,
+        model,
+        read=lambda name: projections[name].dense_weight(),
+        is_quantized=lambda name: not isinstance(projections[name], Linear),
+    )
     parameters = stored_parameters(model)
     tensors = read_tensors(folder, {name: tuple(p.shape) for name, p in parameters.items()})
     for name, parameter in parameters.items():

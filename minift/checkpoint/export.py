@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minift.checkpoint.adapters import save_adapter
 from minift.checkpoint.atomic import atomic_folder, swap_in
+from minift.checkpoint.fingerprint import take_fingerprint
 from minift.fsdp.sharded import ShardedModel
 from minift.model.config import ModelConfig
 from minift.model.hf import save_model
@@ -49,7 +50,12 @@ def export_run(
                 return weights.trained_weight(name, model.get_submodule(name).base)
 
             tensors = {name: to_file(model, name, values.float(), base_weight) for name, values in tensors.items()}
-            save_adapter(fresh, adapter, tensors, base_model=str(Path(base_folder).resolve()))
+            fingerprint = take_fingerprint(
+                model, lambda name: weights.read(f"{name}.weight"), weights.stored.projections.__contains__
+            )
+            save_adapter(
+                fresh, adapter, tensors, base_model=str(Path(base_folder).resolve()), fingerprint=fingerprint
+            )
             swap_in(fresh, target)
         return str(target), None
 

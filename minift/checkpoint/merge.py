@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minift.checkpoint.adapters import read_config, read_tensors
 from minift.checkpoint.atomic import atomic_folder
+from minift.checkpoint.fingerprint import check_fingerprint
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.embedding import Embedding
@@ -169,6 +170,12 @@ class _Base:
         """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta; and
         weights that were trained whole."""
         inject(self._model, read_config(adapter_folder))
+        check_fingerprint(
+            adapter_folder,
+            self._model,
+            lambda name: self.trained_weight(f"{name}.weight"),
+            self.quantized.keys().__contains__,
+        )
         shapes = {name: tuple(parameter.shape) for name, parameter in stored_parameters(self._model).items()}
         tensors = {
             name: from_file(self._model, name, values, lambda module: self.trained_weight(f"{module}.weight"))

@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from minift.model.linear import LinearBase
 from minift.peft.adapter import Adapter, AdapterConfig, AdapterModule
+from minift.peft.names import canonical_name
 from minift.peft.patterns import check_modules, matches
 
 
@@ -84,6 +86,18 @@ def adapter_modules(model: nn.Module) -> dict[str, AdapterModule]:
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Of these, the projections."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def frozen_projections(model: nn.Module) -> dict[str, LinearBase]:
+    """Name in the model's folder -> projection of the base that is not trained nor tied, in the model's order."""
+    frozen = {name for name, _ in model.named_parameters()} - stored_parameters(model).keys()
+    return {
+        canonical_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase)
+        and not isinstance(module, AdapterModule)
+        and all(f"{name}.{local_name}" in frozen for local_name, _ in module.named_parameters())
+    }
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
