@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.drift import MergeTarget, check_target
-from minift.peft.patterns import ALL_LINEAR, select_modules
-from minift.peft.peft_json import in_order, required
+from minift.peft.patterns import ALL_LINEAR, is_all_linear, select_modules
+from minift.peft.peft_json import COMMON, SELECTION, in_order, refuse_unsupported, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class AdapterConfig(ABC):
     """Names of an adapter's own parameters below its module, e.g. ("lora_A.weight", "lora_B.weight")."""
 
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (LinearBase,)
-    """What `targets` chooses from. Where there are more than projections, "all-linear" means these alone."""
+    """What `targets` chooses from. Where projections are among it, "all-linear" means these alone."""
 
     @classmethod
     def candidates(cls, model: nn.Module) -> dict[str, nn.Module]:
@@ -63,15 +63,14 @@ class AdapterConfig(ABC):
         """Of these, the chosen ones. ValueError if a pattern matches nothing, or nothing is left."""
         candidates = self.candidates(model)
         linear = [name for name, module in candidates.items() if isinstance(module, LinearBase)]
-        names = select_modules(linear if self.targets == ALL_LINEAR else list(candidates), self.targets, self.exclude)
-        return {name: candidates[name] for name in names}
+        among = linear if linear and is_all_linear(self.targets) else list(candidates)
+        return {name: candidates[name] for name in select_modules(among, self.targets, self.exclude)}
 
     @abstractmethod
     def wrap(self, name: str, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterModule:
         """The adapter around `base`, whose full name in the model is `name`; own parameters uninitialised."""
 
-    @abstractmethod
-    def check(self, names: Sequence[str]) -> None:
+    def check(self, names: Sequence[str]) -> None:  # noqa: B027 (most methods have no such setting)
         """ValueError if a setting speaks of a module that is not among the wrapped ones, `names`."""
 
     @property
@@ -79,9 +78,11 @@ class AdapterConfig(ABC):
         """`parameter_names` of each kind of module."""
         return (self.parameter_names,)
 
-    @abstractmethod
     def to_peft(self) -> dict[str, Any]:
-        """Every key of PEFT's `adapter_config.json`; "target_modules" as in `targets`, storage spells out a string."""
+        """Every key of `adapter_config.json`; "target_modules" as in `targets`, storage spells out a string. A method
+        that PEFT has writes PEFT's keys; one that it has not, its settings by their names."""
+        own = {name: getattr(self, name) for name in self._own_settings()}
+        return COMMON | self.selection_to_peft() | own | {"peft_type": self.peft_type}
 
     def selection_to_peft(self) -> dict[str, Any]:
         """Of these keys, those that all methods share."""
@@ -106,9 +107,17 @@ class AdapterConfig(ABC):
         return fields.get("peft_type") == cls.peft_type
 
     @classmethod
-    @abstractmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        """Inverse of `to_peft` for any file that PEFT wrote. ValueError names a setting that minift does not have."""
+    def from_peft(cls, stored: Mapping[str, Any]) -> Self:
+        """Inverse of `to_peft` for any file of this method. ValueError names a setting that minift does not have."""
+        own = cls._own_settings()
+        refuse_unsupported(stored, {"peft_type": cls.peft_type}, SELECTION | set(own))
+        return cls(**cls.selection_from_peft(stored), **{name: required(stored, name, cls.__name__) for name in own})
+
+    @classmethod
+    def _own_settings(cls) -> list[str]:
+        """Names of the settings that are not shared."""
+        shared = {shared.name for shared in fields(AdapterConfig)}
+        return [own.name for own in fields(cls) if own.name not in shared]
 
 
 class AdapterModule(nn.Module):

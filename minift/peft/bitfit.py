@@ -8,16 +8,14 @@ PEFT has no such method (its `bias: all` is for beside a LoRA), so the files are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
-from minift.peft.peft_json import COMMON, SELECTION, refuse_unsupported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +29,6 @@ class BitFitConfig(AdapterConfig):
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> BitFitLinear:
         return BitFitLinear(base, dtype, device)
-
-    def check(self, names: Sequence[str]) -> None:
-        """No setting speaks of a single projection."""
-
-    def to_peft(self) -> dict[str, Any]:
-        return COMMON | self.selection_to_peft() | {"peft_type": self.peft_type}
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        refuse_unsupported(fields, {"peft_type": cls.peft_type}, SELECTION)
-        return cls(**cls.selection_from_peft(fields))
 
 
 class BitFitLinear(Adapter):

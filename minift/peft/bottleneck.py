@@ -14,9 +14,9 @@ minift's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
-from minift.peft.peft_json import COMMON, SELECTION, refuse_unsupported, required
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -49,25 +48,11 @@ class BottleneckConfig(AdapterConfig):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"bottleneck size is {self.size}; valid: 1 or more")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"bottleneck activation is {self.activation!r}; valid: {', '.join(_ACTIVATIONS)}")
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> BottleneckLinear:
         return BottleneckLinear(base, self.size, self.activation, dtype, device)
-
-    def check(self, names: Sequence[str]) -> None:
-        """No setting speaks of a single projection."""
-
-    def to_peft(self) -> dict[str, Any]:
-        own = {"activation": self.activation, "peft_type": self.peft_type, "size": self.size}
-        return COMMON | self.selection_to_peft() | own
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        refuse_unsupported(fields, {"peft_type": cls.peft_type}, SELECTION | {"activation", "size"})
-        return cls(
-            **cls.selection_from_peft(fields),
-            size=required(fields, "size", "a bottleneck adapter"),
-            activation=required(fields, "activation", "a bottleneck adapter"),
-        )
 
 
 class BottleneckLinear(Adapter):

@@ -23,7 +23,7 @@ def select_modules(
     names: Sequence[str], targets: str | Sequence[str], exclude: str | Sequence[str] | None
 ) -> list[str]:
     """The `names` that `targets` matches and `exclude` does not, in order. ValueError if a pattern matches nothing."""
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+    if is_all_linear(targets):
         chosen = {name for name in names if name.rpartition(".")[2] != LM_HEAD}
     else:
         chosen = _match_modules(names, targets, "targets")
@@ -32,6 +32,10 @@ def select_modules(
     if not chosen:
         raise ValueError(f"targets={targets!r} with exclude={exclude!r} leaves no module of {len(names)}")
     return [name for name in names if name in chosen]
+
+
+def is_all_linear(targets: str | Sequence[str]) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def select_parameters(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:

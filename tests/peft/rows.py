@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from minift.model.decoder import CausalLM
-from minift.model.linear import LinearBase
-from minift.peft.adapter import AdapterConfig
+from minift.model.linear import Linear, LinearBase
+from minift.peft.adapter import Adapter, AdapterConfig
 from minift.peft.bitfit import BitFitConfig
 from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
@@ -150,6 +153,23 @@ def bottleneck(activation: Callable[[Tensor], Tensor]) -> Formula:
     return formula
 
 
+def readme_method() -> type[AdapterConfig]:
+    """The settings of the method that the README shows, from its text."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# minift/peft/krona\.py\n.*?)```", text, re.DOTALL)
+    names = {
+        "__name__": __name__, "Adapter": Adapter, "AdapterConfig": AdapterConfig, "Linear": Linear, "Literal": Literal,
+        "dataclass": dataclass, "torch": torch,
+    }  # fmt: skip
+    exec(compile(code, "README.md", "exec"), names)
+    return names["KronaConfig"]
+
+
+def krona(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+    return _affine(x, W + torch.kron(own["krona_A.weight"], own["krona_B.weight"]), b)
+
+
+README_METHOD = readme_method()
 LORA_OWN = ("lora_A.weight", "lora_B.weight")
 ROWS = {
     "lora": Row(LoraConfig(r=3, alpha=6), dict.fromkeys(ALL, lora(2.0)), dict.fromkeys(ALL, LORA_OWN)),
@@ -184,6 +204,11 @@ ROWS = {
         dict.fromkeys(("o_proj", "down_proj"), bottleneck(nn.GELU())),
         dict.fromkeys(("o_proj", "down_proj"), BottleneckConfig.parameter_names),
         is_dense_weight=False,
+    ),
+    "readme": Row(
+        README_METHOD(size=4, exclude=["k_proj"]),
+        dict.fromkeys((name for name in ALL if name != "k_proj"), krona),
+        dict.fromkeys((name for name in ALL if name != "k_proj"), README_METHOD.parameter_names),
     ),
     "pfeiffer": Row(
         BottleneckConfig(size=3, activation="relu", targets=["down_proj"]),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import minift.checkpoint.adapters
 from minift.checkpoint.adapters import file_tensors, load_adapter, save_adapter
 from minift.checkpoint.quantize import quantize_folder
 from minift.dist.process import World
@@ -22,11 +23,12 @@ from minift.model.decoder import CausalLM
 from minift.model.hf import fill_parameters, load_config
 from minift.peft.inject import adapter_parameters, inject
 from minift.peft.manage import merge_all, unmerge_all
+from minift.peft.methods import METHODS
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 from minift.quant.weights import QuantWeights
 from tests.integration.assembly import QWEN2, VOCAB_SIZE, assemble, loss_of, write_model
-from tests.peft.rows import ROWS
+from tests.peft.rows import README_METHOD, ROWS
 from tests.ranks import run_ranks
 
 NUM_TOKENS = 23
@@ -181,7 +183,10 @@ def test_nothing_changes_at_the_start_and_what_trains_is_exactly_this(
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("row", ROWS)
-def test_saved_and_loaded_it_is_the_same(folders: Folders, tmp_path: Path, row: str, base: str) -> None:
+def test_saved_and_loaded_it_is_the_same(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, base: str
+) -> None:
+    monkeypatch.setattr(minift.checkpoint.adapters, "METHODS", (*METHODS, README_METHOD))
     model = adapted(folders, base, row)
     save_adapter(tmp_path / "adapter", ROWS[row].config, file_tensors(model))
     again = load_model(folders.folder(base), None, torch.float32).eval()
