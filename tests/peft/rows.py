@@ -156,7 +156,7 @@ def bottleneck(activation: Callable[[Tensor], Tensor]) -> Formula:
 def readme_method() -> type[AdapterConfig]:
     """The settings of the method that the README shows, from its text."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(# minift/peft/krona\.py\n.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(# krona\.py\n.*?)```", text, re.DOTALL)
     names = {
         "__name__": __name__, "Adapter": Adapter, "AdapterConfig": AdapterConfig, "Linear": Linear, "Literal": Literal,
         "dataclass": dataclass, "torch": torch,
