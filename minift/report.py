@@ -16,13 +16,27 @@ from minift.progress import show_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What was predicted of optimizer step `step` of rank 0, and what was measured: pairs of these, in bytes.
+
+    held: between steps, by category. peak: the most at a time, expected at `peak_at`. sent: to other ranks.
+    """
+
+    step: int
+    held: dict[str, tuple[int, int]]
+    peak: tuple[int, int]
+    peak_at: str
+    sent: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What report.md says beyond the metrics; all plain values, the same on every rank.
 
     `data`: label -> sentence, e.g. {"training": "320 examples, 74,560 tokens, 9,120 supervised; 2 dropped: too long"}.
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
     `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None.
-    `template`: data.template of the recipe.
+    `template`: data.template of the recipe. `plan`: what the planner said, and what was.
     """
 
     status: str
@@ -39,6 +53,7 @@ class RunFacts:
     adapter_folder: str | None
     model_folder: str | None
     template: str = "auto"
+    plan: PlanResult | None = None
 
 
 def write_report(run_dir: str | Path, facts: RunFacts) -> Path:
@@ -60,6 +75,8 @@ def write_report(run_dir: str | Path, facts: RunFacts) -> Path:
         draw_runs([run_dir], run_dir / "loss.png")
         parts += ["## Loss", "![loss](loss.png)", _table(("", "value", "step"), _losses(training, validation))]
     parts += ["## Time and memory", _time_and_memory(facts, training)]
+    if facts.plan is not None:
+        parts += ["## Plan and measurement", _plan(facts.plan)]
     parts += ["## Where things are", _files(run_dir), "## What to do next", _commands(run_dir, facts)]
     path = run_dir / "report.md"
     unfinished = path.with_suffix(".unfinished.md")  # a report that is there is a run that is finished
@@ -99,6 +116,25 @@ def _time_and_memory(facts: RunFacts, training: Records) -> str:
         if any(sent):
             text += f" Each process sent {sum(sent) / len(sent) / 2**20:,.1f} MiB of weights and gradients a step."
     return text
+
+
+def _plan(plan: PlanResult) -> str:
+    """Rows that are zero on both sides are left out."""
+
+    def row(name: str, predicted: int, measured: int) -> tuple[str, ...]:
+        error = f"{predicted / measured - 1:+.1%}" if measured else "" if predicted == 0 else "?"
+        return name, f"{predicted / 2**20:,.1f}", f"{measured / 2**20:,.1f}", error
+
+    held = [row(name, *pair) for name, pair in plan.held.items() if any(pair)]
+    rows = [
+        *held,
+        row("held between steps", *(sum(values) for values in zip(*plan.held.values(), strict=True))),
+        row(f"peak of a step ({plan.peak_at})", *plan.peak),
+    ]
+    if any(plan.sent):
+        rows.append(row("sent in a step", *plan.sent))
+    text = f"Step {plan.step} on rank 0, as `minift plan` has it, and tensors as they were:"
+    return f"{text}\n\n{_table(('MiB', 'planned', 'measured', 'plan is off by'), rows)}"
 
 
 def _files(run_dir: Path) -> str:

@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,7 @@ from minift.optim.config import OptimConfig
 from minift.optim.loss_scaler import LossScaler
 from minift.optim.schedule import Schedule
 from minift.peft.adapter import AdapterConfig
+from minift.planner.check import PlanCheck
 from minift.precision import Precision
 from minift.progress import Progress
 from minift.quant.linear import QuantConfig
@@ -200,6 +201,7 @@ class Run:
                 "optimizer step of this run"
             )
         self.schedule = Schedule.from_config(config.optim, self.total_steps)
+        self.plan_check, self.is_checked = PlanCheck(config, self.built, self.optimizer), False
         self.step = 0
         self.saved_step = 0
         self.base = base_fingerprint(config.model.path)
@@ -273,7 +275,8 @@ class Run:
                     self.recorder.start()
                 started, sent_bytes = time.perf_counter(), self.built.engine.sent_bytes()
                 lr_scale = self.schedule(self.step)
-                result = self.guarded_step(microbatches, lr_scale)
+                with self.checked(microbatches):
+                    result = self.guarded_step(microbatches, lr_scale)
                 seconds = time.perf_counter() - started
                 self.seconds["train"] = self.seconds.get("train", 0.0) + seconds
                 self.step += 1
@@ -313,6 +316,14 @@ class Run:
             else:
                 raise AssertionError("the loader is endless")
             self.finish()
+
+    def checked(self, microbatches: list[Batch]) -> AbstractContextManager[None]:
+        """Around a step: the one that is set against its plan, once the order of the blocks has been learnt."""
+        is_first = self.seconds.get("train", 0.0) == 0
+        if self.is_checked or (is_first and self.step + 1 < self.total_steps):
+            return nullcontext()
+        self.is_checked = True
+        return self.plan_check.step(self.step + 1, microbatches)
 
     def guarded_step(self, microbatches: list[Batch], lr_scale: float) -> StepResult:
         """`train_step`; a non-finite loss or gradient leaves the batch on disk and stops the run."""
@@ -449,6 +460,7 @@ class Run:
                 adapter_folder=adapter_folder,
                 model_folder=model_folder,
                 template=self.config.data.template,
+                plan=self.plan_check.result(),
             )
             write_report(self.run_dir, facts)
             if stopped:

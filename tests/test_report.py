@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from minift.report import RunFacts, write_report
+from minift.report import PlanResult, RunFacts, write_report
 from tests.records import training_record, validation_record, write_records
 
 FACTS = RunFacts(
@@ -53,6 +55,30 @@ def test_a_recorded_step_can_be_drawn_again(tmp_path):
     assert "minift timeline" not in write_report(tmp_path, FACTS).read_text()
     (tmp_path / "timeline.json").write_text("{}")
     assert f"minift timeline {tmp_path}" in write_report(tmp_path, FACTS).read_text()
+
+
+def test_what_was_planned_and_what_was_measured(tmp_path):
+    write_records(tmp_path, [training_record(1)])
+    mib = 2**20
+    plan = PlanResult(
+        step=2,
+        held={"weights": (100 * mib, 100 * mib), "gradients": (0, 0), "optimizer state": (33 * mib, 30 * mib)},
+        peak=(190 * mib, 200 * mib),
+        peak_at="head",
+        sent=(0, 0),
+    )
+    text = write_report(tmp_path, replace(FACTS, plan=plan)).read_text()
+    for row in (
+        "| weights | 100.0 | 100.0 | +0.0% |",
+        "| optimizer state | 33.0 | 30.0 | +10.0% |",
+        "| held between steps | 133.0 | 130.0 | +2.3% |",
+        "| peak of a step (head) | 190.0 | 200.0 | -5.0% |",
+    ):
+        assert row in text
+    assert "gradients" not in text and "sent in a step" not in text
+    assert "sent in a step | 1.0 | 1.0" in write_report(
+        tmp_path, replace(FACTS, plan=replace(plan, sent=(mib, mib)))
+    ).read_text()  # fmt: skip
 
 
 def test_a_run_without_a_step_has_a_report_without_a_picture(tmp_path):

@@ -91,6 +91,11 @@ class ShardedModel:
         return self.mesh.replica
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether the ranks of `shard_world` have gathered weights together, once."""
+        return self._links.gather.shares_memory
+
+    @property
     def buckets(self) -> Iterator[Bucket]:
         for unit in self.units:
             yield from unit.buckets

@@ -41,6 +41,11 @@ class Buffer:
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory  # 1-D uint8
 
+    @property
+    def num_bytes(self) -> int:
+        """All that it takes of this rank's memory."""
+        return self.memory.nbytes
+
     def acquire(self) -> None:
         """Before the first write: make sure that nobody reads what was there before."""
 
@@ -138,6 +143,10 @@ class _StagedBuffer(Buffer):
     def __init__(self, memory: Tensor, staging: Tensor) -> None:
         super().__init__(memory)
         self.staging = staging
+
+    @property
+    def num_bytes(self) -> int:
+        return self.memory.nbytes + self.staging.nbytes
 
 
 class PairedSends(Transport):

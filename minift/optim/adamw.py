@@ -126,6 +126,10 @@ class AdamW:
             key=stream_key(self.config.rounding_seed, self.num_steps, segment.name),
         )
 
+    def state_bytes(self) -> int:
+        """Of all moments, wherever they lie."""
+        return sum(tensor.nbytes for moments in self._moments.values() for tensor in moments.tensors.values())
+
     def places(self, shard: FlatShard, piece: ParamRange) -> dict[str, Place]:
         """Where the state of `piece`, one of the ranges of `shard`, lies in the tensors of `state_dict`."""
         return self._moments[shard.name].places(piece)

@@ -122,18 +122,14 @@ def _add(where: dict[str, int], category: str, num_bytes: int) -> None:
 
 
 def _stored_bytes(bucket: BucketShape, run: RunShape) -> tuple[int, int]:
-    """(weights, quantization scales) of a rank's shard, or of its share of what is resident."""
-    if not bucket.resident:
-        total = bucket.shard_numel * bucket.storage_itemsize
-    elif run.shares_memory:
-        total = bucket.full_numel * bucket.wire_itemsize // run.shard_size
-    else:
-        total = bucket.full_numel * bucket.wire_itemsize
-    packed = [p for p in bucket.parameters if p.dtype == "uint8"]
-    if not packed:
-        return total, 0
-    scales = sum(p.numel for p in packed if not p.name.endswith("codes"))
-    scales = total * scales // sum(p.numel for p in packed)
+    """(weights, quantization scales) of a rank's shard, or of what is resident: of all of it, or of its share."""
+    is_whole = bucket.resident and not run.shares_memory
+    total = bucket.storage_itemsize * (bucket.full_numel if is_whole else bucket.shard_numel)
+    scales = sum(
+        p.numel if is_whole else bucket.local_numel.get(p.name, 0)
+        for p in bucket.parameters
+        if p.dtype == "uint8" and not p.name.endswith("codes")
+    )
     return total - scales, scales
 
 
@@ -149,7 +145,7 @@ def moment_bytes(bucket: BucketShape, run: RunShape) -> int:
     """Both AdamW moments of a shard (minift/optim/moments.py)."""
     if run.optim.state == "fp32":
         return 8 * bucket.shard_numel
-    small = sum(here for whole, here in bucket.local_ranges if whole < MIN_8BIT_ELEMENTS)
+    small = sum(bucket.local_numel.get(p.name, 0) for p in bucket.parameters if p.numel < MIN_8BIT_ELEMENTS)
     return 2 * (bucket.shard_numel + 4 * -(-bucket.shard_numel // BLOCK)) + 8 * small
 
 

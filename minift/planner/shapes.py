@@ -101,7 +101,7 @@ class BucketShape:
 
     resident: its shard lies in the gathered tensor, which is always there. keeps_full_grads: gradients of full_numel
     are added up over microbatches, in fp32. is_written_by_optimizer: gathered in one place, where updates put the new
-    values, too. local_ranges: (numel of the whole parameter, elements of it in the shard of rank 0).
+    values, too. local_numel: {parameter: elements of it in the shard of rank 0}.
     """
 
     name: str
@@ -117,7 +117,7 @@ class BucketShape:
     is_written_by_optimizer: bool
     gather_bytes: int
     reduce_bytes: int
-    local_ranges: tuple[tuple[int, int], ...]
+    local_numel: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,6 @@ def _ring(ring: Ring, keys: dict[int, int]) -> RingShape:
 
 
 def _bucket(bucket: Bucket) -> BucketShape:
-    numels = {span.name: span.shape.numel() for span in bucket.layout.spans}
     return BucketShape(
         bucket.name,
         bucket.trainable,
@@ -329,7 +328,7 @@ def _bucket(bucket: Bucket) -> BucketShape:
         bucket.trainable and bucket.flat_shard().wire is not None,
         bucket.gather_bytes,
         bucket.reduce_bytes,
-        tuple((numels[r.name], r.stop - r.start) for r in bucket.layout.local_ranges(0)),
+        {r.name: r.stop - r.start for r in bucket.layout.local_ranges(0)},
     )
 
 
