@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     AttentionForward<T> tensors{shape, heads<const T>(q_heads), heads<const T>(k_heads), heads<const T>(v_heads),
                                 heads<T>(out), static_cast<float*>(lse.data_ptr())};
     auto* kernel = MINIFT_KERNEL(attention<T>);
-    for_each_item(items, MINIFT_KERNEL(forward_scratch)(shape), q, [&](const Item& item, float* memory) {
+    for_each_item(items, MINIFT_KERNEL(forward_scratch<T>)(shape), q, [&](const Item& item, float* memory) {
       kernel(tensors, item.block, item.kv_head, memory);
     });
   });
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
                                  static_cast<const float*>(lse.data_ptr()),
                                  heads<T>(dq), heads<T>(dk), heads<T>(dv)};
     auto* kernel = MINIFT_KERNEL(attention_backward<T>);
-    for_each_item(items, MINIFT_KERNEL(backward_scratch)(shape), q, [&](const Item& item, float* memory) {
+    for_each_item(items, MINIFT_KERNEL(backward_scratch<T>)(shape), q, [&](const Item& item, float* memory) {
       kernel(tensors, item.block, item.kv_head, item.own_dq < 0 ? nullptr : part + item.own_dq, memory);
     });
     auto* sum = MINIFT_KERNEL(sum_rows<T>);

@@ -359,6 +359,18 @@ INLINE F32 add_dot_of_bf16_pairs(F32 sum, U32 a, U32 b) {
 #endif
 }
 
+// Each lane's two values, rounded to bf16: `low` in the low half of 32 bits.
+INLINE U32 bf16_pairs(F32 low, F32 high) {
+#if HAS_BF16
+  __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));  // all of `low`, then all of `high`
+  U32 in_turns;
+  for (int i = 0; i < LANES; ++i) in_turns[i] = i | (i + LANES) << 16;
+  return bit_cast<U32>(_mm512_permutexvar_epi16(bit_cast<__m512i>(in_turns), halves));
+#else
+  return widen(from_fp32(low, (Bf16*)nullptr)) | widen(from_fp32(high, (Bf16*)nullptr)) << 16;
+#endif
+}
+
 // ---- exp and exp2 ----
 
 // v * 2^n for integers n in [-150, 128].
@@ -393,11 +405,16 @@ INLINE F32 exp(F32 x) {
   return times_power_of_two(p, n);
 }
 
-// 2^x for x <= 127, and zero below 2^-126. 2^r for |r| <= 1/2 is the polynomial of degree 6 with the smallest relative
-// error of those that are 1 at 0: 2e-9, a thirtieth of an fp32 rounding.
+// 2^x for x <= 127; below 2^-126 it is zero or subnormal. 2^r for |r| <= 1/2 is the polynomial of degree 6 with the
+// smallest relative error of those that are 1 at 0: 2e-9, a thirtieth of an fp32 rounding.
 INLINE F32 exp2(F32 x) {
+#if LANES == 16
+  x = at_least(x, splat(-200.0f));  // 2^-200 is zero in fp32
+  F32 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+#else
   constexpr float ROUNDER = 0x1.8p23f;
-  F32 clamped = at_least(x, splat(-126.0f)), shifted = clamped + ROUNDER, n = shifted - ROUNDER, r = clamped - n;
+  F32 clamped = at_least(x, splat(-126.0f)), shifted = clamped + ROUNDER, r = clamped - (shifted - ROUNDER);
+#endif
   F32 p = splat(0x1.41fbbcp-13f);
   p = p * r + 0x1.5f3e52p-10f;
   p = p * r + 0x1.3b2d4cp-7f;
@@ -406,11 +423,11 @@ INLINE F32 exp2(F32 x) {
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
 #if LANES == 16
-  F32 power = _mm512_scalef_ps(p, n);
+  return _mm512_scalef_ps(p, n);
 #else
   F32 power = p * bit_cast<F32>((bit_cast<U32>(shifted) << 23) + 0x3f800000u);  // the low bits of shifted are n's
-#endif
   return x < -126.0f ? F32{} : power;
+#endif
 }
 
 #undef INLINE
