@@ -32,6 +32,7 @@ from minift.eval.tasks import CallScore, evaluate_function_calls, in_order, read
 from minift.generate import generate
 from minift.model.decoder import CausalLM
 from minift.objectives.sft import SupervisedTokens
+from minift.peft.manage import constant_weights
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 
@@ -92,15 +93,16 @@ def answer(
     if not ids:
         raise ValueError("the prompt is empty; give it at least one token")
     generator = torch.Generator(assistant.device).manual_seed(seed)
-    (new_ids,) = generate(
-        assistant.model,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=stops,
-        temperature=temperature,
-        top_p=top_p,
-        generator=generator,
-    )
+    with constant_weights(assistant.model):
+        (new_ids,) = generate(
+            assistant.model,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stops,
+            temperature=temperature,
+            top_p=top_p,
+            generator=generator,
+        )
     return tokenizer.decode(new_ids, skip_special=True)
 
 
@@ -110,15 +112,16 @@ def grade_calls(
     """Exact function calls over all ranks: {"correct", "total", "results": one object per question}. Collective."""
     if assistant.template is None:
         raise ValueError("this tokenizer has no chat template, and questions are asked in one; give --template NAME")
-    results = evaluate_function_calls(
-        assistant.model,
-        assistant.tokenizer,
-        assistant.template,
-        read_call_examples(answers_file),
-        rank=world.rank,
-        world_size=world.size,
-        on_progress=on_progress,
-    )
+    with constant_weights(assistant.model):
+        results = evaluate_function_calls(
+            assistant.model,
+            assistant.tokenizer,
+            assistant.template,
+            read_call_examples(answers_file),
+            rank=world.rank,
+            world_size=world.size,
+            on_progress=on_progress,
+        )
     ordered = in_order(gather_objects(results, world))
     return {**asdict(CallScore.of(ordered)), "results": [asdict(result) for result in ordered]}
 

@@ -129,6 +129,9 @@ class AdapterModule(nn.Module):
         """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
         raise NotImplementedError
 
+    def hold_weights(self, held: bool) -> None:
+        """Until this is called with False no weight changes: what is made of weights alone may be kept."""
+
     def effective_weight(self, weight: Tensor) -> Tensor:
         """The dense weight that the adapter makes of the base weight `weight`, in its shape and dtype: fp32 or fp64.
         ValueError, with what to do instead, for a method that is no dense weight."""

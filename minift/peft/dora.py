@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from minift.model.linear import LinearBase, LowRank, project
 from minift.peft.lora import LoraConfig, LoraLinear
-from minift.peft.stretch import Fixed, stretch
+from minift.peft.stretch import Fixed, stretch_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,13 @@ class DoraLinear(LoraLinear):
         super().__init__(base, *lora)
         like = self.lora_B.weight
         self.lora_magnitude_vector = nn.Parameter(like.new_empty(base.out_features))
+        self._held: dict[torch.dtype, Fixed] | None = None  # while no weight changes
 
     def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]] | None:
         return None if self._drops and not self.merged else super().parts()
 
     def after(self, out_NO: Tensor) -> Tensor:
-        return out_NO if self.merged else stretch(out_NO, self.lora_magnitude_vector, self._fixed(out_NO.dtype))
+        return out_NO if self.merged else stretch_(out_NO, self.lora_magnitude_vector, self._fixed(out_NO.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or not self._drops:
@@ -66,15 +67,25 @@ class DoraLinear(LoraLinear):
         x_NI = F.dropout(x.reshape(-1, self.in_features), self.dropout)
         update = LowRank(self.lora_A.weight, self.lora_B.weight, self.scale, 0.0)
         base_NO, update_NO = project(x_NI, self.base, _UpdateOnly(self.base, update))
-        turned_NO = stretch(base_NO + update_NO, self.lora_magnitude_vector, self._fixed(x.dtype)) - base_NO
+        turned_NO = stretch_(base_NO + update_NO, self.lora_magnitude_vector, self._fixed(x.dtype)) - base_NO
         return self.base(x) + turned_NO.view(*x.shape[:-1], self.out_features)
 
     @property
     def _drops(self) -> bool:
         return self.training and self.dropout > 0.0
 
+    def hold_weights(self, held: bool) -> None:
+        self._held = {} if held else None
+
     def _fixed(self, dtype: torch.dtype) -> Fixed:
         """What makes m / ‖V‖ - 1 of the trained vector, for a forward in `dtype`."""
+        if self._held is None:
+            return self._make_fixed(dtype)
+        if dtype not in self._held:
+            self._held[dtype] = self._make_fixed(dtype)
+        return self._held[dtype]
+
+    def _make_fixed(self, dtype: torch.dtype) -> Fixed:
         W_norm_O, V_norm_O = self._norms(torch.promote_types(dtype, torch.float32))
         gain_O = torch.where(V_norm_O > 0.0, 1.0 / V_norm_O, 0.0)  # a row of zeros stays one
         return Fixed(gain_O, (W_norm_O - V_norm_O) * gain_O, self.base.bias)

@@ -21,7 +21,7 @@ from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
 from minift.peft.patterns import check_modules, matches
 from minift.peft.peft_json import COMMON, SELECTION, in_order, refuse_unsupported
-from minift.peft.stretch import stretch
+from minift.peft.stretch import stretch, stretch_
 
 _PEFT_DEFAULTS: dict[str, Any] = {
     "fan_in_fan_out": False,
@@ -80,7 +80,7 @@ class IA3Linear(Adapter):
         return self.base(stretch(x.reshape(-1, self.in_features), self.ia3_l).view(x.shape))
 
     def after(self, out_NO: Tensor) -> Tensor:
-        return out_NO if self.merged else stretch(out_NO, self.ia3_l)
+        return out_NO if self.merged else stretch_(out_NO, self.ia3_l)
 
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         return torch.zeros(self.ia3_l.shape)

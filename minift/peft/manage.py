@@ -1,4 +1,4 @@
-"""What is done to all adapters of a model at once: merge into the base weights and back, in memory.
+"""What is done to all adapters of a model at once: merge into the base weights and back, in memory; hold still.
 
 For a model that one process holds whole (generation, evaluation). Sharded or large models merge on disk:
 `checkpoint.merge`.
@@ -7,12 +7,13 @@ For a model that one process holds whole (generation, evaluation). Sharded or la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, measure_drift
-from minift.peft.inject import adapters
+from minift.peft.inject import adapter_modules, adapters
 
 
 def merge_all(
@@ -40,3 +41,17 @@ def unmerge_all(model: nn.Module) -> None:
     """Undo `merge_all`, restoring every bit."""
     for adapter in adapters(model).values():
         adapter.unmerge()
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Inside of the block nobody changes a weight of `model`, so that adapters make only once what they make of weights
+    alone: a forward with one new token would else cost a pass over all of them."""
+    modules = adapter_modules(model).values()
+    for module in modules:
+        module.hold_weights(True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.hold_weights(False)

@@ -3,7 +3,10 @@ from __future__ import annotations
 import math
 import re
 
+import peft
 import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
 
 from minift.optim.config import OptimConfig
 
@@ -62,3 +65,15 @@ def test_a_ratio_that_decides_nothing_is_refused(patterns):
 
 def test_ratios_that_decide_something_are_accepted():
     OptimConfig(lr_ratios={"lora_B": 2.0}).check_names(["q_proj.lora_A.weight", "q_proj.lora_B.weight"])
+
+
+def test_lora_plus_is_peft_s():
+    """Every parameter gets the rate that PEFT's optimizer gives it: Hayou et al. 2024, arXiv 2402.12354."""
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    rates = {parameter: group["lr"] for group in theirs.param_groups for parameter in group["params"]}
+    ours = OptimConfig(lr=1e-3, lr_ratios={"lora_B": 16.0})
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 4
+    assert {name: ours.lr * ours.lr_ratio(name) for name in trainable} == {n: rates[p] for n, p in trainable.items()}

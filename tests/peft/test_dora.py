@@ -12,6 +12,7 @@ from torch import nn
 from minift.model.linear import Linear, LinearBase
 from minift.ops.nf4 import dequantize_nf4
 from minift.peft.dora import DoraConfig, DoraLinear
+from minift.peft.manage import constant_weights
 from minift.quant.linear import NF4Linear
 
 CPU = torch.device("cpu")
@@ -109,3 +110,19 @@ def test_a_row_of_zeros_stays_one_and_is_no_nan(dtype):
     out.sum().backward()
     assert all(parameter.grad.isfinite().all() for _, parameter in adapter.own_parameters())
     assert adapter.dense_weight().isfinite().all()
+
+
+def test_norms_are_made_once_while_no_weight_changes(monkeypatch):
+    adapter = wrapped(Linear.holding(torch.randn(6, 8), None), DoraConfig(r=2))
+    model, x, calls = nn.Sequential(adapter), torch.randn(3, 8), []
+    norms = adapter._norms
+    monkeypatch.setattr(adapter, "_norms", lambda dtype: calls.append(dtype) or norms(dtype))
+    before = model(x)
+    with constant_weights(model):
+        assert torch.equal(model(x), before) and torch.equal(model(x), before)
+    assert len(calls) == 2
+    adapter.lora_B.weight.data.mul_(2.0)
+    with constant_weights(model):
+        assert not torch.equal(model(x), before)
+    adapter.lora_B.weight.data.mul_(0.5)
+    assert torch.equal(model(x), before)

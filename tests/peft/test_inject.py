@@ -11,8 +11,9 @@ from minift.model.decoder import CausalLM
 from minift.peft.adapter import Adapter
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
-from minift.peft.inject import adapter_parameters, adapters, init_tensor, inject, named_generator
+from minift.peft.inject import adapter_parameters, adapters, init_tensor, inject, named_generator, stored_parameters
 from minift.peft.lora import LoraConfig
+from minift.quant.linear import QuantConfig, projections_to_quantize, quantize_linears
 
 PROJECTIONS = [
     f"model.layers.{i}.{m}"
@@ -75,6 +76,52 @@ def test_refuses_a_second_injection_and_leaves_the_model_alone_on_error(tiny_mod
     inject(model, LoraConfig(r=8))
     with pytest.raises(ValueError, match="adapters already"):
         inject(model, LoraConfig(targets=["lm_head"]))
+
+
+def test_modules_to_save_are_trained_whole(tiny_model):
+    model = tiny_model()
+    config = LoraConfig(r=2, targets=["q_proj"], modules_to_save=["lm_head", "layers.0.mlp", "model.norm"])
+    trainable = inject(model, config)
+    whole = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    whole += ["model.norm.weight", "lm_head.weight"]
+    expected = [*with_factors(f"model.layers.{i}.self_attn.q_proj" for i in range(2)), *whole]
+    assert sorted(trainable) == sorted(expected)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    assert list(adapter_parameters(model)) == [name for name in trainable if "lora" in name]
+    assert sorted(stored_parameters(model)) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("tied", "quant", "config", "message"),
+    [
+        (True, None, LoraConfig(r=2, modules_to_save=["lm_head"]), "lm_head is in modules_to_save, but shares its"),
+        (True, None, LoraConfig(r=2, modules_to_save=["embed_tokens"]), "embed_tokens is .* but shares its weight"),
+        (False, None, LoraConfig(r=2, modules_to_save=["layers.1.mlp"]), "1.mlp is .* and model.layers.1.mlp.gate"),
+        (False, None, LoraConfig(r=2, modules_to_save=["q_proj"]), "q_proj is in modules_to_save and .*q_proj gets an"),
+        (False, None, LoraConfig(r=2, modules_to_save=["lm_haed"]), "modules_to_save: .lm_haed. matches none"),
+        (False, QuantConfig(), IA3Config(modules_to_save=["o_proj"]), "o_proj is .*, but codes is held in 4 bits"),
+    ],
+)
+def test_what_cannot_be_trained_whole_is_refused(tiny_model, tied, quant, config, message):
+    model = tiny_model(tied)
+    if quant is not None:
+        names = projections_to_quantize(model, ())
+        quantize_linears(model, dict.fromkeys(names, torch.float32), quant)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        inject(model, config)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_all_linear_leaves_the_embedding_alone(tiny_model):
+    for targets in ("all-linear", "ALL-Linear"):
+        model = tiny_model()
+        assert sorted(inject(model, LoraConfig(r=2, targets=targets))) == sorted(with_factors(PROJECTIONS))
+    model = tiny_model()
+    names = inject(model, LoraConfig(r=2, targets=".*(tokens|head)"))
+    assert names == [f"model.embed_tokens.lora_embedding_{f}" for f in "AB"] + with_factors(["lm_head"])
+    with pytest.raises(ValueError, match="matches none"):
+        inject(tiny_model(), DoraConfig(r=2, targets=["embed_tokens"]))
 
 
 def test_ranks_and_scales_follow_patterns(tiny_model):
