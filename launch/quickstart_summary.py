@@ -80,8 +80,8 @@ def main() -> None:
         print(f"  {str(path):<40}{what}")
     adapter = folder / "train" / "export" / "adapter"
     print("\nNext, with .venv/bin in PATH:\n")
-    print(f"  minift merge --model {folder / 'model'} --adapter {adapter} --out {folder / 'merged'}")
-    print(f"  minift generate --model {folder / 'model'} --adapter {adapter} --prompt '...'\n")
+    print(f"  minift merge --nf4 --model {folder / 'model'} --adapter {adapter} --out {folder / 'merged'}")
+    print(f"  minift generate --nf4 --model {folder / 'model'} --adapter {adapter} --prompt '...'\n")
     print(
         json.dumps(
             {
