@@ -8,7 +8,7 @@ The order is not a matter of taste:
 4. recompute: replaces the forward of blocks, adapters included, and adds or renames no parameter;
 5. shard: cuts whatever parameters there are now, so it comes last;
 6. load: each rank reads only the byte ranges of its shards, and quantises what is to be quantised on the way; adapter
-   parameters are drawn from (seed, name).
+   parameters are drawn from seed and name, or taken from the base weights.
 
 No process ever holds the whole model, and nothing depends on the number of processes.
 """
@@ -16,6 +16,7 @@ No process ever holds the whole model, and nothing depends on the number of proc
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,13 @@ def build_model(
     apply_recompute(model, model.shard_units(), recompute, recorder)
     engine = shard(model, model.shard_units(), world, policy, precision, recorder)
 
+    def base_weight(name: str, start: int, stop: int | None) -> Tensor:
+        projection = canonical_name(name)
+        if projection in quantized:
+            return weights.trained_weight(projection, quantized[projection]).reshape(-1)[start:stop]
+        numel = math.prod(weights.shape(f"{projection}.weight"))
+        return weights.read_range(f"{projection}.weight", start, numel if stop is None else stop)
+
     initial: dict[str, Tensor] = {}  # the adapter parameter drawn last: a shard border may ask for its two halves
 
     def read(name: str, start: int, stop: int) -> Tensor:
@@ -112,7 +120,7 @@ def build_model(
             return weights.read_range(f"{projection}.{part}", start, stop)
         if name not in initial:
             initial.clear()
-            initial[name] = init_tensor(model, name, seed).reshape(-1)
+            initial[name] = init_tensor(model, name, seed, base_weight).reshape(-1)
         return initial[name][start:stop]
 
     engine.load(read)

@@ -50,14 +50,14 @@ def generate(
     if not all(map(len, prompts)):
         raise ValueError(f"Prompt {[len(prompt) for prompt in prompts].index(0)} has no tokens.")
     # The last new token is never fed back.
-    max_tokens = max(map(len, prompts)) + max_new_tokens - 1
-    if max_tokens > model.config.max_position_embeddings:
+    max_tokens, num_virtual = max(map(len, prompts)) + max_new_tokens - 1, model.num_virtual_tokens
+    if num_virtual + max_tokens > model.config.max_position_embeddings:
+        virtual = f", after the adapter's {num_virtual} virtual tokens" if num_virtual else ""
         raise ValueError(
-            f"The longest prompt has {max(map(len, prompts))} tokens; with max_new_tokens = {max_new_tokens} it would "
-            f"exceed the model's {model.config.max_position_embeddings} positions."
+            f"The longest prompt has {max(map(len, prompts))} tokens{virtual}; with max_new_tokens = {max_new_tokens} "
+            f"it would exceed the model's {model.config.max_position_embeddings} positions."
         )
-    embedding = next(model.model.embed_tokens.parameters())
-    cache = KVCache.allocate(model.config, len(prompts), max_tokens, embedding.dtype, embedding.device)
+    cache = model.new_cache(len(prompts), max_tokens)
 
     outputs: list[list[int]] = [[] for _ in prompts]
     owners = list(range(len(prompts)))  # row of the cache -> prompt
@@ -106,7 +106,7 @@ def sample(
 
 
 def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Fill the rows of an empty cache; returns the logits (B, V) that follow each prompt."""
+    """Fill the rows of a new cache; returns the logits (B, V) that follow each prompt."""
     logits = []
     start = 0
     while start < len(prompts):
@@ -115,7 +115,7 @@ def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) 
             num_tokens += len(prompts[stop])
             stop += 1
         # These rows as a cache of their own: the same memory, fewer documents per forward.
-        part = KVCache([keys[start:stop] for keys in cache.keys], [values[start:stop] for values in cache.values])
+        part = cache.part(start, stop)
         # More than one piece only where a single prompt is longer than a pack.
         for offset in range(0, max(map(len, prompts[start:stop])), PREFILL_TOKENS):
             pieces = [prompt[offset : offset + PREFILL_TOKENS] for prompt in prompts[start:stop]]

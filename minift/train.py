@@ -161,6 +161,7 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.seconds: dict[str, float] = {}
         self.recorder = Recorder(world.rank, world.device)
+        self.adapter = None if config.adapter is None else config.adapter.for_base(config.model.path)
         if world.is_main:
             config.save()
 
@@ -170,7 +171,7 @@ class Run:
             seed_everything(config.loop.seed, world.rank)
             self.built: BuiltModel = build_model(
                 config.model,
-                config.adapter,
+                self.adapter,
                 quant=config.quant,
                 train=config.train,
                 freeze=config.freeze,
@@ -435,7 +436,7 @@ class Run:
         if not stopped:
             with self.phase("export"):
                 adapter_folder, model_folder = export_run(
-                    self.built.engine, self.built.config, self.config.adapter, self.config.model.path,
+                    self.built.engine, self.built.config, self.adapter, self.config.model.path,
                     self.run_dir / "export",
                 )  # fmt: skip
         with self.phase("checkpoint"):

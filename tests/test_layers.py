@@ -32,7 +32,7 @@ NEVER = {  # downward, and still refused: these work on any model, objective or 
     "fsdp": ["minift.model", "minift.data", "minift.objectives"],
     "peft": ["minift.model"],
 }
-EXCEPT = {"peft": ["minift.model.linear", "minift.model.embedding"]}
+EXCEPT = {"peft": ["minift.model.linear", "minift.model.attention", "minift.model.embedding"]}  # what is wrapped
 
 
 def part_of(module: str) -> str:

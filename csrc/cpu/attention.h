@@ -19,16 +19,18 @@ struct Heads {
   T* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
 };
 
-// E, query heads, query heads to a key head, and how many keys back a query sees, its own included.
+// E, query heads, query heads to a key head, how many keys back a query sees, its own included, and how many rows of
+// the keys are shared: the first ones, which every document has before its own.
 struct AttentionShape {
-  int64_t dim, heads, group, window;
+  int64_t dim, heads, group, window, shared;
   int64_t most_keys;  // of a chunk, for the scratch of backward
 };
 
 // Query tokens [first, last) of one document, worked on together. Query t is key t + shift; the document's keys, or
-// the chunk of them that is asked for, are [first_key, last_key).
+// the chunk of them that is asked for, are [first_key, last_key). Its own keys have the numbers of their rows, from
+// own_key on; the shared ones are numbered as if they stood right before.
 struct QueryBlock {
-  int64_t first, last, shift, first_key, last_key;
+  int64_t first, last, shift, first_key, last_key, own_key;
 };
 
 // The `index`-th of a document's or chunk's queries cut into even blocks; `count` of them.
@@ -39,8 +41,10 @@ inline int64_t num_query_blocks(int64_t queries, int64_t group) {
 
 inline QueryBlock query_block(QueryBlock all, int64_t index, int64_t count) {
   int64_t queries = all.last - all.first;
-  return {all.first + queries * index / count, all.first + queries * (index + 1) / count, all.shift, all.first_key,
-          all.last_key};
+  QueryBlock block = all;
+  block.first = all.first + queries * index / count;
+  block.last = all.first + queries * (index + 1) / count;
+  return block;
 }
 
 template <class T>
@@ -57,6 +61,12 @@ struct AttentionBackward {
   Heads<const T> q, k, v, dout, out;
   const float* lse;
   Heads<T> dq, dk, dv;
+};
+
+// Where an item puts what others add to as well: fp32, to be summed up when all are done.
+struct OwnParts {
+  float* dq;      // (tokens, H, E) of a chunk's queries, or null: the queries are this item's alone
+  float* shared;  // dk, then dv: twice (shared keys, K, E), of a document
 };
 
 }  // namespace minift

@@ -152,8 +152,8 @@ void attention_backward_block(const AttentionBackward<T>& tensors, QueryBlock bl
   }
   for (int64_t first = begin; first < end; first += KEYS) {
     int64_t count = end - first < KEYS ? end - first : KEYS, key = block.first_key + first;
-    load_keys(tensors.k, shape.dim, key, key + count, kv_head, size.padded_dim, scratch.keys);
-    load_keys(tensors.v, shape.dim, key, key + count, kv_head, size.padded_dim, scratch.values);
+    load_keys(tensors.k, shape, block, key, key + count, kv_head, scratch.keys);
+    load_keys(tensors.v, shape, block, key, key + count, kv_head, scratch.values);
     pair_rows(scratch.keys, round_up(count, TILE_ROWS), size.padded_dim, scratch.keys_over_keys);
     for (int64_t lane = 0, vectors; lane < size.padded; lane += vectors * LANES) {
       vectors = next_vectors((size.padded - lane) / LANES);
@@ -179,9 +179,10 @@ void attention_backward_block(const AttentionBackward<T>& tensors, QueryBlock bl
 }
 
 // dK and dV of the keys of `chunk` from all of its queries, and what the queries get from these keys: into dq, or, if
-// the document has several chunks, into rows (H, E) in fp32 for the queries of this chunk alone.
+// the document has several chunks, into rows (H, E) in fp32 for the queries of this chunk alone. What shared keys get
+// goes into rows (K, E) in fp32 for this document alone.
 template <class T>
-void attention_backward(const AttentionBackward<T>& tensors, QueryBlock chunk, int64_t kv_head, float* own_dq,
+void attention_backward(const AttentionBackward<T>& tensors, QueryBlock chunk, int64_t kv_head, OwnParts own,
                         float* memory) {
   using Element = typename Operand<T>::Element;
   const AttentionShape& shape = tensors.shape;
@@ -192,18 +193,26 @@ void attention_backward(const AttentionBackward<T>& tensors, QueryBlock chunk, i
   int64_t num_blocks = num_query_blocks(chunk.last - chunk.first, shape.group);
   for (int64_t i = 0; i < num_blocks; ++i) {
     QueryBlock block = query_block(chunk, i, num_blocks);
-    if (own_dq == nullptr) {
+    if (own.dq == nullptr) {
       attention_backward_block(tensors, block, kv_head, tensors.dq, block.first, memory);
     } else {
-      Heads<float> dq{own_dq, shape.heads * shape.dim, shape.dim};
+      Heads<float> dq{own.dq, shape.heads * shape.dim, shape.dim};
       attention_backward_block(tensors, block, kv_head, dq, block.first - chunk.first, memory);
     }
   }
   float scale = 1.0f / __builtin_sqrtf(float(shape.dim));
-  for (int64_t key = 0; key < keys; ++key) {
-    const float *dk = scratch.dk + key * padded_dim, *dv = scratch.dv + key * padded_dim;
-    store_row(dk, shape.dim, scale, tensors.dk.at(chunk.first_key + key, kv_head));
-    store_row(dv, shape.dim, 1.0f, tensors.dv.at(chunk.first_key + key, kv_head));
+  int64_t kv_heads = shape.heads / shape.group;
+  for (int64_t key = chunk.first_key; key < chunk.last_key; ++key) {
+    int64_t row = row_of_key(shape, chunk, key);
+    const float* dk = scratch.dk + (key - chunk.first_key) * padded_dim;
+    const float* dv = scratch.dv + (key - chunk.first_key) * padded_dim;
+    if (key < chunk.own_key) {
+      store_row(dk, shape.dim, scale, own.shared + (row * kv_heads + kv_head) * shape.dim);
+      store_row(dv, shape.dim, 1.0f, own.shared + ((shape.shared + row) * kv_heads + kv_head) * shape.dim);
+    } else {
+      store_row(dk, shape.dim, scale, tensors.dk.at(row, kv_head));
+      store_row(dv, shape.dim, 1.0f, tensors.dv.at(row, kv_head));
+    }
   }
 }
 
@@ -212,8 +221,8 @@ template <class T>
 void sum_rows(const float* const* from, int64_t count, int64_t width, T* to) {
   for (int64_t i = 0; i < width; i += LANES) {
     int64_t elements = width - i < LANES ? width - i : LANES;
-    F32 total = load(from[0] + i, elements);
-    for (int64_t row = 1; row < count; ++row) total += load(from[row] + i, elements);
+    F32 total{};
+    for (int64_t row = 0; row < count; ++row) total += load(from[row] + i, elements);
     store(to + i, total, elements);
   }
 }

@@ -107,8 +107,8 @@ void attention(const AttentionForward<T>& tensors, QueryBlock block, int64_t kv_
   fill(scratch.max, size.padded, -0x1.fffffep127f);  // finite: before the first visible key, max - max must be 0
   for (int64_t first = base; first < end; first += KEYS) {
     int64_t count = end - first < KEYS ? end - first : KEYS;
-    load_keys(tensors.k, shape.dim, first, first + count, kv_head, size.padded_dim, scratch.keys);
-    load_keys(tensors.v, shape.dim, first, first + count, kv_head, size.padded_dim, scratch.values);
+    load_keys(tensors.k, shape, block, first, first + count, kv_head, scratch.keys);
+    load_keys(tensors.v, shape, block, first, first + count, kv_head, scratch.values);
     pair_rows(scratch.values, round_up(count, TILE_ROWS), size.padded_dim, scratch.values_over_keys);
     for (int64_t lane = 0, vectors; lane < size.padded; lane += vectors * LANES) {
       vectors = next_vectors((size.padded - lane) / LANES);

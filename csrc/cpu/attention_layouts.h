@@ -67,12 +67,19 @@ INLINE void load_queries(Heads<const T> from, const AttentionShape& shape, const
   fill_with_zeros(rows, (size.padded - size.lanes) * size.padded_dim);
 }
 
+// Where in memory a document has the key of this number.
+INLINE int64_t row_of_key(const AttentionShape& shape, const QueryBlock& block, int64_t key) {
+  return key < block.own_key ? key - block.own_key + shape.shared : key;
+}
+
 template <class T, class Element>
-INLINE void load_keys(Heads<const T> from, int64_t dim, int64_t first, int64_t last, int64_t kv_head,
-                      int64_t padded_dim, Element* rows) {
+INLINE void load_keys(Heads<const T> from, const AttentionShape& shape, const QueryBlock& block, int64_t first,
+                      int64_t last, int64_t kv_head, Element* rows) {
+  int64_t padded_dim = padded_dim_of<Element>(shape);
   for (int64_t key = first; key < last; ++key, rows += padded_dim) {
-    prefetch_row(from, key, kv_head, dim);
-    load_row(from.at(key, kv_head), dim, padded_dim, rows);
+    int64_t row = row_of_key(shape, block, key);
+    prefetch_row(from, row, kv_head, shape.dim);
+    load_row(from.at(row, kv_head), shape.dim, padded_dim, rows);
   }
   fill_with_zeros(rows, (round_up(last - first, TILE_ROWS) - (last - first)) * padded_dim);
 }

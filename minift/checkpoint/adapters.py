@@ -1,10 +1,11 @@
 """Adapters on disk, exactly as PEFT 0.21 writes and reads them: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensors come and go as {in-memory name: tensor}, so that a sharded model can hand in what it gathered. They are stored
-in fp32, which is what is trained; what a method holds in another form than PEFT is turned by `peft.inject.to_file` and
-`from_file`. Writing is atomic and ends with reading back what was written; reading is strict: a
-missing, an unexpected, a misshapen or a non-finite tensor is an error that names it, as is a PEFT feature that minift
-does not have. (An adapter that loads "with a warning" is usually one whose B is still zero.)
+in fp32, which is what is trained. What a method holds in another form than PEFT is turned by `peft.inject.to_file` and
+`from_file`, what PEFT calls otherwise is renamed by `AdapterConfig.to_stored` and `from_stored`. Writing is atomic and
+ends with reading back what was written; reading is strict: a missing, an unexpected, a misshapen or a non-finite tensor
+is an error that names it, as is a PEFT feature that minift does not have. (An adapter that loads "with a warning" is
+usually one whose B is still zero.)
 
     save_adapter(folder, config, file_tensors(model), base_model=...)
     config = load_adapter(model, folder)
@@ -30,8 +31,7 @@ from minift.model.linear import Linear
 from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import adapters, from_file, frozen_projections, inject, stored_parameters, to_file
 from minift.peft.methods import METHODS
-from minift.peft.names import fqn_of_peft_key, peft_key
-from minift.peft.patterns import ALL_LINEAR, matches
+from minift.peft.patterns import ALL_LINEAR
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -44,25 +44,29 @@ def save_adapter(
     *,
     base_model: str | None = None,
     fingerprint: Mapping[str, Sample] | None = None,
+    model: nn.Module | None = None,
 ) -> None:
     """Write a new PEFT folder. `tensors`: every adapter parameter, whole, as files hold it, by its in-memory name, any
     dtype and device.
 
-    `base_model` is recorded as the name or path by which PEFT finds the base, `fingerprint` to know it by. ValueError
-    if `tensors` is empty or incomplete, or has a non-finite value; OSError if what was read back is not what was
-    written.
+    `base_model` is recorded as the name or path by which PEFT finds the base, `fingerprint` to know it by; of `model`,
+    its sizes, by methods whose files tell them. ValueError if `tensors` is empty or incomplete, or has a non-finite
+    value; OSError if what was read back is not what was written.
     """
-    modules = _adapted_modules(config, tensors)
-    stored = {peft_key(name): tensors[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(tensors)}
+    on_cpu = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    stored = {key: tensor.contiguous() for key, tensor in config.to_stored(on_cpu).items()}
     for key, tensor in stored.items():
         _check_finite(key, tensor)
     fields = config.to_peft() | {"base_model_name_or_path": base_model}
-    if fields["target_modules"] == ALL_LINEAR:
+    if model is not None:
+        fields |= config.base_fields(model)
+    targets = fields.get("target_modules")
+    if targets == ALL_LINEAR:
         # Spelled out, as PEFT does: readers other than PEFT want a list.
-        fields["target_modules"] = sorted({module.rpartition(".")[2] for module in modules})
-    elif isinstance(fields["target_modules"], str):
+        fields["target_modules"] = sorted({name.rpartition(".")[2] for name in config.adapted_modules(tensors)})
+    elif isinstance(targets, str):
         # A regular expression may also match modules that are no projections: PEFT refuses them, minift passes over.
-        fields["target_modules"] = sorted(modules)
+        fields["target_modules"] = sorted(config.adapted_modules(tensors))
     with atomic_folder(Path(folder)) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if fingerprint is not None:
@@ -103,9 +107,10 @@ def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> d
     if not path.is_file():
         raise ValueError(f"{folder} has no {TENSOR_FILE} (adapter_model.bin is a pickle, which can run code: not read)")
     try:
-        tensors = {fqn_of_peft_key(key): tensor for key, tensor in load_file(path).items()}
+        stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    tensors = read_config(folder).from_stored(stored, shapes)
     for name in list(tensors):
         module = name.removesuffix(".base_layer.weight")
         if module != name and any(own.startswith(f"{module}.") for own in shapes):
@@ -153,33 +158,6 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:
     return adapters(model)[name].base.dense_weight()
-
-
-def _adapted_modules(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names of the adapted modules; ValueError unless `tensors` holds all parameters of each, and nothing else but what
-    is in `config.modules_to_save`."""
-    if not tensors:
-        raise ValueError("there is no adapter tensor to save")
-    endings = [local_name for names in config.parameter_sets for local_name in names]
-    modules: dict[str, set[str]] = {}
-    for name in tensors:
-        local_name = next((ending for ending in endings if name.endswith(f".{ending}")), None)
-        if local_name is not None:
-            modules.setdefault(name.removesuffix(f".{local_name}"), set()).add(local_name)
-        elif not _is_within(name, config.modules_to_save):
-            raise ValueError(f"{name} is not an adapter parameter; valid endings: {', '.join(endings)}")
-    for module, local_names in modules.items():
-        expected = next(names for names in config.parameter_sets if local_names & set(names))
-        missing = set(expected) - local_names
-        if missing:
-            raise ValueError(f"the adapter of {module} lacks {', '.join(sorted(missing))}")
-    return set(modules)
-
-
-def _is_within(name: str, modules: list[str]) -> bool:
-    """Whether the parameter `name` is of one of `modules`."""
-    path = name.split(".")
-    return any(matches(".".join(path[:depth]), modules) for depth in range(1, len(path)))
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

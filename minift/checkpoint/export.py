@@ -53,9 +53,8 @@ def export_run(
             fingerprint = take_fingerprint(
                 model, lambda name: weights.read(f"{name}.weight"), weights.stored.projections.__contains__
             )
-            save_adapter(
-                fresh, adapter, tensors, base_model=str(Path(base_folder).resolve()), fingerprint=fingerprint
-            )
+            base_model = str(Path(base_folder).resolve())
+            save_adapter(fresh, adapter, tensors, base_model=base_model, fingerprint=fingerprint, model=model)
             swap_in(fresh, target)
         return str(target), None
 

@@ -28,14 +28,14 @@ from minift.checkpoint.atomic import atomic_folder
 from minift.checkpoint.fingerprint import check_fingerprint
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.model.embedding import Embedding
 from minift.model.hf import TIED_HEAD, check_weights, load_config, save_model
-from minift.model.linear import Linear, LinearBase
+from minift.model.linear import Linear
 from minift.model.weights import TensorSpec, WeightReader
 from minift.ops.nf4 import quantize_nf4
 from minift.peft.adapter import Adapter, AdapterModule
 from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, check_target, measure_drift
 from minift.peft.inject import adapter_modules, adapter_parameters, from_file, inject, stored_parameters
+from minift.peft.manage import check_mergeable
 from minift.quant.bitsandbytes import quantization_config, stored_tensors
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
@@ -170,6 +170,7 @@ class _Base:
         """Name of a base weight in its folder -> its adapter, with its parameters loaded and its base on meta; and
         weights that were trained whole."""
         inject(self._model, read_config(adapter_folder))
+        check_mergeable(self._model)
         check_fingerprint(
             adapter_folder,
             self._model,
@@ -183,12 +184,7 @@ class _Base:
         }
         own = adapter_parameters(self._model).keys()
         self._model.load_state_dict({name: tensors[name] for name in own}, strict=False, assign=True)
-        adapters = adapter_modules(self._model)
-        for name, adapter in adapters.items():
-            if not isinstance(adapter.base, (LinearBase, Embedding)):
-                kind = type(adapter).__name__
-                raise ValueError(f"{kind} on {name} is no weight and cannot be merged; keep it beside the model")
-        updates = {f"{name}.weight": adapter for name, adapter in adapters.items()}
+        updates = {f"{name}.weight": adapter for name, adapter in adapter_modules(self._model).items()}
         return updates, {name: values for name, values in tensors.items() if name not in own}
 
     def trained_weight(self, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Which parameter belongs to which unit.
 
-The engine is given the modules that make a unit; every other parameter, and every parameter that two units share (tied
-embeddings), belongs to the root, the unit of the whole model.
+The engine is given the modules that make a unit; every other parameter, and every one that two units share (tied
+embeddings; a module inside of both), belongs to the root, the unit of the whole model, which is gathered all the time.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def assign_parameters(module: nn.Module, unit_modules: list[nn.Module]) -> list[
     for unit_module in unit_modules:
         assert id(unit_module) in names, f"unit {type(unit_module).__name__} is not inside the model"
     groups = {"": Group("", module, {})} | {names[id(m)]: Group(names[id(m)], m, {}) for m in unit_modules}
-    unit_of_module = {
-        id(inner): names[id(unit_module)] for unit_module in unit_modules for inner in unit_module.modules()
-    }
+    unit_of_module: dict[int, str] = {}
+    for unit_module in unit_modules:
+        for inner in unit_module.modules():
+            unit_of_module[id(inner)] = "" if id(inner) in unit_of_module else names[id(unit_module)]
     owners: dict[int, list[tuple[str, str, Place]]] = {}  # id(parameter) -> (full name, unit name, place)
     for module_name, inner in module.named_modules():
         for local_name, parameter in inner.named_parameters(recurse=False, remove_duplicate=False):

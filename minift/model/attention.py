@@ -2,6 +2,9 @@
 
 H query heads share K key/value heads (query head h uses key head h // (H/K)); sliding windows throughout.
 
+Documents may begin with the same virtual tokens (see `decoder`). Causal attention makes them independent of what comes
+after, so a pack holds them once, in front of all documents, and each document attends to them as to its own beginning.
+
 Training and prefill: on CUDA in half precision PyTorch's variable-length flash attention, elsewhere
 minift/ops/attention.py. Decoding: one fused call for all sequences.
 """
@@ -36,14 +39,19 @@ class Packing:
     cos_TR: Tensor
     sin_TR: Tensor
     append: Append | None = None  # with a cache: where the tokens go
+    num_shared: int = 0  # tokens before cu_seqlens[0]: the beginning of every document
 
 
 class Attention(CheapOps):
     """Multi-head attention of one block; `layer` is its index, which says its window and its place in the cache."""
 
+    num_virtual_tokens = 0
+    """Length of `prefix`."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.window = config.sliding_windows[layer]
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -54,15 +62,23 @@ class Attention(CheapOps):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (P, K, E), not rotated, of the virtual tokens that documents begin with in this block."""
+        return None
+
+    def forward(self, hidden_TD: Tensor, packing: Packing, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(T, D) -> (T, D). prefix: what `prefix` says, any float dtype; not with a cache, whose rows begin with it."""
         heads = (len(hidden_TD), -1, self.head_dim)
         q, k, v = project(hidden_TD, self.q_proj, self.k_proj, self.v_proj)
         q_THE = self._rotated(q.view(heads), self.q_norm, packing)
         k_TKE = self._rotated(k.view(heads), self.k_norm, packing)
         v_TKE = v.view(heads)
         if packing.append is None:
-            out_THE = packed_attention(q_THE, k_TKE, v_TKE, packing.cu_seqlens, packing.max_seqlen, self.window)
+            if prefix is not None:
+                k_TKE, v_TKE = (torch.cat([of.to(x.dtype), x]) for of, x in zip(prefix, (k_TKE, v_TKE), strict=True))
+            out_THE = packed_attention(q_THE, k_TKE, v_TKE, packing, self.window)
         else:
+            assert prefix is None
             out_THE = _cached_attention(q_THE, k_TKE, v_TKE, packing, packing.append, self.layer, self.window)
         return self.o_proj(out_THE.reshape(len(hidden_TD), -1))
 
@@ -73,23 +89,50 @@ class Attention(CheapOps):
         return self.cheap(lambda x_THE: apply_rope(norm(x_THE), packing.cos_TR, packing.sin_TR), x_THE)
 
 
-def packed_attention(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
-) -> Tensor:
+def packed_attention(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, packing: Packing, window: int | None) -> Tensor:
     """softmax(q kᵀ / √E) v inside each document, causal: (T, H, E) in q's dtype.
 
-    With a window w, token i of a document sees tokens i-w+1 .. i. Extra memory is a block of scores, never T².
+    k and v may have more rows than q: those of a prefix, in front. A document begins with the prefix, then the shared
+    tokens. With a window w, token i of it sees tokens i-w+1 .. i. Extra memory is a block of scores, never T².
     """
+    q_bounds, num_prefix = packing.cu_seqlens, len(k_TKE) - len(q_THE)
+    kv_bounds = q_bounds + num_prefix if num_prefix else q_bounds
     if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
-        lookback = -1 if window is None else window - 1
+        longest, num_shared_keys = max(packing.max_seqlen, packing.num_shared), packing.num_shared + num_prefix
+        if num_shared_keys:
+            rows, q_bounds, kv_bounds = copies_of_shared(
+                q_bounds, kv_bounds, packing.num_shared, num_shared_keys, len(k_TKE)
+            )
+            k_TKE, v_TKE = k_TKE.index_select(0, rows), v_TKE.index_select(0, rows)
         # Here and not above: it imports torch's compiler, two seconds and 100 MiB that a CPU process has no use for.
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(
-            q_THE, k_TKE, v_TKE, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            window_size=(lookback, 0), **GROUPED_QUERIES,
+            q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, longest, longest + num_shared_keys,
+            window_size=(-1 if window is None else window - 1, 0), **GROUPED_QUERIES,
         )  # fmt: skip
-    return causal_attention(q_THE, k_TKE, v_TKE, cu_seqlens, cu_seqlens, window)
+    return causal_attention(q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
+
+
+def copies_of_shared(
+    q_bounds: Tensor, kv_bounds: Tensor, num_queries: int, num_keys: int, total_keys: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For a kernel that knows no shared keys: which rows of k and v to copy so that every document has its own, and the
+    bounds of documents then.
+
+    num_queries, num_keys: q_bounds[0] and kv_bounds[0], known on the host, which waits for nothing here; total_keys:
+    kv_bounds[-1]. Shared tokens with queries become one more document.
+    """
+    if num_queries:
+        q_bounds, kv_bounds = F.pad(q_bounds, (1, 0)), torch.cat([kv_bounds[:1], kv_bounds])
+    num_documents = len(kv_bounds) - 1
+    lengths_S = kv_bounds.diff() + num_keys
+    bounds = F.pad(lengths_S.cumsum(0), (1, 0))
+    num_rows = total_keys + (num_documents - 1) * num_keys
+    document_N = torch.arange(num_documents, device=bounds.device).repeat_interleave(lengths_S, output_size=num_rows)
+    key_N = torch.arange(num_rows, device=bounds.device) - bounds[document_N]
+    rows_N = torch.where(key_N < num_keys, key_N, key_N - num_keys + kv_bounds[document_N])
+    return rows_N, q_bounds, bounds.to(torch.int32)
 
 
 def _cached_attention(
@@ -99,7 +142,7 @@ def _cached_attention(
     keys_BLKE, values_BLKE = append.write(layer, k_TKE, v_TKE)
     lengths = append.lengths
     if sum(lengths) == len(q_THE):  # the rows were empty: new tokens see only each other
-        return packed_attention(q_THE, k_TKE, v_TKE, packing.cu_seqlens, packing.max_seqlen, window)
+        return packed_attention(q_THE, k_TKE, v_TKE, packing, window)
     if len(lengths) == len(q_THE):
         longest = max(lengths)
         return decode_attention(q_THE, keys_BLKE[:, :longest], values_BLKE[:, :longest], append.lengths_B, window)

@@ -1,6 +1,6 @@
 """Keys and values of sequences that are being generated.
 
-    cache = KVCache.allocate(model.config, len(prompts), max_tokens, dtype, device)
+    cache = model.new_cache(len(prompts), max_tokens)
     model(prompt_tokens_T, positions_T, cu_seqlens, max_seqlen, head=head, cache=cache)     # prefill, packed
     while ...:                                                                              # one token per sequence
         model(last_tokens_B, torch.tensor(cache.lengths), torch.arange(B + 1), 1, head=head, cache=cache)
@@ -11,6 +11,7 @@ the row holds already, and each attends to the row from its start up to itself. 
 a prompt may be fed in pieces, and rows of different lengths need no padding. Every row gets exactly one document of at
 least one token per forward, in order. The caller passes positions that continue the row (`lengths[s]`, `lengths[s]+1`,
 ...). `CausalLM.forward` moves `lengths` on when all layers have written. Inference only: call under `torch.no_grad()`.
+Where documents begin with virtual tokens (see `decoder`), rows do: a new one holds these, and nothing else knows.
 
 Rows are allocated once, at `max_tokens`; a sliding window masks what it no longer sees but does not free it.
 """
@@ -56,6 +57,20 @@ class KVCache:
     @property
     def max_tokens(self) -> int:
         return self.keys[0].shape[1]
+
+    def begin(self, virtual: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Let every row, now empty, begin with the same keys and values (P, K, E): a pair for each layer, or None."""
+        for keys, values, pair in zip(self.keys, self.values, virtual, strict=True):
+            if pair is not None:
+                num_virtual = len(pair[0])
+                keys[:, :num_virtual], values[:, :num_virtual] = pair
+                self.lengths = [num_virtual] * len(self.lengths)
+
+    def part(self, start: int, stop: int) -> KVCache:
+        """Rows [start, stop) in the same memory, with `lengths` of their own."""
+        part = KVCache([keys[start:stop] for keys in self.keys], [values[start:stop] for values in self.values])
+        part.lengths = self.lengths[start:stop]
+        return part
 
     def plan(self, cu_seqlens: Tensor) -> Append:
         """Where the tokens of one forward go. Refuses documents that do not match the rows or do not fit."""

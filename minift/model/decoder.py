@@ -6,6 +6,11 @@
 What becomes of the final hidden states is the caller's `head`: logits, a loss that never holds all logits, the last
 position only. It runs inside forward because that is when FSDP has the root's parameters, the LM head's among them.
 
+[Note: virtual tokens] Adapters may let every document begin with the same P tokens that no batch contains. They are
+rows which the embedding puts before those of a pack (prompt tuning), or keys and values of each block (prefix tuning).
+Tokens of batches then have positions from P on, and the head does not see the virtual ones. A pack has them once and
+not once per document (see `attention`), a cache has them at the beginning of each row.
+
 Knows nothing of ranks, precision policies, adapters or losses. Holds no buffers.
 """
 
@@ -16,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minift.model.attention import Packing
@@ -37,8 +43,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens_T: Tensor, packing: Packing) -> Tensor:
-        hidden_TD = self.embed_tokens(tokens_T)
+    def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
+        """Embeddings to the hidden states that the head reads."""
         for layer in self.layers:
             hidden_TD = layer(hidden_TD, packing)
         return self.norm(hidden_TD)
@@ -63,6 +69,11 @@ class CausalLM(nn.Module):
         """Modules worth gathering and freeing as one each; what is in none of them belongs to the root."""
         return list(self.model.layers)
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P of [Note: virtual tokens]."""
+        return self.model.embed_tokens.num_virtual_tokens + self.model.layers[0].self_attn.num_virtual_tokens
+
     def forward(
         self,
         tokens_T: Tensor,
@@ -79,12 +90,55 @@ class CausalLM(nn.Module):
         [cu_seqlens[s], cu_seqlens[s+1]), none of them empty; max_seqlen: the longest document in tokens. With a cache,
         documents continue its rows (see cache.py).
         """
-        cos_TR, sin_TR = rotary_tables(self.config.rope, self.config.head_dim, positions_T, cu_seqlens)
+        hidden_TD = self.model.embed_tokens(tokens_T)
+        num_virtual, num_shared = self.num_virtual_tokens, self.model.embed_tokens.num_virtual_tokens
+        if cache is not None:  # it has them already
+            hidden_TD, num_shared = hidden_TD[num_shared:], 0  # no gradients here, so this costs nothing
+        elif num_virtual:
+            embedded_P = torch.arange(num_virtual - num_shared, num_virtual, device=positions_T.device)
+            positions_T = torch.cat([embedded_P, positions_T + num_virtual])
+            cu_seqlens = cu_seqlens + num_shared
+        hidden_TD = self._decode(hidden_TD, positions_T, cu_seqlens, max_seqlen, num_shared, cache)
+        return head(hidden_TD[num_shared:] if num_shared else hidden_TD, self.lm_head)
+
+    def _decode(
+        self,
+        hidden_TD: Tensor,
+        positions_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        num_shared: int,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Embeddings to the hidden states that the head reads."""
         append = None if cache is None else cache.plan(cu_seqlens)
-        hidden_TD = self.model(tokens_T, Packing(cu_seqlens, max_seqlen, cos_TR, sin_TR, append))
+        bounds = F.pad(cu_seqlens, (1, 0)) if num_shared else cu_seqlens
+        tables = rotary_tables(self.config.rope, self.config.head_dim, positions_T, bounds)
+        hidden_TD = self.model(hidden_TD, Packing(cu_seqlens, max_seqlen, *tables, append, num_shared))
         if append is not None:
             append.commit()
-        return head(hidden_TD, self.lm_head)
+        return hidden_TD
+
+    @torch.no_grad()
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        """Rows for `batch_size` sequences of at most `max_tokens` tokens each, which begin with the virtual tokens.
+
+        Takes 2 · num_layers · batch_size · (P + max_tokens) · num_kv_heads · head_dim elements. For a model that one
+        process holds whole.
+        """
+        embed_tokens, num_virtual = self.model.embed_tokens, self.num_virtual_tokens
+        dtype, device = self.model.norm.weight.dtype, self.model.norm.weight.device  # a norm is never wrapped or packed
+        cache = KVCache.allocate(self.config, batch_size, num_virtual + max_tokens, dtype, device)
+        if num_virtual:
+            row = KVCache.allocate(self.config, 1, num_virtual, dtype, device)
+            row.begin([layer.self_attn.prefix() for layer in self.model.layers])
+            if num_embedded := embed_tokens.num_virtual_tokens:
+                hidden_PD = embed_tokens(torch.empty(0, dtype=torch.int64, device=device))
+                positions_P = torch.arange(num_virtual - num_embedded, num_virtual, device=device)
+                bounds = torch.tensor([0, num_embedded], dtype=torch.int32, device=device)
+                self._decode(hidden_PD, positions_P, bounds, num_embedded, 0, row)
+            cache.begin([(keys[0], values[0]) for keys, values in zip(row.keys, row.values, strict=True)])
+        return cache
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -50,6 +50,9 @@ class _Embedding(torch.autograd.Function):
 class Embedding(nn.Module):
     """tokens (...) int64 -> (..., embedding_dim); `weight` (num_embeddings, embedding_dim) starts uninitialised."""
 
+    num_virtual_tokens = 0
+    """Rows that an adapter in this one's place puts before those of the tokens (T), see `decoder`."""
+
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -58,6 +61,10 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _Embedding.apply(tokens, self.weight)
+
+    def dense_weight(self) -> Tensor:
+        """The weight without gradient history, as a projection has it."""
+        return self.weight.detach()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings} x {self.embedding_dim}"

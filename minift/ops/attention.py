@@ -9,6 +9,10 @@ core's cache, the plain-PyTorch one (blocked_attention.py) on a block of queries
 nothing of the size T². Backward keeps q, k, v, out and lse; out costs nothing where the next projection keeps its
 input. As out is rounded, the row sum in ds is that of dout with the rounded out, here as in every flash attention.
 
+Documents may share their first keys (a prefix that is trained, a prompt that stands before all of them): these lie once
+in front of all others and are read from there, with one softmax over both. The alternative, a softmax for each part put
+together by their lse, needs a backward through lse, and reads q twice.
+
 Why not `scaled_dot_product_attention`: on a CPU its backward is slow, and it cannot be told of a window except by a T²
 mask. CPU time of forward + backward in ms, bf16, 9/3 heads of 64, on a shared Zen 3 core (AVX2; torch multiplies fp32
 matrices at 95 GFLOP/s on it); `python benchmarks/ops_cpu.py` repeats the comparison:
@@ -37,9 +41,12 @@ def causal_attention(
 
     q (T, H, E), k and v (T', K, E) of one dtype, tokens and heads may be strided; query head h sees key head
     h // (H/K). Document s has the queries [q_bounds[s], q_bounds[s+1]) and the keys [kv_bounds[s], kv_bounds[s+1]), its
-    queries being its *last* tokens; bounds are int32 of one dimension, from 0 to T or T'. With a window w, a token sees
-    its own key and the w-1 before it. float64 stays float64. Compiled: the same bits with any number of threads, and
-    in whatever pack a document is.
+    queries being its *last* tokens; bounds are int32 of one dimension and end with T or T'. With a window w, a token
+    sees its own key and the w-1 before it. float64 stays float64. Compiled: the same bits with any number of threads,
+    and in whatever pack a document is.
+
+    Keys before kv_bounds[0] are shared: every document has them, in front of its own. Queries before q_bounds[0] are
+    the last tokens of these shared keys: none (a prefix), or all (a prompt that is computed along with the pack).
     """
     _check("causal_attention", q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)
     return _CausalAttention.apply(q_THE, k_TKE, v_TKE, q_bounds, kv_bounds, window)

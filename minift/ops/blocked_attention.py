@@ -4,7 +4,7 @@ The reference of minift/ops/attention.py, and what runs where that has no compil
 the keys it may see, so its softmax is the plain one; nothing of the size T² ever exists. What lies above the diagonal
 blocks or outside a sliding window is never computed. Everything inside is fp32 (float64 for float64 input) in the
 layout (K, T·G, E), G = H/K: the G query heads that share a key head lie next to each other as rows, so one matrix
-product serves them all.
+product serves them all. A block that sees keys which all documents share has them copied in front of its own.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def blocked_attention(
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     lse_TH = torch.empty(q_THE.shape[:2], dtype=q.dtype, device=q_THE.device)
     for block in _blocks(q_bounds.tolist(), kv_bounds.tolist(), window, heads=q_THE.shape[1]):
-        keys, rows = slice(block.kv_start, block.kv_stop), slice(block.start * group, block.stop * group)
-        scores = _visible_scores(q[:, rows], k[:, keys], block, group)
+        rows = slice(block.start * group, block.stop * group)
+        scores = _visible_scores(q[:, rows], block.seen(k), block, group)
         probabilities = torch.softmax(scores, dim=-1)
-        _put_by_head(out_THE[block.start : block.stop], torch.bmm(probabilities, v[:, keys]))
+        _put_by_head(out_THE[block.start : block.stop], torch.bmm(probabilities, block.seen(v)))
         # The largest probability is e^(largest score - lse), and never so small that its logarithm is not exact.
         lse = scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
         _put_by_head(lse_TH[block.start : block.stop].unsqueeze(-1), lse)
@@ -55,12 +55,12 @@ def blocked_attention_backward(
     dq_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for block in _blocks(q_bounds.tolist(), kv_bounds.tolist(), window, heads=q_THE.shape[1]):
-        keys, rows = slice(block.kv_start, block.kv_stop), slice(block.start * group, block.stop * group)
-        probabilities = _visible_scores(q[:, rows], k[:, keys], block, group).sub_(lse[:, rows]).exp_()
-        dv[:, keys].baddbmm_(probabilities.transpose(1, 2), dout[:, rows])
-        dscores = torch.bmm(dout[:, rows], v[:, keys].transpose(1, 2)).sub_(delta[:, rows]).mul_(probabilities)
-        _put_by_head(dq_THE[block.start : block.stop], torch.bmm(dscores, k[:, keys]).mul_(scale))
-        dk[:, keys].baddbmm_(dscores.transpose(1, 2), q[:, rows])
+        rows, seen_k = slice(block.start * group, block.stop * group), block.seen(k)
+        probabilities = _visible_scores(q[:, rows], seen_k, block, group).sub_(lse[:, rows]).exp_()
+        block.add_product_(dv, probabilities.transpose(1, 2), dout[:, rows])
+        dscores = torch.bmm(dout[:, rows], block.seen(v).transpose(1, 2)).sub_(delta[:, rows]).mul_(probabilities)
+        _put_by_head(dq_THE[block.start : block.stop], torch.bmm(dscores, seen_k).mul_(scale))
+        block.add_product_(dk, dscores.transpose(1, 2), q[:, rows])
     dk_TKE, dv_TKE = (torch.empty(k_TKE.shape, dtype=k_TKE.dtype, device=k_TKE.device) for _ in "kv")
     _put_by_head(dk_TKE, dk)
     _put_by_head(dv_TKE, dv)
@@ -69,24 +69,41 @@ def blocked_attention_backward(
 
 @dataclass(frozen=True)
 class _Block:
-    """Query tokens [start, stop) of the pack and the keys [kv_start, kv_stop) that at least one of them sees.
+    """Query tokens [start, stop) of the pack and the keys that at least one of them sees: the rows in `keys`, in order.
 
     The last query sees the last key. `window` is None where it hides none of these keys from any of these queries.
     """
 
     start: int
     stop: int
-    kv_start: int
-    kv_stop: int
+    keys: tuple[slice, ...]
     window: int | None
+
+    @property
+    def num_keys(self) -> int:
+        return sum(rows.stop - rows.start for rows in self.keys)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Rows `keys` of keys or values x (K, T', E); a copy if they are not adjacent."""
+        if len(self.keys) == 1:
+            return x[:, self.keys[0]]
+        return torch.cat([x[:, rows] for rows in self.keys], dim=1)
+
+    def add_product_(self, x: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add a b, (K, num_keys, E), to these rows of x."""
+        parts = a.split([rows.stop - rows.start for rows in self.keys], dim=1)
+        for rows, part in zip(self.keys, parts, strict=True):
+            x[:, rows].baddbmm_(part, b)
 
 
 def _blocks(q_bounds: list[int], kv_bounds: list[int], window: int | None, heads: int) -> Iterator[_Block]:
-    for document in range(len(q_bounds) - 1):
-        first, last = q_bounds[document], q_bounds[document + 1]
-        kv_first, kv_last = kv_bounds[document], kv_bounds[document + 1]
+    shared = kv_bounds[0]
+    # The queries of the shared keys, if there are any, are those of one more document, which has no keys of its own.
+    documents = zip([0, *q_bounds], q_bounds, [shared, *kv_bounds], kv_bounds, strict=False)
+    for first, last, own, kv_last in documents:
         if first == last:
             continue
+        kv_first = own - shared  # shared keys are numbered as if they stood right before the document's own
         shift = kv_last - last  # query t is key t + shift
         most_keys = kv_last - kv_first if window is None else min(kv_last - kv_first, window + MAX_QUERIES_PER_BLOCK)
         wanted = SCORES_PER_BLOCK // (heads * most_keys)
@@ -95,16 +112,18 @@ def _blocks(q_bounds: list[int], kv_bounds: list[int], window: int | None, heads
         size = math.ceil((last - first) / num_blocks)  # even blocks: no short one at the end
         for start in range(first, last, size):
             stop = min(start + size, last)
-            if window is None or stop + shift - kv_first <= window:
-                yield _Block(start, stop, kv_first, stop + shift, None)
-            else:
-                yield _Block(start, stop, max(kv_first, start + shift - window + 1), stop + shift, window)
+            is_cut = window is not None and stop + shift - kv_first > window
+            kv_start = max(kv_first, start + shift - window + 1) if is_cut else kv_first
+            kv_stop = stop + shift
+            runs = slice(kv_start - kv_first, min(kv_stop, own) - kv_first), slice(max(kv_start, own), kv_stop)
+            keys = tuple(rows for rows in runs if rows.start < rows.stop)
+            yield _Block(start, stop, keys, window if is_cut else None)
 
 
 def _visible_scores(q: Tensor, k: Tensor, block: _Block, group: int) -> Tensor:
     """q kᵀ, and -inf where a query does not see a key: q (K, n·G, E) scaled, k (K, m, E) -> (K, n·G, m)."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    queries, keys = block.stop - block.start, block.kv_stop - block.kv_start
+    queries, keys = block.stop - block.start, block.num_keys
     by_query = scores.view(len(scores), queries, group, keys)
     if block.window is None:  # all keys before the block are visible: only the last n columns need a mask
         hidden = torch.full((queries, queries), -math.inf, dtype=q.dtype, device=q.device).triu(1)

@@ -15,17 +15,19 @@ parameter that backward needs is read again in backward from the Parameter objec
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.drift import MergeTarget, check_target
-from minift.peft.patterns import ALL_LINEAR, is_all_linear, select_modules
+from minift.peft.names import fqn_of_peft_key, in_model_order, peft_key
+from minift.peft.patterns import ALL_LINEAR, is_all_linear, is_within, select_modules
 from minift.peft.peft_json import COMMON, SELECTION, in_order, refuse_unsupported, required
 
 
@@ -54,6 +56,10 @@ class AdapterConfig(ABC):
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (LinearBase,)
     """What `targets` chooses from. Where projections are among it, "all-linear" means these alone."""
 
+    def for_base(self, folder: str) -> Self:
+        """These settings, and what they leave open filled in for the base model in `folder`."""
+        return self
+
     @classmethod
     def candidates(cls, model: nn.Module) -> dict[str, nn.Module]:
         """Full name -> module, in the model's order, of what `targets` chooses from."""
@@ -70,6 +76,14 @@ class AdapterConfig(ABC):
     def wrap(self, name: str, base: nn.Module, dtype: torch.dtype, device: torch.device) -> AdapterModule:
         """The adapter around `base`, whose full name in the model is `name`; own parameters uninitialised."""
 
+    def wrap_all(self, bases: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, AdapterModule]:
+        """The adapters around `bases`, by the same names, on their devices; one by one unless some share something."""
+        wrapped = {}
+        for name, base in bases.items():
+            device = next(itertools.chain(base.parameters(), base.buffers())).device
+            wrapped[name] = self.wrap(name, base, dtype, device).train(base.training)
+        return wrapped
+
     def check(self, names: Sequence[str]) -> None:  # noqa: B027 (most methods have no such setting)
         """ValueError if a setting speaks of a module that is not among the wrapped ones, `names`."""
 
@@ -83,6 +97,10 @@ class AdapterConfig(ABC):
         that PEFT has writes PEFT's keys; one that it has not, its settings by their names."""
         own = {name: getattr(self, name) for name in self._own_settings()}
         return COMMON | self.selection_to_peft() | own | {"peft_type": self.peft_type}
+
+    def base_fields(self, model: nn.Module) -> dict[str, Any]:
+        """Those of these keys that say what the base looks like. PEFT looks for itself where they are null."""
+        return {}
 
     def selection_to_peft(self) -> dict[str, Any]:
         """Of these keys, those that all methods share."""
@@ -119,11 +137,52 @@ class AdapterConfig(ABC):
         shared = {shared.name for shared in fields(AdapterConfig)}
         return [own.name for own in fields(cls) if own.name not in shared]
 
+    def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of an adapter file by key, from those of a model by in-memory name (fp32, see `to_file`).
+        ValueError if some are missing, or are of no adapter."""
+        self.adapted_modules(tensors)
+        return {peft_key(name): tensors[name] for name in sorted(tensors)}
+
+    def from_stored(self, stored: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Inverse of `to_stored`; `shapes` are those of what the model stores, in its order. What the model has no
+        place for keeps the name that it would have, and what is missing is left out."""
+        return {fqn_of_peft_key(key): tensor for key, tensor in stored.items()}
+
+    def adapted_modules(self, names: Iterable[str]) -> list[str]:
+        """The adapted modules, in order. ValueError unless `names` are all own parameters of each, and nothing else but
+        what is in `modules_to_save`."""
+        endings = [local_name for local_names in self.parameter_sets for local_name in local_names]
+        modules: dict[str, set[str]] = {}
+        for name in names:
+            local_name = next((ending for ending in endings if name.endswith(f".{ending}")), None)
+            if local_name is not None:
+                modules.setdefault(name.removesuffix(f".{local_name}"), set()).add(local_name)
+            elif not is_within(name, self.modules_to_save):
+                raise ValueError(f"{name} is not an adapter parameter; valid endings: {', '.join(endings)}")
+        if not modules:
+            raise ValueError("there is no adapter tensor to save")
+        for module, local_names in modules.items():
+            expected = next(names for names in self.parameter_sets if local_names & set(names))
+            missing = set(expected) - local_names
+            if missing:
+                raise ValueError(f"the adapter of {module} lacks {', '.join(sorted(missing))}")
+        return sorted(modules, key=in_model_order)
+
+
+class BaseWeight(Protocol):
+    """Elements [start, stop) of the flattened dense weight of a base, as it is trained with; all of them if no range
+    is given. Read when it is called, and nothing else is."""
+
+    def __call__(self, start: int = 0, stop: int | None = None) -> Tensor: ...
+
 
 class AdapterModule(nn.Module):
     """A module with an adapter: `base` is frozen, every other parameter is the method's own."""
 
     base: nn.Module
+
+    num_virtual_tokens = 0
+    """What an attention or an embedding has, which this may be in the place of."""
 
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         """Initial value of the own parameter `local_name`, fp32 on the CPU, random numbers from `generator` only."""
@@ -131,6 +190,10 @@ class AdapterModule(nn.Module):
 
     def hold_weights(self, held: bool) -> None:
         """Until this is called with False no weight changes: what is made of weights alone may be kept."""
+
+    def init_from_base(self, local_name: str, generator: torch.Generator, base_weight: BaseWeight) -> Tensor:
+        """Likewise, for a method whose initial values depend on the base's weight as well."""
+        return self.init_parameter(local_name, generator)
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """The dense weight that the adapter makes of the base weight `weight`, in its shape and dtype: fp32 or fp64.

@@ -1,13 +1,13 @@
 """Put adapters into a model, freeze the rest, and give the adapters their initial values.
 
-The initial value of a parameter is a function of (seed, name) alone. So it can be asked for one parameter at a time,
-by a rank that holds the model on the meta device, and it is the same at any world size and in any order.
+The initial value of a parameter is a function of seed, name and, for some methods, the base's weights. So it can be
+asked for one parameter at a time, by a rank that holds the model on the meta device, and it is the same at any world
+size and in any order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -32,10 +32,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: tor
     chosen = config.select(model)
     config.check(list(chosen))
     whole = _whole_parameters(model, config, chosen)
-    wrapped: dict[str, AdapterModule] = {}
-    for name, base in chosen.items():
-        device = next(itertools.chain(base.parameters(), base.buffers())).device
-        wrapped[name] = config.wrap(name, base, dtype, device).train(base.training)
+    wrapped = config.wrap_all(chosen, dtype)
     model.requires_grad_(False)  # what is in the adapters is not in the model yet
     for name, adapter in wrapped.items():
         parent, _, attribute = name.rpartition(".")
@@ -48,9 +45,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: tor
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _whole_parameters(
-    model: nn.Module, config: AdapterConfig, chosen: Mapping[str, nn.Module]
-) -> list[nn.Parameter]:
+def _whole_parameters(model: nn.Module, config: AdapterConfig, chosen: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     """Parameters of `config.modules_to_save`. ValueError for a module that cannot be trained beside the adapters of
     `chosen`, by name, and alone."""
     modules = dict(model.named_modules())
@@ -101,12 +96,12 @@ def frozen_projections(model: nn.Module) -> dict[str, LinearBase]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Full name -> parameter of every adapter, in the model's order."""
-    return {
-        f"{name}.{local_name}": parameter
-        for name, adapter in adapter_modules(model).items()
-        for local_name, parameter in adapter.own_parameters()
-    }
+    """Full name -> parameter of every adapter, in the model's order; one that adapters share under its first name."""
+    names: dict[nn.Parameter, str] = {}
+    for name, adapter in adapter_modules(model).items():
+        for local_name, parameter in adapter.own_parameters():
+            names.setdefault(parameter, f"{name}.{local_name}")
+    return {name: parameter for parameter, name in names.items()}
 
 
 def stored_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,13 +110,25 @@ def stored_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return own | {name: p for name, p in model.named_parameters() if p.requires_grad and name not in own}
 
 
-def init_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
-    """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device."""
+def init_tensor(
+    model: nn.Module, name: str, seed: int, read: Callable[[str, int, int | None], Tensor] | None = None
+) -> Tensor:
+    """Initial value (fp32, CPU) of the adapter parameter called `name`, which may itself be on the meta device.
+
+    read: (name of an adapted module, start, stop) -> elements of its flattened dense weight; None: it is in the model.
+    """
     found = _adapter_of(model, name)
     if found is None:
         raise ValueError(f"{name!r} is not a parameter of an adapter of this model")
     adapter_name, local_name = found
-    return model.get_submodule(adapter_name).init_parameter(local_name, named_generator(seed, name))
+    adapter = model.get_submodule(adapter_name)
+
+    def base_weight(start: int = 0, stop: int | None = None) -> Tensor:
+        if read is not None:
+            return read(adapter_name, start, stop)
+        return adapter.base.dense_weight().reshape(-1)[start:stop]
+
+    return adapter.init_from_base(local_name, named_generator(seed, name), base_weight)
 
 
 def _adapter_of(model: nn.Module, name: str) -> tuple[str, str] | None:

@@ -12,18 +12,31 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from minift.peft.adapter import AdapterModule
 from minift.peft.drift import MergeReport, MergeTarget, WeightDrift, measure_drift
 from minift.peft.inject import adapter_modules, adapters
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """ValueError if a method is no dense weight, with what to do instead."""
+    for module in adapter_modules(model).values():
+        if type(module).effective_weight is AdapterModule.effective_weight:
+            kind = type(module).__name__
+            raise ValueError(
+                f"{kind} is no weight and cannot be merged; keep it beside the model (minift generate --adapter)"
+            )
 
 
 def merge_all(
     model: nn.Module, target: MergeTarget = "dequantized", original: Callable[[str], Tensor] | None = None
 ) -> MergeReport:
-    """Merge every adapter; none, with a ValueError, if a base weight is tied: its other user would change, too.
+    """Merge every adapter; none, with a ValueError, if one is no weight, or if a base weight is tied: its other user
+    would change, too.
 
     original: name of a projection -> its full-precision base weight (out, in), asked for one at a time; needed for the
     target "original" over a quantized base.
     """
+    check_mergeable(model)
     users = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, adapter in adapters(model).items():
         if any(users[parameter] > 1 for parameter in adapter.base.parameters()):

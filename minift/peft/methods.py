@@ -10,6 +10,8 @@ from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
 
-Method = LoraConfig | DoraConfig | IA3Config | BitFitConfig | BottleneckConfig
+Method = LoraConfig | DoraConfig | IA3Config | BitFitConfig | BottleneckConfig | PrefixConfig | PromptConfig
 METHODS: tuple[type[AdapterConfig], ...] = get_args(Method)

@@ -28,3 +28,8 @@ def fqn_of_peft_key(key: str) -> str:
     if not key.startswith(_PEFT_PREFIX):
         raise ValueError(f"adapter tensor {key!r} does not start with {_PEFT_PREFIX!r}: not from PEFT for a causal LM")
     return key.removeprefix(_PEFT_PREFIX)
+
+
+def in_model_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by: as text, but numbers by their value, so that layers.10 comes after layers.2."""
+    return [(int(segment), "") if segment.isdigit() else (-1, segment) for segment in name.split(".")]

@@ -44,6 +44,12 @@ def select_parameters(names: Sequence[str], patterns: Sequence[str], what: str) 
     return set().union(*found)
 
 
+def is_within(name: str, modules: Sequence[str]) -> bool:
+    """Whether the parameter `name` is of one of `modules`, names or suffixes."""
+    path = name.split(".")
+    return any(matches(".".join(path[:depth]), modules) for depth in range(1, len(path)))
+
+
 def first_match(patterns: Iterable[str], name: str) -> str | None:
     """The first of PEFT's rank/alpha patterns that matches the end of `name`, from a dot on; None if none does."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)

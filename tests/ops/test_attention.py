@@ -8,6 +8,9 @@ the row sum of dout * out is off by up to |dout| times the rounding of out. Resu
 Kernels that multiply pairs of bf16 also round p and ds to bf16: each term t of the sums over them is then off by up to
 2^-8 |t|, by 2^-8 |t| / sqrt(3) in the mean square, so the sum by at most 2^-8 sum |t|, and by 4 * 2^-8 sqrt(sum t^2),
 which is 7 standard deviations; the smaller of the two is allowed.
+
+Keys that documents share are given to the formula as a copy in front of each document, and what it says of the copies
+is added up.
 """
 
 from __future__ import annotations
@@ -29,13 +32,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "slice of wider rows", "every second row", "slice of a fused projection", "transposed"]
 # (queries, keys before the first query) of each document; more than 192 lanes, or 96 rows, take more than one block
 DOCUMENTS = st.lists(st.tuples(st.integers(0, 130), st.sampled_from([0, 0, 0, 1, 50])), min_size=1, max_size=3)
+SHARED = st.sampled_from([(0, 0), (0, 0), (1, 0), (7, 7), (70, 0), (65, 64), (130, 130)])  # keys, queries of them
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclass
 class Inputs:
-    """q, k, v, dout and the bounds of documents with (queries, keys before the first query)."""
+    """q, k, v, dout and the bounds of documents with (queries, keys before the first query). shared: keys that they
+    have in common, queries of these."""
 
     documents: list[tuple[int, int]]
     q: Tensor
@@ -43,6 +48,7 @@ class Inputs:
     v: Tensor
     dout: Tensor
     window: int | None = None
+    shared: tuple[int, int] = (0, 0)
 
     def rounds_probabilities(self, implementation: str) -> bool:
         """Whether p and ds are rounded to bf16, to be multiplied in pairs."""
@@ -51,7 +57,18 @@ class Inputs:
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
         queries, keys = [n for n, _ in self.documents], [n + before for n, before in self.documents]
-        return tuple(torch.tensor([0, *torch.tensor(x).cumsum(0).tolist()], dtype=torch.int32) for x in (queries, keys))
+        of_q, of_k = [self.shared[1], *queries], [self.shared[0], *keys]
+        return tuple(torch.tensor(x).cumsum(0).to(torch.int32) for x in (of_q, of_k))
+
+    def copied(self) -> tuple[Inputs, Tensor]:
+        """The same without sharing: each document with a copy of the shared keys, and which row each key is."""
+        num_keys, num_queries = self.shared
+        own = torch.arange(num_keys, len(self.k)).split([n + before for n, before in self.documents])
+        rows = [torch.arange(num_keys), *(torch.cat([torch.arange(num_keys), keys]) for keys in own)]
+        documents = [(num_queries, num_keys - num_queries), *((n, before + num_keys) for n, before in self.documents)]
+        row_of_key = torch.cat(rows)
+        k, v = self.k[row_of_key], self.v[row_of_key]
+        return Inputs(documents, self.q, k, v, self.dout, self.window), row_of_key
 
     def run(self, implementation: str) -> tuple[Tensor, ...]:
         """out, lse, dq, dk, dv."""
@@ -62,13 +79,16 @@ class Inputs:
         return out, lse, *backward(self.dout, self.q, self.k, self.v, out, lse, *self.bounds, self.window)
 
 
-def draw_inputs(documents, kv_heads, group, dim, dtype=torch.float32, window=None, seed=0, draw=None) -> Inputs:
+def draw_inputs(
+    documents, kv_heads, group, dim, dtype=torch.float32, window=None, shared=(0, 0), seed=0, draw=None
+) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     draw = draw or (lambda shape: torch.randn(shape, generator=generator).to(dtype))
-    tokens, keys = sum(n for n, _ in documents), sum(n + before for n, before in documents)
+    tokens = shared[1] + sum(n for n, _ in documents)
+    keys = shared[0] + sum(n + before for n, before in documents)
     q, dout = (draw((tokens, kv_heads * group, dim)) for _ in range(2))
     k, v = (draw((keys, kv_heads, dim)) for _ in range(2))
-    return Inputs(documents, q, k, v, dout, window)
+    return Inputs(documents, q, k, v, dout, window, shared)
 
 
 def sum_error(terms: int) -> float:
@@ -77,6 +97,8 @@ def sum_error(terms: int) -> float:
 
 def exact_attention(inputs: Inputs, implementation: str, rounding) -> list[tuple[Tensor, Tensor]]:
     """Exact values of out, lse, dq, dk, dv in fp64, each with how far the implementation's may be from them."""
+    if inputs.shared[0]:
+        return exact_sharing(inputs, implementation, rounding)
     dtype, (tokens, heads, dim), kv_heads = inputs.q.dtype, inputs.q.shape, inputs.k.shape[1]
     q, k, v, dout = (x.detach().double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
@@ -133,6 +155,21 @@ def exact_attention(inputs: Inputs, implementation: str, rounding) -> list[tuple
     return [(out, out_error), (lse.squeeze(-1).T, lse_error.squeeze(-1).T), *gradients]
 
 
+def exact_sharing(inputs: Inputs, implementation: str, rounding) -> list[tuple[Tensor, Tensor]]:
+    """Of the copies, with the gradients of all copies of a key added up, and the fp32 rounding of that sum."""
+    copied, row_of_key = inputs.copied()
+    out, lse, dq, *of_copies = exact_attention(copied, implementation, rounding)
+    gradients = []
+    for copies, errors in of_copies:
+        value, terms, error = (
+            torch.zeros(inputs.k.shape, dtype=torch.float64).index_add_(0, row_of_key, x)
+            for x in (copies, copies.abs(), errors)
+        )
+        error += sum_error(len(copied.documents)) * terms + 1.01 * rounding(value, inputs.q.dtype)
+        gradients.append((value, error))
+    return [out, lse, dq, *gradients]
+
+
 def assert_exact(results: tuple[Tensor, ...], exact: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
     for name, result, (value, error) in zip(("out", "lse", "dq", "dk", "dv"), results, exact, strict=True):
         assert result.dtype == (torch.float32 if name == "lse" else dtype) and result.shape == value.shape
@@ -143,6 +180,7 @@ def assert_exact(results: tuple[Tensor, ...], exact: list[tuple[Tensor, Tensor]]
 @property_test
 @given(
     documents=DOCUMENTS,
+    shared=SHARED,
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 7]),
     dim=st.sampled_from([1, 3, 8, 17, 32, 64, 65, 128]),
@@ -158,6 +196,7 @@ def test_values_and_gradients_are_the_formula(
     rounding,
     dtype,
     documents,
+    shared,
     kv_heads,
     group,
     dim,
@@ -169,7 +208,13 @@ def test_values_and_gradients_are_the_formula(
 ):
     generator = torch.Generator().manual_seed(seed)
     inputs = draw_inputs(
-        documents, kv_heads, group, dim, window=window, draw=lambda shape: draw_tensor(generator, shape, dtype, layout)
+        documents,
+        kv_heads,
+        group,
+        dim,
+        window=window,
+        shared=shared,
+        draw=lambda shape: draw_tensor(generator, shape, dtype, layout),
     )
     inputs.q.mul_(scale)
     inputs.dout = draw_tensor(generator, inputs.q.shape, dtype, dout_layout)
@@ -205,11 +250,11 @@ def test_probabilities_to_the_last_places(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 70, 700])
+@pytest.mark.parametrize(("shared", "window"), [((0, 0), 70), ((0, 0), 700), ((40, 40), None), ((900, 0), 700)])
 @pytest.mark.parametrize("documents", [[(1100, 0)], [(2, 0), (1500, 600), (40, 1200)], [(300, 5000), (7, 0)]])
-def test_long_documents(implementation, rounding, documents, window, dtype):
+def test_long_documents(implementation, rounding, documents, shared, window, dtype):
     """From 1024 keys on, dq is the sum of several chunks' parts; some chunks are seen by no query."""
-    inputs = draw_inputs(documents, kv_heads=1, group=2, dim=5, dtype=dtype, window=window)
+    inputs = draw_inputs(documents, kv_heads=1, group=2, dim=5, dtype=dtype, window=window, shared=shared)
     assert_exact(inputs.run(implementation), exact_attention(inputs, implementation, rounding), dtype)
 
 
@@ -219,11 +264,12 @@ def test_more_heads_than_a_block_has_lanes(implementation, rounding):
 
 
 def test_autograd_is_the_same_two_functions(implementation):
-    inputs = draw_inputs([(70, 3), (0, 2), (20, 0)], kv_heads=2, group=2, dim=16, window=30)
+    inputs = draw_inputs([(70, 3), (0, 2), (20, 0)], kv_heads=2, group=2, dim=16, window=30, shared=(5, 2))
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     if implementation == "reference":  # which is what float64 takes
         leaves = [x.detach().double().requires_grad_() for x in leaves]
-        inputs = Inputs(inputs.documents, *(x.detach() for x in leaves), inputs.dout.double(), inputs.window)
+        values = [x.detach() for x in leaves]
+        inputs = Inputs(inputs.documents, *values, inputs.dout.double(), inputs.window, inputs.shared)
     out = causal_attention(*leaves, *inputs.bounds, inputs.window)
     results = (out.detach(), *torch.autograd.grad(out, leaves, inputs.dout))
     expected_out, _, *expected_gradients = inputs.run(implementation)
@@ -232,14 +278,15 @@ def test_autograd_is_the_same_two_functions(implementation):
 
 
 def test_gradcheck_in_float64():
-    inputs = draw_inputs([(5, 2), (4, 0)], kv_heads=2, group=2, dim=3)
+    inputs = draw_inputs([(5, 2), (4, 0)], kv_heads=2, group=2, dim=3, shared=(3, 3))
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, *inputs.bounds, 4), leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_threads_give_the_same_bits(instruction_set, dtype):
-    inputs = draw_inputs([(2100, 0), (130, 3), (1, 0), (1030, 100)], kv_heads=2, group=3, dim=16, dtype=dtype)
+    documents = [(2100, 0), (130, 3), (1, 0), (1030, 100)]
+    inputs = draw_inputs(documents, kv_heads=2, group=3, dim=16, dtype=dtype, shared=(70, 70))
     num_threads = torch.get_num_threads()
     results = {}
     for threads in (1, 2, 5):
@@ -250,13 +297,31 @@ def test_many_threads_give_the_same_bits(instruction_set, dtype):
         assert all(torch.equal(one, many) for one, many in zip(results[1], results[threads], strict=True))
 
 
-def test_a_document_has_the_same_bits_in_any_pack(instruction_set):
-    packed = draw_inputs([(20, 0), (150, 30), (600, 0)], kv_heads=2, group=2, dim=24)
+@pytest.mark.parametrize("shared", [(0, 0), (50, 0)])
+def test_a_document_has_the_same_bits_in_any_pack(instruction_set, shared):
+    packed = draw_inputs([(20, 0), (150, 30), (600, 0)], kv_heads=2, group=2, dim=24, shared=shared)
     out, lse, dq, dk, dv = packed.run(instruction_set)
-    queries, keys = slice(20, 170), slice(20, 200)
-    alone = Inputs([(150, 30)], packed.q[queries], packed.k[keys], packed.v[keys], packed.dout[queries])
-    expected = (out[queries], lse[queries], dq[queries], dk[keys], dv[keys])
-    assert all(torch.equal(*pair) for pair in zip(alone.run(instruction_set), expected, strict=True))
+    queries, num_shared = slice(20, 170), shared[0]
+    keys = torch.cat([torch.arange(num_shared), torch.arange(num_shared + 20, num_shared + 200)])
+    alone = Inputs(
+        [(150, 30)], packed.q[queries], packed.k[keys], packed.v[keys], packed.dout[queries], shared=shared
+    )
+    expected = (out[queries], lse[queries], dq[queries], dk[keys][num_shared:], dv[keys][num_shared:])
+    *results, dk, dv = alone.run(instruction_set)
+    for result, value in zip((*results, dk[num_shared:], dv[num_shared:]), expected, strict=True):
+        assert torch.equal(result, value)
+
+
+def test_sharing_gives_the_bits_of_copies(instruction_set):
+    """Of everything but the gradients of the shared keys, which are added up in fp32 before they are rounded."""
+    inputs = draw_inputs([(150, 30), (10, 0), (600, 700)], 2, 2, 24, dtype=torch.bfloat16, window=90, shared=(50, 30))
+    copied, row_of_key = inputs.copied()
+    out, lse, dq, dk, dv = inputs.run(instruction_set)
+    expected_out, expected_lse, expected_dq, *of_copies = copied.run(instruction_set)
+    assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse) and torch.equal(dq, expected_dq)
+    own = row_of_key >= 50
+    for result, copies in zip((dk, dv), of_copies, strict=True):
+        assert torch.equal(result[row_of_key[own]], copies[own])
 
 
 def test_what_is_not_finite_stays_visible(implementation):
@@ -273,9 +338,10 @@ def test_what_is_not_finite_stays_visible(implementation):
     assert all(result.isfinite().all() for result in inputs.run(implementation)[:2])
 
 
+@pytest.mark.parametrize("shared", [(0, 0), (3, 0)])
 @pytest.mark.parametrize("documents", [[], [(0, 0)], [(0, 5), (0, 0)]])
-def test_nothing_to_do(implementation, documents):
-    inputs = draw_inputs(documents, kv_heads=2, group=2, dim=8)
+def test_nothing_to_do(implementation, documents, shared):
+    inputs = draw_inputs(documents, kv_heads=2, group=2, dim=8, shared=shared)
     out, lse, dq, dk, dv = inputs.run(implementation)
     assert out.shape == dq.shape == (0, 4, 8) and lse.shape == (0, 4)
     assert torch.equal(dk, torch.zeros_like(inputs.k)) and torch.equal(dv, torch.zeros_like(inputs.v))
@@ -327,10 +393,11 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize(
     ("q_bounds", "kv_bounds", "match"),
     [
-        ([0, 3], [0, 4], "q_bounds must rise from 0 to q's tokens"),
+        ([0, 3], [0, 4], "q_bounds must rise to q's tokens"),
         ([0, 5, 4], [0, 4, 4], "q_bounds must rise"),
-        ([0, 4], [1, 4], "kv_bounds must rise from 0 to k's tokens"),
-        ([0, 3, 4], [0, 2, 4], "more queries than keys"),
+        ([0, 4], [-1, 4], "kv_bounds must rise to k's tokens"),
+        ([0, 3, 4], [0, 2, 4], "a document has more queries than keys"),
+        ([2, 4], [1, 4], "more queries than keys before the first document"),
     ],
 )
 def test_wrong_bounds_are_refused(instruction_set, q_bounds, kv_bounds, match):
@@ -347,6 +414,7 @@ def test_opcheck(instruction_set, draw_tensor, dtype):
         2,
         2,
         8,
+        shared=(3, 2),
         draw=lambda shape: draw_tensor(generator, shape, dtype, "slice of a fused projection"),
     )
     q, k, v, window = inputs.q, inputs.k, inputs.v, 3

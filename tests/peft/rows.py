@@ -76,6 +76,8 @@ class Row:
 
 
 class _AsFormula(LinearBase):
+    num_virtual_tokens = 0  # an embedding is asked for them
+
     def __init__(self, module: nn.Module, formula: Formula, own: dict[str, Tensor]) -> None:
         super().__init__()
         self.out_features, self.weight, self.bias = len(module.weight), module.weight, getattr(module, "bias", None)

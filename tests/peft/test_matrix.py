@@ -24,11 +24,15 @@ from minift.model.hf import fill_parameters, load_config
 from minift.peft.inject import adapter_parameters, inject
 from minift.peft.manage import merge_all, unmerge_all
 from minift.peft.methods import METHODS
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 from minift.quant.weights import QuantWeights
 from tests.integration.assembly import QWEN2, VOCAB_SIZE, assemble, loss_of, write_model
-from tests.peft.rows import README_METHOD, ROWS
+from tests.peft.rows import README_METHOD
+from tests.peft.rows import ROWS as ROWS_OF_PROJECTIONS
+from tests.peft.virtual_rows import PrefixRow, PromptRow
 from tests.ranks import run_ranks
 
 NUM_TOKENS = 23
@@ -36,6 +40,22 @@ NUM_TOKENS = 23
 # of roundings of 6e-8 one after another, each of random sign.
 TOLERANCE = 1e-5
 BASES = ["dense", "nf4"]
+VIRTUAL = {"is_identity_at_start": False, "is_dense_weight": False}
+ROWS = ROWS_OF_PROJECTIONS | {
+    "prefix": PrefixRow(
+        PrefixConfig(num_virtual_tokens=5), {}, {"block": ("prefix_keys", "prefix_values")}, **VIRTUAL
+    ),
+    "prefix, projected": PrefixRow(
+        PrefixConfig(num_virtual_tokens=5, projection=True, encoder_hidden_size=7),
+        {},
+        {
+            "encoder": ("encoder.embedding.weight", "encoder.hidden_proj.weight", "encoder.hidden_proj.bias"),
+            "block": ("prefix_proj.weight", "prefix_proj.bias"),
+        },
+        **VIRTUAL,
+    ),
+    "prompt": PromptRow(PromptConfig(num_virtual_tokens=5, init="random"), {}, {}, **VIRTUAL),
+}
 
 
 @dataclass(frozen=True)
