@@ -1,6 +1,6 @@
 """How many tokens should have their logits in memory at a time?
 
-    python benchmarks/loss_chunk.py                     # 4096 tokens of width 576, 49152 words, bf16, frozen head
+    python benchmarks/loss_chunk.py                     # 2048 tokens of width 576, 49152 words, bf16, frozen head
     python benchmarks/loss_chunk.py --trainable
 
 `linear_cross_entropy`, forward and backward, with chunks of several sizes, against PyTorch's `cross_entropy` of all
@@ -97,10 +97,10 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--trainable", action="store_true", help="train the head, too")
     parser.add_argument("--rounds", type=int, default=7)
     args = parse(parser)

@@ -1,6 +1,6 @@
 """What does packing gain over padding?
 
-    python benchmarks/packing.py                        # LoRA r=16, SmolLM2-135M shapes, 16 documents a step
+    python benchmarks/packing.py                        # LoRA r=16, SmolLM2-135M shapes, 8 documents a step
 
 The same documents, of lengths as a log-normal distribution gives them (instructions and answers are like that), in
 one microbatch: *packed* end to end; *padded* each to the longest of the microbatch; *padded to the limit* each to the
@@ -93,7 +93,7 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=16, help="per step")
+    parser.add_argument("--documents", type=int, default=8, help="per step")
     parser.add_argument("--median-tokens", type=int, default=120, help="median length of a document")
     parser.add_argument("--sigma", type=float, default=0.6, help="of the logarithm of the length")
     parser.add_argument("--longest-tokens", type=int, default=512, help="longest that the run allows")

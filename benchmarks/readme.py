@@ -9,9 +9,9 @@ A region stands between two comments, which nobody sees where Markdown is render
     An asynchronous save stops training for 4 ms ...
     <!-- end -->
 
-What stands there is what the function of that name in `readme_regions` returns, so a text with a number in it is
-changed there. A measured number outside of a region is refused by `stray_numbers` (tests/benchmarks/test_readme.py
-checks all of this), unless its line says in a comment of its own where it comes from:
+What stands there is what the function of that name in `readme_regions` returns, or "(not measured yet)", so a text with
+a number in it is changed there. A measured number outside of a region is refused by `stray_numbers`, unless its line
+says in a comment of its own where it comes from (tests/benchmarks/test_readme.py checks all of this):
 
     <!-- from: benchmarks/results/FILE or a test -->        that file exists
     <!-- given -->                                          nothing was measured: a requirement, a setting, a definition
@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from kept import NotMeasured
 from readme_regions import REGIONS
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,10 @@ def regenerate(text: str, regions: Mapping[str, Callable[[], str]] = REGIONS) ->
         begin, name, old, end = match.groups()
         if name not in regions:
             raise ValueError(f"nothing makes the region {name!r}; valid: {', '.join(regions)}")
-        made = regions[name]()
+        try:
+            made = regions[name]()
+        except NotMeasured:
+            made = "(not measured yet)"
         return f"{begin}\n{made}\n{end}" if old.startswith("\n") else f"{begin}{made}{end}"
 
     return _REGION.sub(make, text)

@@ -1,53 +1,17 @@
-"""The texts with measured numbers in README.md and INTERVIEW.md: a function for each region, which reads results and
-returns Markdown. `readme` puts them where they belong.
+"""The texts with measured numbers in README.md: a function for each region, which reads results and returns Markdown.
+`readme` puts them where they belong.
 
-Change a sentence here, not there. Numbers are those of the machine HARDWARE; ratios are rounded where they are shown.
+Change a sentence here, not there. Ratios are rounded where they are shown.
 """
 
 from __future__ import annotations
 
 import textwrap
-from typing import Any
 
-from results import files_of, runs_of
+from interview_cells import CELLS
+from kept import NotMeasured, any_was_disturbed, merged, picture, questions, rows, run
 
-HARDWARE = "zen4-2vcpu"
 COLUMNS = 160
-
-
-def run(question: str, **parameters: Any) -> dict[str, Any]:
-    """The newest run with these parameters. LookupError if there is none."""
-    for candidate in all_runs(question):
-        if all(candidate["parameters"].get(name) == value for name, value in parameters.items()):
-            return candidate
-    raise LookupError(f"no file of {question} on {HARDWARE} has a run with {parameters}")
-
-
-def all_runs(question: str) -> list[dict[str, Any]]:
-    """Newest first."""
-    return [run for path in files_of(question, HARDWARE) for run in reversed(runs_of(path))]
-
-
-def rows(question: str, key: str, **parameters: Any) -> dict[Any, dict[str, Any]]:
-    """The rows of a run by one of their columns."""
-    return {row[key]: row for row in run(question, **parameters)["rows"]}
-
-
-def merged(question: str) -> dict[str, Any]:
-    """The values of all runs; of those that share a name the newest."""
-    return {name: value for run in reversed(all_runs(question)) for name, value in run["values"].items()}
-
-
-def picture(question: str, what: str) -> str:
-    """The newest one; light or dark, as the reader's page is, if there are both."""
-    path = next(path for path in files_of(question, HARDWARE) if path.with_suffix(".png").exists())
-    stem = f"benchmarks/results/{path.stem}"
-    if not path.with_name(f"{path.stem}_dark.png").exists():
-        return f"![{what}]({stem}.png)"
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{stem}_dark.png">'
-        f'<img alt="{what}" src="{stem}.png"></picture>'
-    )
 
 
 def paragraph(text: str) -> str:
@@ -186,37 +150,60 @@ def checkpoint() -> str:
 
 
 def switches() -> str:
-    """One line for each question that a recipe's reader has."""
-    full = rows("memory_per_rank", "strategy", method="full")  # of the most ranks: later rows replace earlier ones
-    most = max(row["ranks"] for row in full.values())
-    precision = rows("precision_policies", "policy")
-    packing, accumulation = run("packing")["values"], run("accumulation")
-    chunk = run("loss_chunk", trainable=False)
-    whole = chunk["rows"][-1]
-    near = min(chunk["rows"][:-1], key=lambda row: abs(row["chunk_tokens"] - chunk["values"]["default_chunk_tokens"]))
-    microbatches = max(row["microbatches"] for row in accumulation["rows"])
-    last = {row["policy"]: row for row in accumulation["rows"] if row["microbatches"] == microbatches}
-    measured = {name: full[name]["measured_mib"] for name in ("ddp", "zero1", "zero2", "zero3")}
-    lines = [
-        (f"what does each strategy hold, on {most} ranks?",
-         ", ".join(f"`{name}` {mib:.0f}" for name, mib in measured.items()) + " MiB a rank", "memory_per_rank"),
-        ("bf16 instead of fp32?",
-         f"{precision['bf16']['speedup']:.2f}× as fast, {precision['bf16']['peak_mib']:.0f} instead of "
-         f"{precision['fp32']['peak_mib']:.0f} MiB; bf16 masters: {precision['bf16, bf16 master']['speedup']:.2f}×, "
-         f"{precision['bf16, bf16 master']['peak_mib']:.0f} MiB", "precision_policies"),
-        ("packing instead of padding?",
-         f"{packing['speedup_over_padded']:.2f}× as fast as padding to the longest of the batch, "
-         f"{packing['speedup_over_limit']:.2f}× as padding to the limit", "packing"),
-        ("the loss in chunks?",
-         f"{near['speedup']:.2f}× as fast as all logits at once, {near['peak_mib']:.0f} instead of "
-         f"{whole['peak_mib']:.0f} MiB", "loss_chunk"),
-        (f"accumulating {microbatches} microbatches over a slow link?",
-         ", ".join(f"`{name}` {row['seconds_per_microbatch']:.2f}" for name, row in last.items())
-         + " s a microbatch", "accumulation"),
-    ]  # fmt: skip
-    return table(("", "", "`python benchmarks/`…"), [(a, b, f"`{c}.py`") for a, b, c in lines]) + (
-        f"\n\n{picture('memory_per_rank', 'memory per rank under each strategy')}"
-        f"\n\n{picture('recompute', 'time and memory of the recompute policies')}"
+    """One line for each question that a recipe's reader has, of those that were measured."""
+    lines = []
+    for benchmark, line in (
+        ("memory_per_rank", strategies_line), ("precision_policies", precision_line), ("packing", packing_line),
+        ("loss_chunk", loss_chunk_line), ("accumulation", accumulation_line),
+    ):  # fmt: skip
+        try:
+            lines.append((*line(), f"`{benchmark}.py`"))
+        except NotMeasured:
+            continue
+    drawn = [picture("memory_per_rank", "memory per rank under each strategy")]
+    return "\n\n".join([table(("", "", "`python benchmarks/`…"), lines), *drawn])
+
+
+def strategies_line() -> tuple[str, str]:
+    found = rows("memory_per_rank", "strategy", method="full")  # later rows, of more ranks, replace earlier ones
+    most = max(row["ranks"] for row in found.values())
+    measured = ", ".join(f"`{name}` {found[name]['measured_mib']:.0f}" for name in ("ddp", "zero1", "zero2", "zero3"))
+    return f"what does each strategy hold, on {most} ranks?", f"{measured} MiB a rank"
+
+
+def precision_line() -> tuple[str, str]:
+    found = rows("precision_policies", "policy")
+    fp32, bf16, masters = (found[name] for name in ("fp32", "bf16", "bf16, bf16 master"))
+    return "bf16 instead of fp32?", (
+        f"{bf16['speedup']:.2f}× as fast, {bf16['peak_mib']:.0f} instead of {fp32['peak_mib']:.0f} MiB; with bf16 "
+        f"masters {masters['speedup']:.2f}×, {masters['peak_mib']:.0f} MiB"
+    )
+
+
+def packing_line() -> tuple[str, str]:
+    values = run("packing")["values"]
+    return "packing instead of padding?", (
+        f"{values['speedup_over_padded']:.2f}× as fast as padding to the longest of the batch, "
+        f"{values['speedup_over_limit']:.2f}× as padding to the limit"
+    )
+
+
+def loss_chunk_line() -> tuple[str, str]:
+    found = run("loss_chunk", trainable=False)
+    *chunks, whole = found["rows"]
+    near = min(chunks, key=lambda row: abs(row["chunk_tokens"] - found["values"]["default_chunk_tokens"]))
+    return "the loss in chunks?", (
+        f"{near['speedup']:.2f}× as fast as all logits at once, {near['peak_mib']:.0f} instead of "
+        f"{whole['peak_mib']:.0f} MiB"
+    )
+
+
+def accumulation_line() -> tuple[str, str]:
+    found = run("accumulation")["rows"]
+    count = max(row["microbatches"] for row in found)
+    last = [row for row in found if row["microbatches"] == count]
+    return f"accumulating {count} microbatches over a slow link?", (
+        ", ".join(f"`{row['policy']}` {row['seconds_per_microbatch']:.2f}" for row in last) + " s a microbatch"
     )
 
 
@@ -281,23 +268,16 @@ def numbers() -> str:
     return f"{table(('what', 'number', 'where'), lines)}\n\n{drawn}"
 
 
-# ------------------------------------------------------------------------------------------------------------ interview
-
-
-def nf4_error_cell() -> str:
-    error = run("nf4_error")["values"]
-    return (
-        f"rms error {error['rms normal NF4']:.3f} against {error['rms normal INT4 absmax']:.3f} of INT4 "
-        "(`benchmarks/nf4_error.py`)"
-    )
-
-
-def adam_cell() -> str:
-    states = rows("optimizer", "name")
-    return (
-        f"{states['8bit']['state_bytes_per_weight']:.2f} bytes a weight instead of "
-        f"{states['fp32']['state_bytes_per_weight']:.0f}; `benchmarks/optimizer.py`"
-    )
+def conditions() -> str:
+    """Which of all these were measured beside other work."""
+    disturbed = sorted(question for question in questions() if any_was_disturbed(question))
+    text = "Each file says under `conditions` what else the machine did meanwhile."
+    if disturbed:
+        text += f"""
+            For {", ".join(f"`{name}`" for name in disturbed)} that was more than a tenth of it: variants take turns, so
+            ratios hold, but seconds are longer than they would be alone.
+            """
+    return paragraph(text)
 
 
 REGIONS = {
@@ -307,9 +287,10 @@ REGIONS = {
     "memory-growth": memory_growth,
     "prefetch": prefetch,
     "fsdp": fsdp,
+    "fsdp-sweep": fsdp_sweep,
     "recompute": recompute,
     "checkpoint": checkpoint,
+    "switches": switches,
     "numbers": numbers,
-    "nf4-error-cell": nf4_error_cell,
-    "adam-cell": adam_cell,
-}
+    "conditions": conditions,
+} | CELLS

@@ -157,12 +157,9 @@ def keep(question: str, run: dict[str, Any]) -> Path:
 
 
 def files_of(question: str, hardware: str) -> list[Path]:
-    """The files of a question on a machine, newest first. FileNotFoundError if there is none."""
+    """The files of a question on a machine, newest first."""
     paths = sorted(FOLDER.glob(f"*_{hardware}_{question}.json"), reverse=True)
-    paths = [path for path in paths if path.stem.split("_", 2)[2] == question]
-    if not paths:
-        raise FileNotFoundError(f"{FOLDER} has no file of {question!r} on {hardware}")
-    return paths
+    return [path for path in paths if path.stem.split("_", 2)[2] == question]
 
 
 def runs_of(path: Path) -> list[dict[str, Any]]:

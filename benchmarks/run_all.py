@@ -15,6 +15,7 @@ the end and does not stop the others; the exit status is then 1. The last line i
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -75,6 +76,12 @@ def missing(benchmark: Benchmark) -> list[str]:
     return [name for name in benchmark.peers if importlib.util.find_spec(name) is None]
 
 
+def question(name: str) -> str:
+    """What a benchmark asks: the first sentence of its file."""
+    docstring = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.split("?")[0].split()) + "?"
+
+
 def run(name: str, options: list[str]) -> dict | str:
     """The last line of a benchmark, or why there is none. All that it prints is shown."""
     command = [sys.executable, str(HERE / f"{name}.py"), *options]
@@ -107,7 +114,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help="default: all")
     parser.add_argument("--quick", action="store_true", help="one small run each, nothing kept")
     parser.add_argument("--busy", action="store_true", help="measure although others use the processors")
-    parser.add_argument("--list", action="store_true", help="say what there is, and whether its peers are installed")
+    parser.add_argument("--list", action="store_true", help="the questions, and which cannot be answered here")
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw what is kept")
     args = parser.parse_args()
     unknown = set(args.names) - BENCHMARKS.keys()
@@ -116,7 +123,7 @@ def main() -> None:
     if args.list:
         for name, benchmark in BENCHMARKS.items():
             lacks = missing(benchmark)
-            print(f"{name:22}{len(benchmark.runs)} run(s){f'; not here: {chr(44).join(lacks)}' if lacks else ''}")
+            print(f"{name:22}{question(name)}{f' (not here: needs {chr(44).join(lacks)})' if lacks else ''}")
         return
 
     if args.draw:

@@ -22,6 +22,15 @@ def test_the_driver_knows_every_benchmark():
     assert files - {"results", "launches"} == BENCHMARKS.keys()
 
 
+def test_every_benchmark_asks_a_question(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run_all.py", "--list"])
+    run_all.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(BENCHMARKS)
+    for name, line in zip(BENCHMARKS, lines, strict=True):
+        assert "?" in line and 20 < len(run_all.question(name)) < 200
+
+
 @pytest.mark.parametrize(("name", "path"), KEPT, ids=lambda value: getattr(value, "stem", value))
 def test_what_was_kept_can_be_drawn(name, path, tmp_path, monkeypatch):
     if missing(BENCHMARKS[name]):

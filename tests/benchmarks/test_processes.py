@@ -25,7 +25,7 @@ def take_memory(world, tell, num_bytes):
         time.sleep(0.2 * world.rank)  # rank 0 is ahead: what it holds already belongs to no phase yet
         tell(phase)
         block = bytearray(size)
-        time.sleep(0.4)
+        time.sleep(1.0)
         del block
         dist.barrier()
 

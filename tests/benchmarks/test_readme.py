@@ -7,6 +7,7 @@ import re
 
 import pytest
 import readme
+from kept import NotMeasured
 from readme import DOCUMENTS, ROOT, regenerate, sources, stray_numbers
 from readme_regions import REGIONS
 
@@ -73,6 +74,11 @@ def test_regions_are_replaced_and_nothing_else():
     made = regenerate(TEXT, {"block": lambda: "| 2 |", "cell": lambda: "3.5× as fast"})
     assert made == TEXT.replace("old", "| 2 |").replace("1×", "3.5× as fast")
     assert regenerate(made, {"block": lambda: "| 2 |", "cell": lambda: "3.5× as fast"}) == made
+
+    def missing() -> str:
+        raise NotMeasured
+
+    assert regenerate(TEXT, {"block": lambda: "2", "cell": missing}).endswith(" -->(not measured yet)<!-- end --> |\n")
     with pytest.raises(ValueError, match="nothing makes the region 'block'; valid: cell"):
         regenerate(TEXT, {"cell": str})
 

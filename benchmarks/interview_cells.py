@@ -1,0 +1,82 @@
+"""The cells of INTERVIEW.md that have measured numbers: a function for each region, see `readme_regions`."""
+
+from __future__ import annotations
+
+from kept import rows, run
+
+
+def nf4_error_cell() -> str:
+    error = run("nf4_error")["values"]
+    return (
+        f"rms error {error['rms normal NF4']:.3f} against {error['rms normal INT4 absmax']:.3f} of INT4 "
+        "(`benchmarks/nf4_error.py`)"
+    )
+
+
+def adam_cell() -> str:
+    states = rows("optimizer", "name")
+    return (
+        f"{states['8bit']['state_bytes_per_weight']:.2f} bytes a weight instead of "
+        f"{states['fp32']['state_bytes_per_weight']:.0f}; `benchmarks/optimizer.py`"
+    )
+
+
+def precision_cell() -> str:
+    bf16, fp32 = (rows("precision_policies", "policy")[name] for name in ("bf16", "fp32"))
+    return (
+        f"a step {bf16['speedup']:.2f}× as fast, {bf16['peak_mib']:.0f} instead of {fp32['peak_mib']:.0f} MiB a rank "
+        "(`benchmarks/precision_policies.py`)"
+    )
+
+
+def masters_cell() -> str:
+    bf16, fp32 = (rows("precision_policies", "policy")[name] for name in ("bf16, bf16 master", "bf16"))
+    return (
+        f"{bf16['peak_mib']:.0f} instead of {fp32['peak_mib']:.0f} MiB a rank; after some steps the loss is "
+        f"{bf16['last_loss']:.3f} instead of {fp32['last_loss']:.3f} (`benchmarks/precision_policies.py`)"
+    )
+
+
+def accumulation_cell() -> str:
+    found = run("accumulation")["rows"]
+    last = {row["policy"]: row for row in found if row["microbatches"] == found[-1]["microbatches"]}
+    return (
+        f"of {found[-1]['microbatches']} microbatches, a rank sends "
+        + ", ".join(f"{row['sent_mib']:.0f} MiB under {name}" for name, row in last.items() if name != "zero3, kept")
+        + " (`benchmarks/accumulation.py`)"
+    )
+
+
+def packing_cell() -> str:
+    values = run("packing")["values"]
+    return f"packed {values['speedup_over_padded']:.2f}× as fast as padded (`benchmarks/packing.py`)"
+
+
+def strategies_cell() -> str:
+    found = rows("memory_per_rank", "strategy", method="full")  # later rows, of more ranks, replace earlier ones
+    most = max(row["ranks"] for row in found.values())
+    return (
+        f"on {most} ranks: "
+        + ", ".join(f"{name} {found[name]['measured_mib']:.0f}" for name in ("ddp", "zero1", "zero2", "zero3"))
+        + " MiB each (`benchmarks/memory_per_rank.py`)"
+    )
+
+
+def recompute_cell() -> str:
+    found = rows("recompute", "policy", method="lora")
+    return (
+        f"full: {found['full']['kept_mib']:.0f} instead of {found['none']['kept_mib']:.0f} MiB for "
+        f"{found['full']['time']:.2f} times the time (`benchmarks/recompute.py`)"
+    )
+
+
+CELLS = {
+    "precision-cell": precision_cell,
+    "masters-cell": masters_cell,
+    "accumulation-cell": accumulation_cell,
+    "packing-cell": packing_cell,
+    "strategies-cell": strategies_cell,
+    "recompute-cell": recompute_cell,
+    "nf4-error-cell": nf4_error_cell,
+    "adam-cell": adam_cell,
+}
