@@ -15,6 +15,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+# Imported with the first operation that the dispatcher hands to Python, if not before. Its default arguments keep the
+# process group that is there at that time, and so its threads, for as long as the process lives: let there be none yet.
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
