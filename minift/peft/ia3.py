@@ -77,7 +77,9 @@ class IA3Linear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or not self.scales_input:
             return super().forward(x)
-        return self.base(stretch(x.reshape(-1, self.in_features), self.ia3_l).view(x.shape))
+        # Not reshaped without need: recomputation knows a result that it can make again by the tensor itself.
+        x_NI = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        return self.base(stretch(x_NI, self.ia3_l).view(x.shape))
 
     def after(self, out_NO: Tensor) -> Tensor:
         return out_NO if self.merged else stretch_(out_NO, self.ia3_l)

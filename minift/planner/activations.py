@@ -13,6 +13,8 @@ kept is a list of tensors (`keeps`), each there only if somebody in backward ask
     gate, up  b·T·2·F  inputs of silu(gate) · up
     product   b·T·F    its result, input of down                               made again under `selective`
     hidden    b·T·r    what the A of an update makes, in each of the four calls (minift/model/low_rank.py)
+    method             of each call, what its method keeps beside that (methods.py); its result, too, where that is not
+                       kept under another name
 
 The sum for a block that trains in full is the table in minift/recompute.py; Korthikanti et al. 2022 (arXiv 2205.05198),
 eq. 1, is its ancestor, 34·T·D + 5·T²·heads without attention of this kind. Backward frees what it has used as it goes
@@ -50,11 +52,11 @@ class Call:
     @property
     def reads_input(self) -> bool:
         """Whether its backward makes a gradient of its input: of W or of A."""
-        return any(p.trains_weight or p.updates for p in self.projections)
+        return any(p.trains_weight or p.updates or p.method.keeps_input for p in self.projections)
 
     @property
     def trains(self) -> bool:
-        return self.reads_input or any(p.trains_bias for p in self.projections)
+        return self.reads_input or any(p.trains_bias or p.method.trains for p in self.projections)
 
     @property
     def rank(self) -> int:
@@ -155,6 +157,16 @@ class BlockActivations:
             yield name, num_bytes
         if call.rank:
             yield f"hidden of {call.projections[0].name}", self._bytes(call.rank)
+        features = sum(p.method.other_features for p in call.projections)
+        features += sum(p.out_features for p in call.projections if self._is_kept_for_method(p))
+        if features:
+            yield f"method of {call.projections[0].name}", int(self._bytes(1) * features)
+
+    def _is_kept_for_method(self, projection: ProjectionShape) -> bool:
+        """Its result. Those of v, gate and up are kept in any case, and those of q and k if they have norms."""
+        name = projection.name.rpartition(".")[2]
+        read_later = ("v_proj", "gate_proj", "up_proj") + (("q_proj", "k_proj") if self.model.qk_norm else ())
+        return projection.method.keeps_output and name not in read_later
 
     def kept_bytes(self) -> int:
         """From forward to backward, under the block's own policy (minift/recompute.py has it as a table)."""
@@ -223,23 +235,28 @@ class BlockActivations:
         yield 0, remade("product"), *self._product_needs(self.down, self.needs_dproduct)
         if not self.needs_dproduct:
             return
-        gone = freed("product") + kept(f"hidden of {self.down.projections[0].name}")
+        gone = freed("product") + kept(*self._own(self.down))
         yield gone, 0, 3 * self.inner, 0
         gone += kept("gate_up")
         made, workspace = self._product_needs(self.gate_up, "x_mid" in self.kept)
         yield gone, remade("normed_2"), 2 * self.inner + made, workspace
         if not self.needs_dx_mid:
             return
-        gone += freed("normed_2") + kept("x_mid", f"hidden of {self.gate_up.projections[0].name}")
+        gone += freed("normed_2") + kept("x_mid", *self._own(self.gate_up))
         yield gone, 0, *self._product_needs(self.o, "lse" in self.kept)
         if "lse" not in self.kept:
             return
-        gone += kept(f"hidden of {self.o.projections[0].name}")
+        gone += kept(*self._own(self.o))
         turned = remade("turned") if self.model.qk_norm else 0
         yield gone, turned, 2 * self.queries + 2 * self.keys, self.attention_workspace_bytes()
         gone += kept("values", "lse", "out") + (0 if is_selective and self.model.qk_norm else kept("turned"))
         made, workspace = self._product_needs(self.qkv, "x" in self.kept)
         yield gone, remade("normed"), self.queries + 2 * self.keys + made, workspace
+
+    @staticmethod
+    def _own(call: Call) -> tuple[str, str]:
+        """Names of what is kept for this call alone."""
+        return f"hidden of {call.projections[0].name}", f"method of {call.projections[0].name}"
 
     def _product_needs(self, call: Call, needs_dx: bool) -> tuple[int, int]:
         """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts.
@@ -248,6 +265,8 @@ class BlockActivations:
         the product with A, and that with its zeros, on their way into dx.
         """
         x, ranks = self._bytes(call.in_features), self._bytes(call.rank)
+        # A method makes the gradient of the sum of W x and the updates from that of its result.
+        ranks += sum(self._bytes(p.out_features) for p in call.projections if p.method.trains)
         seen = x if call.drops else 0
         converted = [p.weight_numel * self.run.wire_itemsize for p in call.projections if p.trains_weight]
         of_weights = max(converted, default=0) if self._must_convert() else 0

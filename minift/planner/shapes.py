@@ -27,6 +27,8 @@ from minift.model.config import ModelConfig
 from minift.model.linear import LinearBase
 from minift.optim.config import OptimConfig
 from minift.peft.adapter import AdapterConfig, AdapterModule
+from minift.peft.inject import adapters
+from minift.planner.methods import MethodShape, method_of
 from minift.precision import Precision
 from minift.quant.linear import NF4Linear, QuantConfig
 from minift.quant.weights import QuantWeights
@@ -132,7 +134,7 @@ class UpdateShape:
 class ProjectionShape:
     """y = x Wᵀ + b. storage: of W. adapter: name of the class that wraps it, with the updates that it adds; "" if none.
 
-    block_size: weights that share a scale, in NF4, else 0.
+    method: what it keeps beside that. block_size: weights that share a scale, in NF4, else 0.
     """
 
     name: str
@@ -144,6 +146,7 @@ class ProjectionShape:
     trains_bias: bool
     adapter: str = ""
     updates: tuple[UpdateShape, ...] = ()
+    method: MethodShape = MethodShape()
     block_size: int = 0
 
     @property
@@ -250,6 +253,8 @@ def describe(
     """
     on_paper = construct(config, weights, setup.adapter, quant=setup.quant, train=setup.train, freeze=setup.freeze)
     module = on_paper.module
+    known: dict[str, MethodShape] = {}  # found now, as what is sharded cannot be run
+    methods = {id(adapter): method_of(adapter, known) for adapter in adapters(module).values()}
     blocks = module.shard_units()
     backend = "nccl" if link == "nccl" else "gloo"
     world = World(0, world_size, 0, torch.device("meta"), backend, group=None)
@@ -264,6 +269,7 @@ def describe(
                 list(_projections(unit.module, f"{unit.name}." if unit.name else "", [] if unit.name else blocks)),
                 setup.recompute.policy if id(unit.module) in recomputed else "none",
                 rings,
+                methods,
             )
             for unit in engine.units
         ),
@@ -294,11 +300,17 @@ class _Paper(Transport):
         """There is nobody to wait for."""
 
 
-def _unit(unit: Unit, projections: list[tuple[str, LinearBase]], recompute: Policy, rings: dict[int, int]) -> UnitShape:
+def _unit(
+    unit: Unit,
+    projections: list[tuple[str, LinearBase]],
+    recompute: Policy,
+    rings: dict[int, int],
+    methods: dict[int, MethodShape],
+) -> UnitShape:
     return UnitShape(
         unit.name,
         tuple(_bucket(bucket) for bucket in unit.buckets),
-        tuple(_projection(name, module) for name, module in projections),
+        tuple(_projection(name, module, methods.get(id(module), MethodShape())) for name, module in projections),
         unit.keep,
         recompute,
         _ring(unit.gather_ring, rings),
@@ -341,7 +353,7 @@ def _projections(module: nn.Module, prefix: str, without: list[nn.Module]) -> It
             yield from _projections(child, f"{prefix}{name}.", without)
 
 
-def _projection(name: str, module: LinearBase) -> ProjectionShape:
+def _projection(name: str, module: LinearBase, method: MethodShape) -> ProjectionShape:
     parts = module.parts()
     base, updates = parts or (module, ())
     while isinstance(base, AdapterModule):  # a method with a forward of its own
@@ -358,5 +370,6 @@ def _projection(name: str, module: LinearBase) -> ProjectionShape:
         bias is not None and bias.requires_grad,
         type(module).__name__ if isinstance(module, AdapterModule) else "",
         tuple(UpdateShape(len(update.A), update.dropout) for update in updates),
+        method,
         base.block_size if isinstance(base, NF4Linear) else 0,
     )

@@ -107,14 +107,17 @@ def count(run: RunShape) -> StepWork:
 
 
 class _Projections:
-    """Some that read the same x: `model.linear.project`. needs_dx: whether x needs a gradient."""
+    """Some that read the same x: `model.linear.project`. needs_dx: whether x needs a gradient. A method that trains
+    more than updates is counted as passes over its result, there and back."""
 
     def __init__(self, run: RunShape, unit: UnitShape, names: Sequence[str], tokens: int, needs_dx: bool) -> None:
         self.members = [p for p in unit.projections if p.name.rpartition(".")[2] in names]
         self.tokens, self.needs_dx = tokens, needs_dx
         self.dtype = run.precision.wire
         self.buckets = unit.buckets
-        self.out_needs = needs_dx or any(p.trains_weight or p.trains_bias or p.updates for p in self.members)
+        self.out_needs = needs_dx or any(
+            p.trains_weight or p.trains_bias or p.updates or p.method.trains for p in self.members
+        )
         ranks = [update for p in self.members for update in p.updates]
         self.rank = sum(update.rank for update in ranks)
         self.share_x = all(update.dropout == 0 for update in ranks)
@@ -137,13 +140,13 @@ class _Projections:
                     ops += self._dropped(p, update.dropout)
                     ops.append(product("x A", dtype, T, p.in_features, update.rank))
                 ops.append(product("h B", dtype, T, update.rank, p.out_features))
-        return ops
+        return ops + [elementwise("method", dtype, T * p.out_features, 3) for p in self.members if p.method.trains]
 
     def backward(self) -> list[Op]:
         if not self.out_needs:
             return []
-        ops: list[Op] = []
         T, dtype = self.tokens, self.dtype
+        ops = [elementwise("method", dtype, T * p.out_features, 5) for p in self.members if p.method.trains]
         for p in self.members:
             if p.trains_weight:
                 ops.append(product("weight gradient", dtype, p.out_features, T, p.in_features))

@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from minift.fsdp import ShardPolicy
 from minift.model.config import ModelConfig
 from minift.optim.config import OptimConfig
+from minift.peft.bitfit import BitFitConfig
+from minift.peft.bottleneck import BottleneckConfig
+from minift.peft.dora import DoraConfig
+from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
 from minift.planner.memory import PERSISTENT, TRANSIENT, MemoryPlan, plan_memory
 from minift.planner.shapes import Workload, describe
@@ -47,6 +51,8 @@ def draw(random: random.Random) -> Case:
             {"adapter": LoraConfig(dropout=0.1)},
             {"adapter": LoraConfig(), "quant": QuantConfig(double_quant=pick([True, False]))},
             {"adapter": LoraConfig(dropout=0.1), "quant": QuantConfig(block_size=32)},
+            {"adapter": pick([DoraConfig(), IA3Config(), BitFitConfig(), BottleneckConfig(size=16)])},
+            {"adapter": pick([DoraConfig(), IA3Config(targets="all-linear")]), "quant": QuantConfig()},
         ]
     )
     policy = pick(

@@ -1,0 +1,49 @@
+"""What methods keep, against what one can count by hand; the memory of whole steps is measured in test_memory.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minift.model.linear import Linear
+from minift.peft.adapter import AdapterConfig
+from minift.peft.bitfit import BitFitConfig
+from minift.peft.bottleneck import BottleneckConfig
+from minift.peft.dora import DoraConfig
+from minift.peft.ia3 import IA3Config
+from minift.peft.lora import LoraConfig
+from minift.planner.methods import MethodShape, method_of
+from minift.quant.linear import NF4Linear
+from tests.peft.rows import README_METHOD
+
+META = torch.device("meta")
+IN, OUT = 96, 64
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LoraConfig(r=4, dropout=0.1), MethodShape()),
+        (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True)),  # the input is LoRA's
+        (IA3Config(feedforward=[]), MethodShape(True, keeps_output=True)),
+        (IA3Config(), MethodShape(True, keeps_input=True)),
+        (BitFitConfig(), MethodShape(True)),
+        # z, and the bottleneck before and behind its activation
+        (BottleneckConfig(size=8), MethodShape(True, other_features=OUT + 8 + 8)),
+        # x, which B reads; B x, which A reads, with its columns one after the other
+        (README_METHOD(size=8), MethodShape(True, keeps_input=True, other_features=OUT)),
+    ],
+    ids=lambda value: value.method if isinstance(value, AdapterConfig) else "",
+)
+def test_what_is_kept(config: AdapterConfig, expected: MethodShape, is_quantized: bool) -> None:
+    with META:
+        base = NF4Linear(IN, OUT, False, 64, True, torch.bfloat16, META) if is_quantized else Linear(IN, OUT)
+    base.requires_grad_(False)
+    module = config.wrap("model.layers.0.mlp.down_proj", base, torch.float32, META).train()
+    state = torch.get_rng_state()
+    known: dict[str, MethodShape] = {}
+    found = method_of(module, known)
+    assert found == expected
+    assert torch.equal(torch.get_rng_state(), state), "a plan is made in the middle of a run"
+    assert not known or method_of(module, known) is found
