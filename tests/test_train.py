@@ -24,10 +24,14 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.inference import answer, load_assistant, measure_loss
 from minift.metrics import read_metrics
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
+from minift.peft.virtual_tokens import VirtualTokensConfig
 from minift.precision import Precision
 from minift.train import NonFiniteError, Run, TrainConfig, train
 from tests.checkpoint.kills import killed_before
@@ -145,6 +149,36 @@ def test_resume_on_another_world_size(inputs: Path, tmp_path: Path) -> None:
     run_ranks(3, run, config_for(inputs, tmp_path / "stopped"))
     for ours, theirs in zip(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PrefixConfig(num_virtual_tokens=5),
+        PrefixConfig(num_virtual_tokens=5, projection=True),
+        PromptConfig(num_virtual_tokens=5, init="text", text="yes"),
+    ],
+    ids=["prefix", "prefix, projection", "prompt"],
+)
+def test_virtual_tokens_stop_resume_and_are_loaded(inputs: Path, tmp_path: Path, adapter: VirtualTokensConfig) -> None:
+    """Two ranks, one in between. What was exported has the loss that was validated last, and answers."""
+
+    def config(folder: str) -> RunConfig:
+        made = config_for(inputs, tmp_path / folder, epochs=3.0, validate_every_steps=9)
+        return replace(made, adapter=adapter, optim=OptimConfig(lr=0.1, warmup_steps=1))
+
+    run_ranks(2, run, config("straight"))
+    run_ranks(2, run, config("stopped"), 3)
+    run_ranks(2, run, config("stopped"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    adapter_folder = tmp_path / "straight" / "export" / "adapter"
+    assistant = load_assistant(str(inputs / "model"), str(adapter_folder), template="chatml", dtype=torch.float32)
+    data = replace(config("straight").data, train=(str(inputs / "heldout.jsonl"),))
+    loss = measure_loss(assistant, data, 256, World(0, 1, 0, torch.device("cpu"), "gloo", None))["loss"]
+    _, validation = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert loss == pytest.approx(validation[-1]["validation_loss"], rel=1e-5)
+    assert loss < validation[0]["validation_loss"]
+    assert isinstance(answer(assistant, "abab", max_new_tokens=4), str)
 
 
 def full_run(world: World, config: RunConfig) -> None:

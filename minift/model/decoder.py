@@ -98,26 +98,20 @@ class CausalLM(nn.Module):
             embedded_P = torch.arange(num_virtual - num_shared, num_virtual, device=positions_T.device)
             positions_T = torch.cat([embedded_P, positions_T + num_virtual])
             cu_seqlens = cu_seqlens + num_shared
-        hidden_TD = self._decode(hidden_TD, positions_T, cu_seqlens, max_seqlen, num_shared, cache)
+        packing = self._packing(positions_T, cu_seqlens, max_seqlen, num_shared, cache)
+        hidden_TD = self.model(hidden_TD, packing)
+        if packing.append is not None:
+            packing.append.commit()
         return head(hidden_TD[num_shared:] if num_shared else hidden_TD, self.lm_head)
 
-    def _decode(
-        self,
-        hidden_TD: Tensor,
-        positions_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        num_shared: int,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """Embeddings to the hidden states that the head reads."""
+    def _packing(
+        self, positions_T: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_shared: int, cache: KVCache | None
+    ) -> Packing:
+        """Of rows of which the first `num_shared` are virtual tokens, in `positions_T` and before `cu_seqlens[0]`."""
         append = None if cache is None else cache.plan(cu_seqlens)
         bounds = F.pad(cu_seqlens, (1, 0)) if num_shared else cu_seqlens
         tables = rotary_tables(self.config.rope, self.config.head_dim, positions_T, bounds)
-        hidden_TD = self.model(hidden_TD, Packing(cu_seqlens, max_seqlen, *tables, append, num_shared))
-        if append is not None:
-            append.commit()
-        return hidden_TD
+        return Packing(cu_seqlens, max_seqlen, *tables, append, num_shared)
 
     @torch.no_grad()
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
@@ -136,7 +130,9 @@ class CausalLM(nn.Module):
                 hidden_PD = embed_tokens(torch.empty(0, dtype=torch.int64, device=device))
                 positions_P = torch.arange(num_virtual - num_embedded, num_virtual, device=device)
                 bounds = torch.tensor([0, num_embedded], dtype=torch.int32, device=device)
-                self._decode(hidden_PD, positions_P, bounds, num_embedded, 0, row)
+                packing = self._packing(positions_P, bounds, num_embedded, 0, row)
+                self.model(hidden_PD, packing)
+                packing.append.commit()
             cache.begin([(keys[0], values[0]) for keys, values in zip(row.keys, row.values, strict=True)])
         return cache
 

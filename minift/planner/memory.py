@@ -182,7 +182,7 @@ def _moments(run: RunShape) -> Iterator[Moment]:
 
 
 def block_activations(run: RunShape) -> list[BlockActivations]:
-    needs_dx = any(p.trainable for p in run.root.parameters if p.name.endswith("embed_tokens.weight"))
+    needs_dx = any(p.trainable for p in run.root.parameters if ".embed_tokens." in p.name)  # or its adapter
     blocks = []
     for unit in run.blocks:
         blocks.append(BlockActivations(run, unit, needs_dx))
