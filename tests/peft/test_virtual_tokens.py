@@ -15,8 +15,10 @@ from torch import Tensor
 from minift.build import ModelSource, build_model
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy
+from minift.generate import generate
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
+from minift.model.hf import load_config
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
@@ -109,18 +111,12 @@ def test_a_sharded_model_reads_the_same_words_from_the_folder(
 ) -> None:
     folder = write_model(tmp_path / "model")
     config = PromptConfig(num_virtual_tokens=7, **init).for_base(str(folder))
-    whole = CausalLM(ModelConfig.from_hf({"model_type": "llama", **_read_config(folder)}))
+    whole = CausalLM(load_config(folder))
     whole.init_weights(seed=0)
     inject(whole, config, seed=5)
     for world_size in (1, 2):
         for prompt in run_ranks(world_size, prompt_on_rank, folder, config, quant):
             assert torch.equal(prompt, whole.model.embed_tokens.prompt_embeddings)
-
-
-def _read_config(folder: Path) -> dict:
-    import json
-
-    return json.loads((folder / "config.json").read_text())
 
 
 def test_initial_values_of_a_meta_model_need_the_weights() -> None:
@@ -136,6 +132,15 @@ def test_initial_values_of_a_meta_model_need_the_weights() -> None:
     values = init_tensor(model, "model.embed_tokens.prompt_embeddings", 0, read)
     assert [(name, stop - start, start % 64) for name, start, stop in asked] == [("model.embed_tokens", 64, 0)] * 2
     assert torch.equal(values, torch.stack([torch.arange(start, start + 64).float() for _, start, _ in asked]))
+
+
+@pytest.mark.parametrize("config", [PrefixConfig(num_virtual_tokens=50), PromptConfig(num_virtual_tokens=50)])
+def test_virtual_tokens_take_positions(config: VirtualTokensConfig) -> None:
+    """Of 64: 50, a prompt of 5, and 10 new tokens, the last of which is never read."""
+    model = model_with(config)
+    assert len(generate(model, [[1, 2, 3, 4, 5]], max_new_tokens=10, stop_token_ids=())[0]) == 10
+    with pytest.raises(ValueError, match="after the adapter's 50 virtual tokens; with max_new_tokens = 11"):
+        generate(model, [[1, 2, 3, 4, 5]], max_new_tokens=11, stop_token_ids=())
 
 
 @pytest.mark.parametrize(
