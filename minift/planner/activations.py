@@ -94,11 +94,11 @@ class BlockActivations:
 
     def _bytes(self, features: int) -> int:
         """Of an activation with so many features a token."""
-        return self.run.wire_itemsize * self.run.workload.tokens * features
+        return self.run.wire_itemsize * self.run.block_tokens * features
 
     def _statistics(self, count: int) -> int:
         """fp32 numbers, so many a token."""
-        return 4 * self.run.workload.tokens * count
+        return 4 * self.run.block_tokens * count
 
     @property
     def hidden(self) -> int:
@@ -116,6 +116,10 @@ class BlockActivations:
     def keys(self) -> int:
         return self._bytes(self.model.num_kv_heads * self.model.head_dim)
 
+    @property
+    def prefix_keys(self) -> int:
+        return self.run.wire_itemsize * self.run.num_prefix * self.model.num_kv_heads * self.model.head_dim
+
     # Kept #
 
     def _keeps(self) -> Iterator[tuple[str, int]]:
@@ -131,10 +135,11 @@ class BlockActivations:
         )
         if self.model.qk_norm and (needs or qk_norm_trains):
             yield "before_norm", self.queries + self.keys + self._statistics(heads + kv_heads)
-        needs = needs or qk_norm_trains
+        needs = needs or qk_norm_trains or self.run.num_prefix > 0
         if needs:
-            yield "turned", self.queries + self.keys
-            yield "values", self.keys
+            # A prefix makes copies of keys and values, behind itself; what they are copies of nobody reads again.
+            yield "turned", self.queries + (0 if self.run.num_prefix else self.keys)
+            yield "values", 2 * (self.keys + self.prefix_keys) if self.run.num_prefix else self.keys
             yield "lse", self._statistics(heads)
         if needs or self.o.reads_input:
             yield "out", self.queries

@@ -164,7 +164,7 @@ def _moments(run: RunShape) -> Iterator[Moment]:
     blocks = block_activations(run)
     always = batch_bytes(run)
     kept = always + rotary_bytes(run)
-    embedded = run.wire_itemsize * run.workload.tokens * run.model.hidden_size
+    embedded = run.wire_itemsize * run.block_tokens * run.model.hidden_size
     for block in blocks:
         needs = {"activations": kept, "backward": 0, "workspace": _forward_workspace(block)}
         yield Moment(f"forward of {block.unit.name}", needs | {"recompute": _forward_bytes(block)})
@@ -182,7 +182,7 @@ def _moments(run: RunShape) -> Iterator[Moment]:
 
 
 def block_activations(run: RunShape) -> list[BlockActivations]:
-    needs_dx = any(p.trainable for p in run.root.parameters if ".embed_tokens." in p.name)  # or its adapter
+    needs_dx = run.trains_before_blocks
     blocks = []
     for unit in run.blocks:
         blocks.append(BlockActivations(run, unit, needs_dx))
@@ -198,14 +198,13 @@ def batch_bytes(run: RunShape) -> int:
 
 def rotary_bytes(run: RunShape) -> int:
     """Cosines and sines, fp32, of half a head each; kept for the backward of rotations."""
-    return 4 * run.workload.tokens * run.model.head_dim
+    return 4 * run.block_tokens * run.model.head_dim
 
 
 def _final_norm_bytes(run: RunShape, trains: bool) -> int:
     """The input of the last norm, and 4 bytes a token."""
     norm_trains = any(p.trainable for p in run.root.parameters if p.name.endswith("norm.weight"))
-    tokens = run.workload.tokens
-    return tokens * (run.wire_itemsize * run.model.hidden_size + 4) if trains or norm_trains else 0
+    return run.block_tokens * (run.wire_itemsize * run.model.hidden_size + 4) if trains or norm_trains else 0
 
 
 def _forward_bytes(block: BlockActivations) -> int:
@@ -240,7 +239,7 @@ def head_bytes(run: RunShape, trains: bool) -> dict[str, int]:
 def _head_grad_bytes(run: RunShape) -> int:
     """The gradient of a trained head between its forward and its backward; none where it is written into its slot: one
     chunk, in the dtype of the slot, and nothing there yet. Of several chunks it is summed up in fp32."""
-    (head,) = run.root.projections
+    head = run.head
     if not head.trains_weight or not run.workload.num_targets:
         return 0
     numel = head.weight_numel
@@ -254,7 +253,7 @@ def _head_grad_bytes(run: RunShape) -> int:
 
 def _tied_head_grad_bytes(run: RunShape) -> int:
     """The gradient of a head that is the embedding, too, waits for the embedding's, unless it is in its slot."""
-    numel = run.root.projections[0].weight_numel
+    numel = run.head.weight_numel
     return numel * run.wire_itemsize if run.model.tie_word_embeddings and _head_grad_bytes(run) else 0
 
 
@@ -264,8 +263,8 @@ def head_backward_bytes(run: RunShape, trains: bool) -> dict[str, int]:
     hidden, b = run.model.hidden_size, run.wire_itemsize
     rows = run.workload.num_targets
     grad = _head_grad_bytes(run)
-    (head,) = run.root.projections
-    in_rows = (run.workload.tokens + 2 * rows) * hidden * b if trains else 0
+    head = run.head
+    in_rows = (run.block_tokens + 2 * rows) * hidden * b if trains else 0
     scaled = head.weight_numel * b if grad else 0
     num_rows = head.out_features if head.trains_weight and rows else rows if trains else 0
     scaled_rows = min(num_rows, max(1, _wide_bytes(run) // (4 * hidden)))

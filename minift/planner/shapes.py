@@ -11,7 +11,7 @@ is not here: bytes are `memory.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -193,7 +193,8 @@ class RunShape:
     """One rank of a run. The root is the first of `units`; the others are the blocks, in their order.
 
     shard_size: ranks among which one copy of the model is cut up. num_parameters: of the dense model, and of adapters.
-    scratch_bytes: gradient shards that blocks take turns with (fsdp.step_in_backward).
+    scratch_bytes: gradient shards that blocks take turns with (fsdp.step_in_backward). num_prompt, num_prefix: virtual
+    tokens before those of a microbatch, which go through the blocks, or are keys and values of each.
     """
 
     model: ModelConfig
@@ -209,7 +210,9 @@ class RunShape:
     link: Link
     num_parameters: int
     num_trainable_parameters: int
-    scratch_bytes: int = field(default=0)
+    scratch_bytes: int = 0
+    num_prompt: int = 0
+    num_prefix: int = 0
 
     @property
     def root(self) -> UnitShape:
@@ -220,9 +223,23 @@ class RunShape:
         return self.units[1:]
 
     @property
+    def head(self) -> ProjectionShape:
+        return next(p for p in self.root.projections if p.name == "lm_head")
+
+    @property
     def buckets(self) -> Iterator[BucketShape]:
         for unit in self.units:
             yield from unit.buckets
+
+    @property
+    def block_tokens(self) -> int:
+        """Of a microbatch, in blocks and the last norm."""
+        return self.num_prompt + self.workload.tokens
+
+    @property
+    def trains_before_blocks(self) -> bool:
+        """Whether their input needs a gradient."""
+        return any(p.trainable and ".embed_tokens." in p.name for p in self.root.parameters)
 
     @property
     def wire_itemsize(self) -> int:
@@ -255,6 +272,7 @@ def describe(
     module = on_paper.module
     known: dict[str, MethodShape] = {}  # found now, as what is sharded cannot be run
     methods = {id(adapter): method_of(adapter, known) for adapter in adapters(module).values()}
+    num_prompt = module.model.embed_tokens.num_virtual_tokens
     blocks = module.shard_units()
     backend = "nccl" if link == "nccl" else "gloo"
     world = World(0, world_size, 0, torch.device("meta"), backend, group=None)
@@ -285,6 +303,8 @@ def describe(
         num_parameters=on_paper.num_parameters,
         num_trainable_parameters=on_paper.num_trainable_parameters,
         scratch_bytes=engine.scratch_bytes,
+        num_prompt=num_prompt,
+        num_prefix=module.num_virtual_tokens - num_prompt,
     )
 
 

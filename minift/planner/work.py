@@ -92,8 +92,8 @@ class StepWork:
 
 def count(run: RunShape) -> StepWork:
     """The step of `run`."""
-    needs_grad = any(p.trainable for p in run.root.parameters if "embed_tokens" in p.name)
-    root = _Root(run, needs_grad)
+    root = _Root(run)
+    needs_grad = run.trains_before_blocks
     blocks = []
     for layer, unit in enumerate(run.blocks):
         block = _Block(run, unit, layer, needs_grad)
@@ -215,7 +215,7 @@ class _Block:
 
     def __init__(self, run: RunShape, unit: UnitShape, layer: int, x_needs: bool) -> None:
         self.run, self.unit = run, unit
-        config, T, dtype = run.model, run.workload.tokens, run.precision.wire
+        config, T, dtype = run.model, run.block_tokens, run.precision.wire
         D, E = config.hidden_size, config.head_dim
         H, K, F = config.num_heads, config.num_kv_heads, config.intermediate_size
         trains = {p.name.rpartition(".")[0].rpartition(".")[2] for p in unit.parameters if p.trainable}
@@ -226,7 +226,7 @@ class _Block:
         self.x_needs = x_needs
         norm_needs = x_needs or "input_layernorm" in trains
         qkv = projections(("q_proj", "k_proj", "v_proj"), norm_needs)
-        self.mixes = qkv.out_needs or bool({"q_norm", "k_norm"} & trains)
+        self.mixes = qkv.out_needs or run.num_prefix > 0 or bool({"q_norm", "k_norm"} & trains)
         o = projections(("o_proj",), self.mixes)
         middle_needs = x_needs or o.out_needs
         second_norm_needs = middle_needs or "post_attention_layernorm" in trains
@@ -235,6 +235,7 @@ class _Block:
         self.out_needs = middle_needs or down.out_needs
 
         pairs = visible_pairs(run.workload.lengths, config.sliding_windows[layer])
+        pairs += (run.num_prompt + run.num_prefix) * run.workload.tokens + visible_pairs([run.num_prompt], None)
         attend, attend_backward = attention(dtype, T, pairs, H, K, E)
         norm = elementwise("rms norm", dtype, T * D, 2)
         norm_backward = elementwise("rms norm backward", dtype, T * D, 3)
@@ -281,15 +282,15 @@ class _Block:
 
 
 class _Root:
-    """Embedding, last norm, head and loss. needs: whether the embedding is trained."""
+    """Embedding, last norm, head and loss."""
 
-    def __init__(self, run: RunShape, needs: bool) -> None:
-        self.run, self.needs = run, needs
+    def __init__(self, run: RunShape) -> None:
+        self.run = run
 
     def work(self, hidden_needs: bool) -> UnitWork:
         """hidden_needs: whether what comes out of the last block needs a gradient."""
         run, root = self.run, self.run.root
-        config, T, dtype = run.model, run.workload.tokens, run.precision.wire
+        config, T, dtype = run.model, run.block_tokens, run.precision.wire
         D, V, M = config.hidden_size, config.vocab_size, run.workload.num_targets
         trains = {p.name for p in root.parameters if p.trainable}
         norm_needs = hidden_needs or any(name.endswith("norm.weight") for name in trains)
@@ -319,7 +320,7 @@ class _Root:
         if trains_head:
             backward.append(elementwise("scale", dtype, V * D, 2))
         embedding_backward = []
-        if self.needs:
+        if run.trains_before_blocks and not run.num_prompt:
             embedding_backward.append(elementwise("embedding backward", dtype, T * D, 2))
             if not config.tie_word_embeddings:  # else the head has written the whole gradient before
                 embedding_backward.append(elementwise("copy", dtype, V * D, 1))

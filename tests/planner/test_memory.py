@@ -17,6 +17,8 @@ from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
 from minift.planner.memory import PERSISTENT, TRANSIENT, MemoryPlan, plan_memory
 from minift.planner.shapes import Workload, describe
 from minift.precision import Precision
@@ -53,6 +55,8 @@ def draw(random: random.Random) -> Case:
             {"adapter": LoraConfig(dropout=0.1), "quant": QuantConfig(block_size=32)},
             {"adapter": pick([DoraConfig(), IA3Config(), BitFitConfig(), BottleneckConfig(size=16)])},
             {"adapter": pick([DoraConfig(), IA3Config(targets="all-linear")]), "quant": QuantConfig()},
+            {"adapter": pick([PrefixConfig(), PrefixConfig(projection=True)]), "quant": pick([None, QuantConfig()])},
+            {"adapter": PromptConfig(num_virtual_tokens=pick([5, 50])), "quant": pick([None, QuantConfig()])},
         ]
     )
     policy = pick(

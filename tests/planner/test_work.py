@@ -18,7 +18,10 @@ from minift.fsdp import ShardPolicy, Transport
 from minift.fsdp.shared_memory import SharedMemory
 from minift.fsdp.transport import PairedSends
 from minift.model.config import ModelConfig
+from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
 from minift.planner.device import Device, Rate
 from minift.planner.network import Network, Protocol
 from minift.planner.op import PRODUCTS, visible_pairs
@@ -90,6 +93,9 @@ SETUPS = [
     Setup(LoraConfig(r=2, targets=["up_proj"]), precision=FP32),
     Setup(LoraConfig(r=4, rank_pattern={"q_proj": 7}), QuantConfig(block_size=32), precision=FP32),
     Setup(LoraConfig(r=4), QuantConfig(double_quant=False, skip=("q_proj",)), precision=FP32),
+    Setup(IA3Config(feedforward=["down_proj"]), precision=FP32),
+    Setup(PrefixConfig(num_virtual_tokens=3), precision=FP32),
+    Setup(PromptConfig(num_virtual_tokens=3), QuantConfig(block_size=32), precision=FP32),
 ]
 
 
