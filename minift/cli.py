@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(train)
 
     plan = _add(top, "plan", commands.plan, "what a recipe takes on paper: memory, and time; or what a model takes")
-    plan.add_argument("recipe", metavar="RECIPE|MODEL", help="YAML file, as in train; or llama-2-7b, ...: all methods")
+    plan.add_argument(
+        "recipe", metavar="RECIPE|MODEL", nargs="?", help="YAML file, as in train; or llama-2-7b, ...: all methods"
+    )
     plan.add_argument("--world-size", type=int, default=1, metavar="N", help="processes, one device each (default: 1)")
     plan.add_argument("--device", default="h100", metavar="NAME", help="h100, a100, rtx4090, ...; cpu: this machine")
     plan.add_argument(
@@ -78,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--search", action="store_true", help="the fastest ways to compute the same step that fit")
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
     plan.add_argument("--picture", metavar="FILE", help="draw it, as PNG")
+    plan.add_argument(
+        "--calibrate", action="store_true",
+        help="measure this machine, with 1, 2 and N processes, for plans with --device cpu; takes a minute",
+    )  # fmt: skip
     plan.set_defaults(overrides_anywhere=True)
 
     data = top.add_parser("data", help="look at data, or write some").add_subparsers(required=True, metavar="WHAT")

@@ -47,7 +47,13 @@ def _train(options: Namespace) -> int:
 
 
 def plan(options: Namespace) -> None:
-    """`minift plan RECIPE ...` or `minift plan MODEL`."""
+    """`minift plan RECIPE ...`, `minift plan MODEL`, or `minift plan --calibrate`."""
+    if options.calibrate:
+        _calibrate(options)
+    if options.recipe is None:
+        if options.calibrate:
+            return
+        raise ValueError("plan what? valid: a recipe, or a model such as llama-3.1-8b; or --calibrate")
     # Half a million small objects are made on the way, and kept until the end: nothing of it is worth looking through.
     gc.disable()
     is_recipe = options.recipe.endswith((".yaml", ".yml")) or Path(options.recipe).is_file()
@@ -68,6 +74,18 @@ def plan(options: Namespace) -> None:
     print(json.dumps(answer.to_json(), indent=1) if options.json else answer.text)
     if options.picture:
         print(answer.draw(Path(options.picture)), file=sys.stderr)
+
+
+def _calibrate(options: Namespace) -> None:
+    from minift.planner.calibrate import calibrate
+    from minift.planner.calibration import calibration_path
+
+    calibration = calibrate("cpu", sorted({1, 2, options.world_size}))
+    calibration.save(calibration_path("cpu"))
+    for number, device in calibration.devices.items():
+        rates = f"{device.peak_flops_per_s / 1e9:.0f} GFLOP/s, {device.memory_bytes_per_s / 1e9:.1f} GB/s copied"
+        print(f"{number} processes: each {rates}", file=sys.stderr)
+    print(calibration_path("cpu"), file=sys.stderr)
 
 
 def list_fields() -> None:

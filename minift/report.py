@@ -20,6 +20,7 @@ class PlanResult:
     """What was predicted of optimizer step `step` of rank 0, and what was measured: pairs of these, in bytes.
 
     held: between steps, by category. peak: the most at a time, expected at `peak_at`. sent: to other ranks.
+    seconds: of the steps that follow, the mean; None if this machine was not calibrated.
     """
 
     step: int
@@ -27,6 +28,7 @@ class PlanResult:
     peak: tuple[int, int]
     peak_at: str
     sent: tuple[int, int]
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,14 @@ def _plan(plan: PlanResult) -> str:
     if any(plan.sent):
         rows.append(row("sent in a step", *plan.sent))
     text = f"Step {plan.step} on rank 0, as `minift plan` has it, and tensors as they were:"
-    return f"{text}\n\n{_table(('MiB', 'planned', 'measured', 'plan is off by'), rows)}"
+    text = f"{text}\n\n{_table(('MiB', 'planned', 'measured', 'plan is off by'), rows)}"
+    if plan.seconds is not None:
+        planned, measured = plan.seconds
+        text += (
+            f"\n\nThe steps after that were planned to take {planned:.3f} s each, and took {measured:.3f} s "
+            f"({planned / measured - 1:+.1%})."
+        )
+    return text
 
 
 def _files(run_dir: Path) -> str:

@@ -319,9 +319,11 @@ class Run:
             self.finish()
 
     def checked(self, microbatches: list[Batch]) -> AbstractContextManager[None]:
-        """Around a step: the one that is set against its plan, once the order of the blocks has been learnt."""
+        """Around a step: one is set against its plan, once the order of the blocks has been learnt, then some timed."""
+        if self.is_checked:
+            return self.plan_check.timed(microbatches)
         is_first = self.seconds.get("train", 0.0) == 0
-        if self.is_checked or (is_first and self.step + 1 < self.total_steps):
+        if is_first and self.step + 1 < self.total_steps:
             return nullcontext()
         self.is_checked = True
         return self.plan_check.step(self.step + 1, microbatches)

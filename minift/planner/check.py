@@ -7,15 +7,18 @@
 
 What is held between steps is read off the tensors of the engine and the optimizer, by category, to the byte. The peak
 is counted by `TensorMeter` on a CPU, and is what PyTorch's allocator says on a GPU. All of this rank, in a step that
-comes after the first, in which the engine learns the order of the blocks.
+comes after the first, in which the engine learns the order of the blocks. Steps after that one are timed, and set
+against what this machine was calibrated to, if it was.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -25,12 +28,13 @@ from minift.data.batch import Batch
 from minift.fsdp import ShardedModel
 from minift.fsdp.bucket import Bucket
 from minift.optim.adamw import AdamW
+from minift.planner.calibration import find_calibration
 from minift.planner.device import Device, Rate
 from minift.planner.memory import PERSISTENT, MemoryPlan, plan_memory
 from minift.planner.meter import TensorMeter
 from minift.planner.network import Network
 from minift.planner.network import Protocol as NetworkProtocol
-from minift.planner.shapes import Link, Setup, Workload, describe
+from minift.planner.shapes import Link, RunShape, Setup, Workload, describe
 from minift.planner.timing import time_step
 from minift.quant.weights import QuantWeights
 from minift.report import PlanResult
@@ -38,6 +42,9 @@ from minift.report import PlanResult
 # What is sent depends on the order of events alone: count it where time costs nothing.
 FREE_DEVICE = Device("free", math.inf, math.inf, math.inf, {"*": Rate()})
 FREE_NETWORK = Network(math.inf, math.inf, 1, (NetworkProtocol(),))
+
+
+TIMED_STEPS = 20
 
 
 class Config(Setup, Protocol):
@@ -53,6 +60,7 @@ class PlanCheck:
         self._config, self._built, self._optimizer = config, built, optimizer
         self._workloads: list[Workload] = []
         self._step = self._peak_bytes = self._sent_bytes = 0
+        self._timed: list[tuple[Workload, float]] = []
 
     @contextmanager
     def step(self, number: int, microbatches: Sequence[Batch]) -> Iterator[None]:
@@ -72,6 +80,14 @@ class PlanCheck:
         held = sum(held_bytes(engine, self._optimizer).values())
         batches = sum(t.nbytes for b in microbatches for t in (b.tokens_T, b.positions_T, b.targets_T))
         self._peak_bytes = held + batches + meter.peak_bytes if meter else torch.cuda.max_memory_allocated(device)
+
+    @contextmanager
+    def timed(self, microbatches: Sequence[Batch]) -> Iterator[None]:
+        """Around a later step, in which nothing else is measured. The first few count."""
+        started = time.perf_counter()
+        yield
+        if len(self._timed) < TIMED_STEPS:
+            self._timed.append((_mean([_timed(batch) for batch in microbatches]), time.perf_counter() - started))
 
     def result(self) -> PlanResult | None:
         """None if no step was measured."""
@@ -96,7 +112,17 @@ class PlanCheck:
             peak=(highest.peak_bytes + (0 if run.is_on_gpu else sum(highest.host.values())), self._peak_bytes),
             peak_at=highest.peak.name,
             sent=(timed.sent_bytes, self._sent_bytes),
+            seconds=self._seconds(run),
         )
+
+    def _seconds(self, run: RunShape) -> tuple[float, float] | None:
+        """Of a step, planned and measured, means over those that were timed; None without figures of this machine."""
+        calibration = find_calibration(self._built.engine.world.device.type)
+        if calibration is None or not self._timed:
+            return None
+        device, network = calibration.device(run.world_size), calibration.network(run.world_size)
+        planned = [time_step(replace(run, workload=workload), device, network).seconds for workload, _ in self._timed]
+        return fmean(planned), fmean(seconds for _, seconds in self._timed)
 
 
 def link_of(engine: ShardedModel) -> Link:
@@ -155,6 +181,13 @@ def _workload(batch: Batch, microbatches: int) -> Workload:
         microbatches=microbatches,
         targets=batch.num_targets,
     )
+
+
+def _timed(batch: Batch) -> Workload:
+    """Documents of the length with which attention sees as many pairs."""
+    lengths = batch.cu_seqlens.diff().double()
+    same_pairs = max(1, round(float(lengths.square().sum() / lengths.sum())))
+    return replace(_workload(batch, 1), document_tokens=same_pairs)
 
 
 def _mean(workloads: Sequence[Workload]) -> Workload:

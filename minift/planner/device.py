@@ -6,8 +6,9 @@ A sum and not a maximum: on a CPU memory is read by the instructions that comput
 are far from where both would matter. What small and odd shapes lose is in overhead and bytes; where a kind was
 measured, what its samples were off from this line is known too, and applied near them (`Rate.seconds`).
 
-Beside every operation goes the host's work to start it (Python, autograd, hooks), `call_s`. A CPU does that itself; a
-GPU computes meanwhile, and waits only where it is the faster of the two.
+Beside operations goes the host's work to start them (Python, autograd): `call_s` each, and `pass_s` for each forward
+or backward of a unit (hooks, parameters that are exposed and hidden). A CPU does that itself; a GPU computes meanwhile,
+and waits only where it is the faster of the two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from minift.planner.network import Network
 from minift.planner.op import Op
 
 _NEAR = math.log(1.6)  # how far in flops and bytes a sample speaks for others: it has half of its weight there
@@ -77,7 +77,8 @@ class Device:
 
     memory_bytes: that a rank may use. peak_flops_per_s: of the datasheet, dense products in 16 bits; what model FLOP
     utilisation divides by. memory_bytes_per_s: likewise, of memory; of a CPU, that of a copy.
-    rates: by "kind dtype", "kind", or "*" for all others. runs_ahead: a host starts operations and does not wait.
+    rates: by "kind dtype", "kind", or "*" for all others. step_s: of the host, once a step, when nothing else runs.
+    runs_ahead: a host starts operations and does not wait.
     """
 
     name: str
@@ -86,8 +87,9 @@ class Device:
     memory_bytes_per_s: float
     rates: Mapping[str, Rate]
     call_s: float = 0.0
+    pass_s: float = 0.0
+    step_s: float = 0.0
     runs_ahead: bool = False
-    network: Network | None = None
 
     def rate(self, op: Op) -> Rate:
         for key in (f"{op.kind} {op.dtype}", op.kind, "*"):
@@ -95,9 +97,9 @@ class Device:
                 return self.rates[key]
         raise ValueError(f"device {self.name} has no figures for {op.kind!r} in {op.dtype}; calibrate it again")
 
-    def seconds(self, ops: Iterable[Op]) -> float:
-        """One after the other."""
-        computing, calling = 0.0, 0.0
+    def seconds(self, ops: Iterable[Op], passes: int = 0) -> float:
+        """One after the other, in so many passes of a unit."""
+        computing, calling = 0.0, passes * self.pass_s
         for op in ops:
             computing += self.rate(op).seconds(op)
             calling += op.count * self.call_s
@@ -106,4 +108,12 @@ class Device:
     def slower(self, factor: float) -> Device:
         """The same with so much less of everything: a processor that more processes share."""
         rates = {key: rate.slower(factor) for key, rate in self.rates.items()}
-        return replace(self, rates=rates, call_s=self.call_s * factor, peak_flops_per_s=self.peak_flops_per_s / factor)
+        return replace(
+            self,
+            rates=rates,
+            call_s=self.call_s * factor,
+            pass_s=self.pass_s * factor,
+            step_s=self.step_s * factor,
+            peak_flops_per_s=self.peak_flops_per_s / factor,
+            memory_bytes_per_s=self.memory_bytes_per_s / factor,
+        )

@@ -56,12 +56,19 @@ class Network:
     """inside: between ranks of one node; between: of each rank's interface to other nodes; bytes per second each way.
 
     ranks_per_node: how many there are. protocols: what to choose from; see the module docstring.
+    meet_s: of an all-reduce of a number, where that was measured; None: what `sum_seconds` says.
+    sum_share: of the bandwidth, what an all-reduce gets.
+    host_s_per_byte: processor time of a rank for every byte that it sends and receives, where that is taken from
+    computing: on CPUs that have nothing else to send with.
     """
 
     inside_bytes_per_s: float
     between_bytes_per_s: float
     ranks_per_node: int
     protocols: tuple[Protocol, ...] = NCCL
+    meet_s: float | None = None
+    sum_share: float = 1.0
+    host_s_per_byte: float = 0.0
 
     def shard_axis(self, shard_size: int) -> Members:
         """The ranks that one copy of a model is cut over: neighbours."""
@@ -84,10 +91,15 @@ class Network:
         """An all-reduce of `num_bytes`."""
         if members.size == 1:
             return 0.0
-        moved = 2 * num_bytes * (members.size - 1) / members.size
+        moved = 2 * num_bytes * (members.size - 1) / members.size / self.sum_share
         ring = 2 * (members.size - members.nodes), 2 * (members.nodes - 1)
         tree = 2 * (members.per_node - 1), 2 * math.ceil(math.log2(members.nodes))
         return min(self._seconds(p, moved, members, *hops) for p in self.protocols for hops in (ring, tree))
+
+    def meet_seconds(self, members: Members) -> float:
+        """Until all have heard of all."""
+        alone = members.size == 1
+        return self.sum_seconds(8, members) if self.meet_s is None else 0.0 if alone else self.meet_s
 
     def bytes_per_s(self, members: Members) -> float:
         """What each rank of the group can send, each way, in the long run."""

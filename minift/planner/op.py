@@ -62,9 +62,10 @@ def elementwise(kind: str, dtype: str, elements: float, tensors: float, count: i
 
 
 def cast(from_dtype: str, to_dtype: str, elements: float) -> Op:
-    """From one dtype to another; a copy if they are the same."""
+    """From one dtype to another, of the kind of the narrower; a copy if they are the same (of bytes: as of bf16)."""
+    narrow = min(from_dtype, to_dtype, key=ITEMSIZE.__getitem__)
     moved = elements * (ITEMSIZE[from_dtype] + ITEMSIZE[to_dtype])
-    return Op("copy" if from_dtype == to_dtype else "cast", to_dtype, moved)
+    return Op("copy" if from_dtype == to_dtype else "cast", "bfloat16" if narrow == "uint8" else narrow, moved)
 
 
 def dequantize(dtype: str, weights: float, block_size: int, nested: bool, columns: bool, count: int = 1) -> Op:

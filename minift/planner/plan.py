@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from minift.model.config import ModelConfig
+from minift.planner.calibration import find_calibration
 from minift.planner.catalog import CONTEXT_BYTES, USABLE, gpu, network, this_machine_bytes
 from minift.planner.choices import Candidate, alternatives, smallest_changes
 from minift.planner.device import Device
@@ -59,8 +60,13 @@ class Machine:
 
     @classmethod
     def here(cls, world_size: int) -> Machine:
-        """CPU processes on this machine, which share its memory."""
-        return cls("cpu", this_machine_bytes() // max(1, world_size), world_size, "shared memory")
+        """CPU processes on this machine, which share its memory; with times if it was calibrated."""
+        calibration = find_calibration("cpu")
+        memory_bytes = this_machine_bytes() // max(1, world_size)
+        if calibration is None or world_size < 1:
+            return cls("cpu", memory_bytes, world_size, "shared memory")
+        figures = calibration.device(world_size), calibration.network(world_size)
+        return cls("cpu", memory_bytes, world_size, "shared memory", *figures)
 
     @property
     def is_gpu(self) -> bool:
@@ -86,7 +92,7 @@ class Plan:
     def no_time(self) -> str:
         """Why it has none."""
         if self.machine.device is None:
-            return f"there are no figures of {self.machine.name}"
+            return f"there are no figures of {self.machine.name}; minift plan --calibrate measures this machine"
         return "what crosses the bus to host memory is not part of the model"
 
     @property

@@ -29,13 +29,15 @@ class Collective:
     """One all-gather, reduce-scatter or all-reduce.
 
     prepare_s: casts into the buffer, before. wire_s: the link is taken by it. latency_s: until the result is there
-    after the link is free again. finish_s: adds up what came, after.
+    after the link is free again. finish_s: adds up what came, after. host_s: what of `wire_s` keeps the processor busy
+    that computes, which is that much slower meanwhile.
     """
 
     prepare_s: float = 0.0
     wire_s: float = 0.0
     latency_s: float = 0.0
     finish_s: float = 0.0
+    host_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Schedule:
     keeps_full_grads: gradients of several microbatches are added up before they are reduced. shard_size: ranks over
     which the model is cut. steps_in_backward: a unit is updated when its gradient is complete. has_lanes: casts and
     sums run beside compute. meet_s: a small all-reduce, of which a step has two, and one more where `meets_at_end`.
+    start_s: before anything.
     norm_s, update_s: the gradient's norm, and the optimizer after it.
     """
 
@@ -82,6 +85,7 @@ class Schedule:
     keeps_full_grads: bool
     steps_in_backward: bool = False
     has_lanes: bool = False
+    start_s: float = 0.0
     meet_s: float = 0.0
     meets_at_end: bool = False
     norm_s: float = 0.0
@@ -158,7 +162,7 @@ class Engine:
         self.is_last_microbatch = False
 
     def step(self) -> None:
-        self.now += self.schedule.meet_s  # the weight of the step
+        self.now += self.schedule.start_s + self.schedule.meet_s  # the weight of the step
         for number in range(self.schedule.microbatches):
             self.is_last_microbatch = number == self.schedule.microbatches - 1
             self.forward()
@@ -208,7 +212,8 @@ class Engine:
                 late.append((block, block_began))
         self.now += self.root.costs.backward_s
         for unit, unit_began in [*late, (self.root, began)]:
-            self._post_backward(unit, unit_began)
+            if unit.grad_state is GradState.OPEN or unit.costs.keep is not Keep.UNTIL_UPDATE:
+                self._post_backward(unit, unit_began)
         self._end_of_backward()
 
     def _pre_backward(self, unit: _Unit, order: list[_Unit]) -> None:
@@ -257,7 +262,7 @@ class Engine:
         unit, issued, arrives = self.replica_sums.popleft()
         if arrives is not None:
             began = self.now
-            self._wait_until(arrives)
+            self._wait_for(unit.costs.replica_sum, issued, arrives)
             self._span("compute", "wait", unit.name, began)
             self._span("reduce-scatter", "all-reduce", unit.name, issued)
         if self.schedule.steps_in_backward:
@@ -298,7 +303,7 @@ class Engine:
     def wait_gather(self, unit: _Unit) -> None:
         if unit.costs.gather is not None:
             began = self.now
-            self._wait_until(unit.gathered_at)
+            self._wait_for(unit.costs.gather, unit.gather_began, unit.gathered_at)
             self._span("compute", "wait", unit.name, began)
             stop = unit.gathered_at if self.schedule.has_lanes else self.now
             self._span("all-gather", "all-gather", unit.name, unit.gather_began, stop)
@@ -331,8 +336,8 @@ class Engine:
             unit.reduced_at = self.shard_wire.send(self.now, reduce)
 
     def finish_reduce(self, unit: _Unit) -> None:
-        self._wait_until(unit.reduced_at)
         if unit.reduce_began is not None:
+            self._wait_for(unit.costs.reduce, unit.reduce_began, unit.reduced_at)
             if not self.schedule.has_lanes:
                 self.now += unit.costs.reduce.finish_s
             stop = unit.reduced_at if self.schedule.has_lanes else self.now
@@ -348,9 +353,12 @@ class Engine:
         self.now += seconds
         self._span("compute", kind, name, began)
 
-    def _wait_until(self, time: float) -> None:
-        self.exposed_s += max(0.0, time - self.now)
-        self.now = max(self.now, time)
+    def _wait_for(self, collective: Collective, issued: float, arrives: float) -> None:
+        """And make up for the time in which compute was slower than it seemed, since `issued`."""
+        if collective.host_s and arrives > issued:
+            self.now += collective.host_s * min(1.0, (self.now - issued) / (arrives - issued))
+        self.exposed_s += max(0.0, arrives - self.now)
+        self.now = max(self.now, arrives)
 
     def _span(self, lane: Lane, kind: str, name: str, start: float, stop: float | None = None) -> None:
         self.spans.append(Span(lane, kind, name, start, self.now if stop is None else stop))

@@ -16,7 +16,7 @@ from minift.planner.device import Device
 from minift.planner.network import Network
 from minift.planner.shapes import RunShape, UnitShape
 from minift.planner.simulate import Collective, Schedule, Simulated, SimUnit, simulate
-from minift.planner.work import StepWork, UnitWork, count
+from minift.planner.work import StepWork, Transfer, UnitWork, count
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def time_step(run: RunShape, device: Device, network: Network) -> Timed:
         keeps_full_grads=any(bucket.keeps_full_grads for bucket in run.buckets),
         steps_in_backward=run.policy.step_in_backward,
         has_lanes=run.is_on_gpu,
-        meet_s=network.sum_seconds(8, everybody),
+        start_s=device.step_s,
+        meet_s=network.meet_seconds(everybody),
         meets_at_end=has_live_weights,
         norm_s=device.seconds(op for unit in work.units for op in unit.square_sum),
         update_s=device.seconds(op for unit in work.units for op in unit.update),
@@ -61,25 +62,32 @@ def time_step(run: RunShape, device: Device, network: Network) -> Timed:
 
 def _priced(run: RunShape, work: UnitWork, shape: UnitShape, device: Device, network: Network) -> SimUnit:
     shard, replicas = network.shard_axis(run.shard_size), network.replica_axis(run.world_size, run.shard_size)
-    gather = reduce = replica_sum = None
-    if work.gather is not None:
-        wire_s = 0.0 if run.shares_memory else network.shard_seconds(work.gather.full_bytes, shard)
-        gather = Collective(device.seconds(work.gather.prepare), wire_s)
-    if work.reduce is not None:
-        wire_s = 0.0 if run.shares_memory else network.shard_seconds(work.reduce.full_bytes, shard)
-        reduce = Collective(0.0, wire_s, finish_s=device.seconds(work.reduce.finish))
+
+    def exchanged(transfer: Transfer | None) -> Collective | None:
+        if transfer is None:
+            return None
+        prepare_s, finish_s = device.seconds(transfer.prepare), device.seconds(transfer.finish)
+        if run.shares_memory:
+            return Collective(prepare_s, finish_s=finish_s)
+        moved = transfer.full_bytes * (shard.size - 1) / shard.size
+        wire_s = network.shard_seconds(transfer.full_bytes, shard)
+        return Collective(prepare_s, wire_s, finish_s=finish_s, host_s=moved * network.host_s_per_byte)
+
+    replica_sum = None
     if work.replica_bytes:
-        replica_sum = Collective(wire_s=network.sum_seconds(work.replica_bytes, replicas))
+        moved = 2 * work.replica_bytes * (replicas.size - 1) / replicas.size / network.sum_share
+        wire_s = network.sum_seconds(work.replica_bytes, replicas)
+        replica_sum = Collective(wire_s=wire_s, host_s=moved * network.host_s_per_byte)
     return SimUnit(
         work.name,
         shape.keep,
-        forward_s=device.seconds(work.forward),
+        forward_s=device.seconds(work.forward, passes=1),
         recompute_s=device.seconds(work.recompute),
-        backward_s=device.seconds(work.backward),
+        backward_s=device.seconds(work.backward, passes=work.has_backward),
         forward_head_s=device.seconds(work.forward_head),
         backward_head_s=device.seconds(work.backward_head),
-        gather=gather,
-        reduce=reduce,
+        gather=exchanged(work.gather),
+        reduce=exchanged(work.reduce),
         replica_sum=replica_sum,
         update_s=device.seconds(work.update + work.square_sum),
         has_backward=work.has_backward,

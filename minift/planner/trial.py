@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,17 +15,36 @@ from minift.build import construct
 from minift.data.batch import IGNORE, Batch
 from minift.dist.collectives import barrier
 from minift.dist.process import World
-from minift.fsdp import Transport, shard
+from minift.fsdp import ShardPolicy, shard
 from minift.fsdp.sharded import connect
+from minift.fsdp.transport import Transport
 from minift.model.config import ModelConfig
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.peft.adapter import AdapterConfig
 from minift.planner.shapes import Setup, Workload
-from minift.recompute import apply_recompute
+from minift.precision import Precision
+from minift.quant.linear import QuantConfig
+from minift.recompute import RecomputeConfig, apply_recompute
 from minift.step import StepResult, train_step
 from minift.trace import Recorder, Trace
 
 _SCALE = 0.02  # of weights
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """What decides how a trial runs: the parts of `config.RunConfig` that `shapes.Setup` names, with their defaults."""
+
+    adapter: AdapterConfig | None = None
+    quant: QuantConfig | None = None
+    train: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    optim: OptimConfig = OptimConfig()
+    precision: Precision = Precision()
+    fsdp: ShardPolicy = ShardPolicy()
+    recompute: RecomputeConfig = RecomputeConfig()
 
 
 class Trial:

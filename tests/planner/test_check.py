@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from minift.fsdp import ShardPolicy
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
+from minift.planner.calibration import Calibration, calibration_path, describe_machine
+from minift.planner.check import FREE_DEVICE, FREE_NETWORK
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
@@ -82,6 +85,31 @@ def test_a_run_is_set_against_its_plan(inputs: Path, tmp_path: Path, world_size:
     report = (tmp_path / "run" / "report.md").read_text()
     assert "## Plan and measurement\n\nStep 2 on rank 0" in report
     assert f"| peak of a step ({result.peak_at}) | {result.peak[0] / 2**20:,.1f} | " in report
+
+
+def go_calibrated(world: World, config: RunConfig, cache: str) -> PlanResult | None:
+    """On a machine of which it is said that a step takes 2.5 s, whatever it does."""
+    device = replace(FREE_DEVICE, step_s=2.5)
+    network = replace(FREE_NETWORK, meet_s=0.0)
+    os.environ["XDG_CACHE_HOME"] = cache
+    try:
+        Calibration(describe_machine("cpu"), "", {1: 1}, {1: device}, {1: network}).save(calibration_path("cpu"))
+        return go(world, config)[0]
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 4])
+def test_steps_are_timed_where_the_machine_was_calibrated(inputs: Path, tmp_path: Path, max_steps: int) -> None:
+    config = recipe(inputs, tmp_path / "run", max_steps)
+    (result,) = run_ranks(1, go_calibrated, config, str(tmp_path))
+    report = (tmp_path / "run" / "report.md").read_text()
+    if max_steps < 4:  # none came after the one in which bytes were counted
+        assert result.seconds is None and "planned to take" not in report
+    else:
+        measured = [record["step_seconds"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]][2:]
+        assert result.seconds[0] == 2.5 and 0 < result.seconds[1] <= sum(measured) / len(measured)
+        assert f"were planned to take 2.500 s each, and took {result.seconds[1]:.3f} s" in report
 
 
 def test_a_run_of_one_step_is_checked_in_that(inputs: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import groupby
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from minift.dist.process import World
@@ -93,7 +93,7 @@ def cases(draw) -> Case:
         world_size,
         depth=draw(st.integers(1, 5)),
         tied=draw(st.booleans()),
-        frozen=draw(st.sampled_from(FROZEN)),
+        frozen=draw(st.sampled_from([*FROZEN, "embed|norm"])),
         microbatches=draw(st.integers(1, 3)),
         transport=draw(st.sampled_from(["shared", "paired"])),
         policy=draw(policies(world_size, replicas=True)),
@@ -105,6 +105,7 @@ def cases(draw) -> Case:
 
 
 @settings(max_examples=30, deadline=None, phases=PHASES)
+@example(Case(2, frozen="embed|norm", policy=ShardPolicy("zero2")))
 @given(cases())
 def test_events_come_in_the_order_of_a_real_step(case: Case) -> None:
     for expected, units, schedule in run_ranks(case.world_size, recorded, case):
