@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 from minift.dist.collectives import barrier, gather_objects
 from minift.dist.process import World
-from minift.fsdp.transport import PairedSends
+from minift.fsdp.transport import Buffer, PairedSends
 from minift.model.config import ModelConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.calibration import Calibration, describe_machine
@@ -49,6 +50,7 @@ _TINY = {
 }  # fmt: skip
 _TINY_WORK = Workload(tokens=32, document_tokens=32)
 _MESSAGE_BYTES = (1 << 14, 1 << 18, 1 << 22)
+_CALLS = 5  # of a message
 
 
 _TINY_SETUPS = (TrialSetup(), TrialSetup(LoraConfig(r=8)), TrialSetup(LoraConfig(r=8), QuantConfig()))
@@ -64,8 +66,7 @@ class Calibrator:
         self._samples = list(samples(world.device))
         self._seconds: dict[tuple[int, Op], list[float]] = defaultdict(list)
         self._steps: dict[tuple[int, int], list[float]] = defaultdict(list)
-        self._messages: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-        self._meetings: list[float] = []
+        self._links = LinkCalibrator(world)
 
     def round(self) -> None:
         """Everything once."""
@@ -81,26 +82,7 @@ class Calibrator:
             trial.step()
             barrier(self.world)
             self._steps[key].append(median(self._elapsed(trial.step, 1) for _ in range(10)))
-        self._meetings.append(self._elapsed(lambda: barrier(self.world), 20))
-        if self.world.size > 1 and self.world.device.type == "cpu":
-            self._send()
-
-    def _send(self) -> None:
-        """All-gathers by paired sends, and all-reduces: seconds, and processor seconds, of each."""
-        link = PairedSends(self.world)
-        for num_bytes in _MESSAGE_BYTES:
-            (buffer,) = link.gather_buffers(1, num_bytes)
-            full = buffer.memory
-            addends = torch.zeros(num_bytes // 4)
-            for kind, run in (
-                ("gather", lambda: link.all_gather(buffer, [full]).wait()),  # noqa: B023
-                ("sum", lambda: dist.all_reduce(addends, group=self.world.group)),  # noqa: B023
-            ):
-                run()
-                barrier(self.world)
-                busy = time.process_time()
-                elapsed = self._elapsed(run, 5)
-                self._messages[kind, num_bytes].append((elapsed, (time.process_time() - busy) / 5))
+        self._links.round()
 
     def _median(self, run: Callable[[], object]) -> float:
         """Seconds of a call: the median of three groups of them."""
@@ -109,25 +91,12 @@ class Calibrator:
         return median(self._elapsed(run, calls) for _ in range(3))
 
     def _elapsed(self, run: Callable[[], object], calls: int) -> float:
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-        return (time.perf_counter() - started) / calls
+        return _elapsed(run, calls, self.world.device)
 
     def figures(self) -> tuple[Device, Network]:
-        """What the rounds say, the mean over ranks; the same on all of them."""
-        mine: list[dict[Any, float]] = [
-            {key: median(values) for key, values in part.items()} for part in (self._seconds, self._steps)
-        ]
-        mine += [{key: median(column) for key, column in part.items()} for part in self._columns()]
-        mine.append({"meet": median(self._meetings)})
-        of_ranks = gather_objects(mine, self.world)
-        ops, steps, elapsed, busy, meetings = (
-            {key: float(np.mean([rank[number][key] for rank in of_ranks])) for key in part}
-            for number, part in enumerate(mine)
-        )
+        """What the rounds say; the same on all ranks."""
+        ops, steps = _over_ranks([self._seconds, self._steps], self.world)
+        network = self._links.network()
         device = Device(
             name=self.world.device.type,
             memory_bytes=_memory_bytes(self.world),
@@ -136,35 +105,84 @@ class Calibrator:
             rates=fit_rates([(op, seconds) for (_, op), seconds in ops.items()]),
             runs_ahead=self.world.device.type == "cuda",
         )
-        meet_s = meetings["meet"]
-        return _with_host(device, steps, self.world, meet_s), _network(elapsed, busy, self.world, meet_s)
-
-    def _columns(self) -> list[dict[tuple[str, int], list[float]]]:
-        """Seconds, and processor seconds, of messages."""
-        return [{key: [pair[column] for pair in pairs] for key, pairs in self._messages.items()} for column in (0, 1)]
+        return _with_host(device, steps, self.world, network.meet_s), network
 
 
-def _network(
-    elapsed: dict[tuple[str, int], float], busy: dict[tuple[str, int], float], world: World, meet_s: float
-) -> Network:
-    """Between processes of this machine, by paired sends."""
-    if not elapsed:
-        return Network(math.inf, math.inf, 1, (Protocol(),), meet_s)
-    moved = np.array([num_bytes * (world.size - 1) / world.size for num_bytes in _MESSAGE_BYTES])
+class LinkCalibrator:
+    """What it takes the ranks of `world` to meet and, on CPUs, to send each other something by the engine's paired
+    sends. In rounds, likewise."""
 
-    def line(kind: str) -> tuple[float, float]:
-        """Seconds of a message, and of a byte that is moved."""
-        seconds = np.array([elapsed[kind, num_bytes] for num_bytes in _MESSAGE_BYTES])
-        base_s, s_per_byte = fit_line(np.stack([np.ones(len(moved)), moved], 1), seconds)
-        return base_s, s_per_byte or float(seconds[-1] / moved[-1])
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._meetings: dict[str, list[float]] = defaultdict(list)
+        self._elapsed: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._busy: dict[tuple[str, int], list[float]] = defaultdict(list)
 
-    (base_s, s_per_byte), (_, sum_s_per_byte) = line("gather"), line("sum")  # a sum moves everything twice
-    is_crowded = world.size * torch.get_num_threads() >= (os.cpu_count() or 1)
-    return Network(
-        1 / s_per_byte, 1 / s_per_byte, world.size, (Protocol(base_s),), meet_s,
-        sum_share=2 * s_per_byte / sum_s_per_byte,
-        host_s_per_byte=float(busy["gather", _MESSAGE_BYTES[-1]] / moved[-1]) if is_crowded else 0.0,
-    )  # fmt: skip
+    def round(self) -> None:
+        """Messages of every size, by all-gathers and by all-reduces."""
+        device, group = self.world.device, self.world.group
+        self._meetings["meet"].append(_elapsed(lambda: barrier(self.world), 20, device))
+        if self.world.size == 1 or device.type != "cpu":
+            return
+        link = PairedSends(self.world)
+        for num_bytes in _MESSAGE_BYTES:
+            (buffer,) = link.gather_buffers(1, num_bytes)
+            full, addends = buffer.memory, torch.zeros(num_bytes // 4)
+            for kind, run in (
+                ("gather", partial(_gather, link, buffer, full)),
+                ("sum", partial(dist.all_reduce, addends, group=group)),
+            ):
+                run()
+                barrier(self.world)
+                busy = time.process_time()
+                self._elapsed[kind, num_bytes].append(_elapsed(run, _CALLS, device))
+                self._busy[kind, num_bytes].append((time.process_time() - busy) / _CALLS)
+
+    def network(self) -> Network:
+        """What the rounds say; the same on all ranks."""
+        meetings, elapsed, busy = _over_ranks([self._meetings, self._elapsed, self._busy], self.world)
+        size, meet_s = self.world.size, meetings["meet"]
+        if not elapsed:
+            return Network(math.inf, math.inf, 1, (Protocol(),), meet_s)
+        moved = np.array([num_bytes * (size - 1) / size for num_bytes in _MESSAGE_BYTES])
+
+        def line(kind: str) -> tuple[float, float]:
+            """Seconds of a message, and of a byte that is moved."""
+            seconds = np.array([elapsed[kind, num_bytes] for num_bytes in _MESSAGE_BYTES])
+            base_s, s_per_byte = fit_line(np.stack([np.ones(len(moved)), moved], 1), seconds)
+            return base_s, s_per_byte or float(seconds[-1] / moved[-1])
+
+        (base_s, s_per_byte), (_, sum_s_per_byte) = line("gather"), line("sum")  # a sum moves everything twice
+        is_crowded = size * torch.get_num_threads() >= (os.cpu_count() or 1)
+        return Network(
+            1 / s_per_byte, 1 / s_per_byte, size, (Protocol(base_s),), meet_s,
+            sum_share=2 * s_per_byte / sum_s_per_byte,
+            host_s_per_byte=float(busy["gather", _MESSAGE_BYTES[-1]] / moved[-1]) if is_crowded else 0.0,
+        )  # fmt: skip
+
+
+def _gather(link: PairedSends, buffer: Buffer, full: torch.Tensor) -> None:
+    link.all_gather(buffer, [full]).wait()
+
+
+def _elapsed(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds of a call."""
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def _over_ranks(parts: Sequence[dict[Any, list[float]]], world: World) -> list[dict[Any, float]]:
+    """Of each list the median, and of these the mean over ranks."""
+    mine = [{key: median(values) for key, values in part.items()} for part in parts]
+    of_ranks = gather_objects(mine, world)
+    return [
+        {key: float(np.mean([rank[number][key] for rank in of_ranks])) for key in part}
+        for number, part in enumerate(mine)
+    ]
 
 
 def _with_host(device: Device, steps: dict[tuple[int, int], float], world: World, meet_s: float) -> Device:

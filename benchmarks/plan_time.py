@@ -1,0 +1,90 @@
+"""How well does a plan know how long a step takes?
+
+    python benchmarks/plan_time.py                          # 27 runs drawn at random, on 1, 2 and 3 processes
+    python benchmarks/plan_time.py --seed 7 --cases 12 --ranks 2
+
+A run is drawn by its seed: the model's shape, full fine-tuning, LoRA or QLoRA, recomputation, what is sharded, number
+formats, tokens, documents, microbatches. It is planned as `minift plan` does it, and its steps are timed. Figures of
+the machine come from calibrating it in the same processes, a round every few runs, so that what else goes on meets
+plans and measurements alike; no figure is fitted to a run. Prints a table, and one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from dataclasses import dataclass
+
+import results
+from drawn_runs import Case, Timing, draw, error_values, time_steps
+from processes import run_ranks
+from protocol import QUIET_SHARE
+from results import Result
+
+from minift.dist.process import World
+from minift.planner.calibrate import Calibrator
+from minift.planner.device import Device
+from minift.planner.network import Network
+from minift.planner.shapes import describe
+from minift.planner.timing import time_step
+from minift.planner.trial import Trial
+
+CASES_PER_ROUND = 3  # of calibration
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the processes of one number say: figures, and a timing of each case."""
+
+    device: Device
+    network: Network
+    timings: list[Timing]
+
+
+def measure(world: World, tell: object, cases: list[Case]) -> Measured:
+    """Runs, and rounds of calibration in between."""
+    calibrator, timings = Calibrator(world), []
+    for number, case in enumerate(cases):
+        if number % CASES_PER_ROUND == 0:
+            calibrator.round()
+        timings.append(time_steps(Trial(case.config, case.setup, case.workload, world), world))
+    calibrator.round()
+    return Measured(*calibrator.figures(), timings)
+
+
+def planned_seconds(case: Case, num_ranks: int, measured: Measured) -> float:
+    run = describe(case.config, case.setup, world_size=num_ranks, link="shared memory", workload=case.workload)
+    return time_step(run, measured.device, measured.network).seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=9, help="runs for each number of processes")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
+    args = results.parse(parser)
+
+    rows, shares = [], []
+    print(f"{'ranks':7}{'run':72}{'planned':>9}{'measured':>10}{'error':>8}")
+    for num_ranks in args.ranks:
+        rng = random.Random(f"{args.seed} {num_ranks}")
+        cases = [draw(rng) for _ in range(args.cases)]
+        measured = run_ranks(num_ranks, measure, cases)[0]
+        for case, timing in zip(cases, measured.timings, strict=True):
+            planned, seconds = planned_seconds(case, num_ranks, measured), timing.seconds
+            shares += timing.foreign
+            rows.append({
+                "ranks": num_ranks, "run": case.text(), "planned_seconds": planned, "measured_seconds": seconds,
+                "error": planned / seconds - 1,
+            })  # fmt: skip
+            print(f"{num_ranks:<7}{case.text():72}{planned:9.4f}{seconds:10.4f}{rows[-1]['error']:+8.1%}", flush=True)
+    values = error_values([row["error"] for row in rows])
+    for name, value in values.items():
+        print(f"{name:22}{value:8.3f}")
+    conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
+    results.finish(args, Result("plan_time", values, rows, conditions))
+
+
+if __name__ == "__main__":
+    main()
