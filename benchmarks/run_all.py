@@ -69,6 +69,9 @@ BENCHMARKS = {
         runs=("", "--trainable"), quick="--tokens 128 --vocab 1024 --chunks 32 128 --rounds 3"
     ),
     "checkpoint": Benchmark(quick="--layers 1 --tokens 32 --rounds 2"),
+    "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
+    "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
+    "scaling": Benchmark(quick="--most 8"),
 }  # fmt: skip
 
 
