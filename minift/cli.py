@@ -20,6 +20,10 @@ quantisation, written dense; often better, but a model that nobody has evaluated
 stored in NF4. requantized: the 4-bit weights, the sum rounded to 4 bits again; as small as before, loses much of the
 update."""
 
+COMBINE_METHODS = """svd (default): the weighted sum of the updates, cut to a rank; cat: the sum exactly, ranks add up;
+linear, ties, dare_linear, dare_ties, magnitude_prune: of the factors, with equal ranks; the last four with _svd: of the
+updates, then cut to a rank. As PEFT's add_weighted_adapter."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -112,6 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--target", metavar="dequantized|original|requantized", help=MERGE_TARGETS)
     merge.add_argument("--original", metavar="DIR", help="what a --model in NF4 was quantised from, for that --target")
 
+    combine = _add(top, "combine", commands.combine, "several LoRA adapters -> one; no base model is needed")
+    combine.add_argument("adapters", metavar="DIR", nargs="+", help="PEFT adapter folder")
+    combine.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
+    combine.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each (default: equal, sum 1)")
+    combine.add_argument("--method", default="svd", help=COMBINE_METHODS)
+    combine.add_argument("--rank", type=int, metavar="R", help="of the result, for svd, *_svd (default: the largest)")
+    combine.add_argument("--density", type=float, default=0.5, help="what ties, dare, magnitude_prune keep (0.5)")
+    combine.add_argument("--seed", type=int, default=0, metavar="N", help="of what dare drops (default: 0)")
+    combine.add_argument("--dtype", default="float32", help="stored as float32 (default), bfloat16 or float16")
+    combine.add_argument("--max-shard-mib", type=int, metavar="N", help="largest file (default: one, as PEFT reads)")
+
     generate = _add(top, "generate", commands.generate, "answer a prompt")
     _add_assistant(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says; - reads standard input")
@@ -164,7 +179,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_assistant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
+    parser.add_argument("--adapter", metavar="DIR", nargs="+", help="PEFT adapter folder; several are added up")
     parser.add_argument("--nf4", action="store_true", help="hold the weights in 4 bits, as QLoRA adapters expect")
     parser.add_argument("--template", default="auto", help="auto: the tokenizer's; or chatml, llama2, llama3, ...")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -156,6 +156,25 @@ def merge(options: Namespace) -> None:
     print(f"wrote {options.out}")
 
 
+def combine(options: Namespace) -> None:
+    from minift.checkpoint.adapter_files import STORAGE_DTYPES
+    from minift.checkpoint.combine import combine_adapters
+    from minift.peft.combine import Combination
+
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
+    if options.dtype not in dtypes:
+        raise ValueError(f"--dtype is {options.dtype}; valid: {', '.join(dtypes)}")
+    config = combine_adapters(
+        options.adapters,
+        options.out,
+        weights=options.weights,
+        how=Combination(method=options.method, rank=options.rank, density=options.density, seed=options.seed),
+        dtype=dtypes[options.dtype],
+        max_shard_bytes=None if options.max_shard_mib is None else options.max_shard_mib << 20,
+    )
+    print(f"wrote {options.out}: LoRA of rank {config.r} on {len(config.targets)} modules")
+
+
 def plot(options: Namespace) -> None:
     from minift.curves import draw_runs
     from minift.style import DARK, LIGHT
@@ -234,7 +253,7 @@ def _with_assistant(options: Namespace, go: Callable[[Assistant, World], None]) 
     try:
         quant = QuantConfig() if options.nf4 else None
         assistant = load_assistant(
-            options.model, options.adapter, template=options.template, quant=quant, device=world.device
+            options.model, options.adapter or (), template=options.template, quant=quant, device=world.device
         )
         go(assistant, world)
     finally:

@@ -10,7 +10,7 @@ merging first (`minift merge`) makes generation faster and rounds the weights on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from minift.checkpoint.adapters import load_adapter
+from minift.checkpoint.adapters import load_resident
 from minift.data.config import DataConfig
 from minift.data.loader import eval_batches
 from minift.data.prepare import choose_template, encode_split
@@ -33,15 +33,18 @@ from minift.generate import generate
 from minift.model.decoder import CausalLM
 from minift.objectives.sft import SupervisedTokens
 from minift.peft.manage import constant_weights
+from minift.peft.resident import Residents
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """Ready to answer. `template` is None where the tokenizer has none: prompts are then continued as plain text."""
+    """Ready to answer. `template` is None where the tokenizer has none: prompts are then continued as plain text.
+    `residents`: the model's adapters, by the folders they came from."""
 
     model: CausalLM
+    residents: Residents
     tokenizer: Tokenizer
     template: ChatTemplate | None
     device: torch.device
@@ -49,16 +52,16 @@ class Assistant:
 
 def load_assistant(
     model_folder: str,
-    adapter_folder: str | None = None,
+    adapter_folders: str | Sequence[str] = (),
     *,
     template: str = "auto",
     quant: QuantConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
 ) -> Assistant:
-    """Read a Hugging Face folder and, if given, a PEFT adapter folder. `template`: auto (the tokenizer's) or a built-in
-    name. `quant`: hold the weights in 4 bits, as an adapter was trained on. `device`: the first GPU, or the CPU where
-    there is none. Raises ValueError for folders that do not fit."""
+    """Read a Hugging Face folder and any PEFT adapter folders, all of which are active. `template`: auto (the
+    tokenizer's) or a built-in name. `quant`: hold the weights in 4 bits, as an adapter was trained on. `device`: the
+    first GPU, or the CPU where there is none. Raises ValueError for folders that do not fit."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_folder(model_folder)
@@ -67,9 +70,12 @@ def load_assistant(
     else:
         chosen = ChatTemplate.from_tokenizer(tokenizer) if tokenizer.chat_template else None
     model = load_model(model_folder, quant, dtype, device)
-    if adapter_folder is not None:
-        load_adapter(model, adapter_folder, dtype=dtype)
-    return Assistant(model.eval(), tokenizer, chosen, device)
+    residents = Residents(model.eval())
+    folders = [adapter_folders] if isinstance(adapter_folders, str) else adapter_folders
+    for folder in folders:
+        load_resident(residents, folder, folder, dtype=dtype)
+    residents.activate(*folders)
+    return Assistant(model, residents, tokenizer, chosen, device)
 
 
 def answer(

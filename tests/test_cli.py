@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minift import commands
+from minift.checkpoint.adapters import file_tensors, save_adapter
 from minift.cli import main
+from minift.model.hf import load_model
 from minift.model.weights import WeightReader
+from minift.peft.inject import adapter_parameters, inject
+from minift.peft.lora import LoraConfig
 from minift.quant.bitsandbytes import StoredNF4
 from minift.quant.linear import QuantConfig
 from tests.tiny import write_inputs, write_model
@@ -171,3 +177,29 @@ def test_quantize_takes_its_options(tmp_path, capsys):
     assert stored.config() == QuantConfig(block_size=32, double_quant=False)
     assert len(stored.projections) == 2 + 4 + 2
     assert not any("down_proj" in name or "layers.0.self_attn" in name for name in stored.projections)
+
+
+def test_adapters_are_combined_and_stacked(tmp_path, capsys, monkeypatch):
+    """A stack of two is their exact sum, which `combine --method cat` writes as one."""
+    monkeypatch.chdir(write_inputs(tmp_path).resolve())
+    for number in range(2):
+        model = load_model("model", torch.float32)
+        config = LoraConfig(r=2, targets=["o_proj", "down_proj"])
+        inject(model, config)
+        torch.manual_seed(number)
+        for parameter in adapter_parameters(model).values():
+            torch.nn.init.normal_(parameter, std=0.5 + number)
+        save_adapter(f"adapter{number}", config, file_tensors(model))
+    measure = ["eval", "loss", "--model", "model", "--data", "train.jsonl", "--template", "chatml", "--device", "cpu"]
+    losses = {}
+    weights = ["--method", "cat", "--weights", "1", "1", "--dtype", "float32"]
+    assert main(["combine", "adapter0", "adapter1", "--out", "both", *weights]) == 0
+    assert capsys.readouterr().out == "wrote both: LoRA of rank 4 on 4 modules\n"
+    for adapters in (["adapter0"], ["adapter1"], ["adapter0", "adapter1"], ["both"]):
+        assert main([*measure, "--adapter", *adapters]) == 0
+        losses[tuple(adapters)] = json.loads(capsys.readouterr().out)["loss"]
+    *alone, stacked, combined = losses.values()
+    assert stacked == pytest.approx(combined, rel=1e-4)  # in bf16, of many tokens
+    assert min(abs(loss - stacked) for loss in alone) > 1e-3 * stacked
+    assert main(["combine", "adapter0", "--out", "x", "--dtype", "int8"]) == 2
+    assert "--dtype is int8; valid: float32, bfloat16, float16" in capsys.readouterr().err

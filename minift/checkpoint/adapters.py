@@ -1,7 +1,7 @@
 """Adapters on disk, exactly as PEFT 0.21 writes and reads them: `adapter_config.json` and `adapter_model.safetensors`.
 
-Tensors come and go as {in-memory name: tensor}, so that a sharded model can hand in what it gathered. They are stored
-in fp32, which is what is trained. What a method holds in another form than PEFT is turned by `peft.inject.to_file` and
+Tensors come and go as {in-memory name: tensor}, so that a sharded model can hand in what it gathered; `adapter_files`
+says how they are stored. What a method holds in another form than PEFT is turned by `peft.inject.to_file` and
 `from_file`, what PEFT calls otherwise is renamed by `AdapterConfig.to_stored` and `from_stored`. Writing is atomic and
 ends with reading back what was written; reading is strict: a missing, an unexpected, a misshapen or a non-finite tensor
 is an error that names it, as is a PEFT feature that minift does not have. (An adapter that loads "with a warning" is
@@ -21,10 +21,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minift.checkpoint.adapter_files import check_values, read_stored, write_tensors
 from minift.checkpoint.atomic import atomic_folder
 from minift.checkpoint.fingerprint import Sample, check_fingerprint, write_fingerprint
 from minift.model.linear import Linear
@@ -32,9 +31,9 @@ from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import adapters, from_file, frozen_projections, inject, stored_parameters, to_file
 from minift.peft.methods import METHODS
 from minift.peft.patterns import ALL_LINEAR
+from minift.peft.resident import Residents
 
 CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -45,18 +44,20 @@ def save_adapter(
     base_model: str | None = None,
     fingerprint: Mapping[str, Sample] | None = None,
     model: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write a new PEFT folder. `tensors`: every adapter parameter, whole, as files hold it, by its in-memory name, any
-    dtype and device.
+    dtype and device. dtype, max_shard_bytes: see `adapter_files`; PEFT reads any dtype, and one file only.
 
     `base_model` is recorded as the name or path by which PEFT finds the base, `fingerprint` to know it by; of `model`,
     its sizes, by methods whose files tell them. ValueError if `tensors` is empty or incomplete, or has a non-finite
     value; OSError if what was read back is not what was written.
     """
     on_cpu = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
-    stored = {key: tensor.contiguous() for key, tensor in config.to_stored(on_cpu).items()}
+    stored = config.to_stored(on_cpu)
     for key, tensor in stored.items():
-        _check_finite(key, tensor)
+        check_values(key, tensor)
     fields = config.to_peft() | {"base_model_name_or_path": base_model}
     if model is not None:
         fields |= config.base_fields(model)
@@ -71,10 +72,7 @@ def save_adapter(
         (temporary / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if fingerprint is not None:
             write_fingerprint(temporary, fingerprint)
-        save_file(stored, temporary / TENSOR_FILE, metadata={"format": "pt"})
-        written = load_file(temporary / TENSOR_FILE)
-        if written.keys() != stored.keys() or not all(torch.equal(written[key], stored[key]) for key in stored):
-            raise OSError(f"{TENSOR_FILE} reads back differently from what was written; is the disk full or failing?")
+        write_tensors(temporary, stored, dtype, max_shard_bytes)
 
 
 def read_config(folder: str | Path) -> AdapterConfig:
@@ -97,36 +95,38 @@ def read_config(folder: str | Path) -> AdapterConfig:
 
 
 def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, as the file holds them.
+    """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, as the file holds them, fp32.
 
     `shapes`: name -> shape of every adapter parameter of the model. ValueError names what is missing, unexpected,
-    misshapen or non-finite. One exception, `base_layer.weight`: PEFT stores a copy of the base weight beside an adapter
-    on the LM head or the embedding; the base folder has the same and it is not read here.
+    misshapen, empty or non-finite.
     """
-    path = Path(folder) / TENSOR_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {TENSOR_FILE} (adapter_model.bin is a pickle, which can run code: not read)")
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    tensors = read_config(folder).from_stored(stored, shapes)
-    for name in list(tensors):
-        module = name.removesuffix(".base_layer.weight")
-        if module != name and any(own.startswith(f"{module}.") for own in shapes):
-            del tensors[name]
-    if not tensors:
-        raise ValueError(f"{path} is empty")
+    tensors = read_unchecked(folder, read_config(folder), shapes)
     differences = (("lacks", shapes.keys() - tensors.keys()), ("has unexpected", tensors.keys() - shapes.keys()))
     for problem, names in differences:
         if names:
             shown = ", ".join(sorted(names)[:4])
-            raise ValueError(f"{path} {problem} {len(names)} of {len(shapes)} adapter tensors, among them {shown}")
+            raise ValueError(f"{folder} {problem} {len(names)} of {len(shapes)} adapter tensors, among them {shown}")
     for name, shape in shapes.items():
         if tensors[name].shape != torch.Size(shape):
-            raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, the model needs {tuple(shape)}")
-        _check_finite(name, tensors[name])
+            raise ValueError(f"{folder}: {name} is {tuple(tensors[name].shape)}, the model needs {tuple(shape)}")
     return {name: tensors[name] for name in shapes}
+
+
+def read_unchecked(
+    folder: str | Path, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Likewise, whatever there is: no tensor is compared with `shapes`, which only methods with one tensor for all
+    modules need.
+
+    One thing is passed over, `base_layer.weight`: PEFT stores a copy of the base weight beside an adapter on the LM
+    head or the embedding, which the base folder has, too.
+    """
+    tensors = config.from_stored(read_stored(Path(folder)), shapes)
+    for name in list(tensors):
+        module = name.removesuffix(".base_layer.weight")
+        if module != name and any(other.startswith(f"{module}.") and other != name for other in tensors):
+            del tensors[name]
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> AdapterConfig:
@@ -148,6 +148,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype = t
     return config
 
 
+def load_resident(
+    residents: Residents, name: str, folder: str | Path, *, dtype: torch.dtype = torch.float32, swap: bool = False
+) -> None:
+    """Add the adapter in `folder` as `name`; with `swap`, write its values into the tensors of the one called so. As
+    `load_adapter` otherwise."""
+    take = residents.replace if swap else residents.add
+    take(name, read_config(folder), lambda model: load_adapter(model, folder, dtype=dtype))
+
+
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What `save_adapter` takes, of a model that one process holds whole."""
     return {
@@ -158,8 +167,3 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:
     return adapters(model)[name].base.dense_weight()
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} has a value that is infinite or not a number; the adapter is not usable")

@@ -75,23 +75,27 @@ def write_fingerprint(folder: Path, fingerprint: Mapping[str, Sample]) -> None:
     (folder / FINGERPRINT_FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
-def check_fingerprint(
-    folder: str | Path, model: nn.Module, read: Callable[[str], Tensor], is_quantized: Callable[[str], bool]
-) -> None:
-    """ValueError if the adapter in `folder` says which base it is for, and that is not the base of `model`."""
+def read_fingerprint(folder: str | Path) -> dict[str, Sample] | None:
+    """What the adapter in `folder` says about its base; None if it says nothing."""
     path = Path(folder) / FINGERPRINT_FILE
     if not path.is_file():
-        return
+        return None
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        expected = {
+        return {
             name: Sample(f["is_quantized"], tuple(f["shape"]), f["largest"], tuple(f["values"]))
             for name, f in fields.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged; delete it to load the adapter without checking its base") from None
+
+
+def check_fingerprint(
+    folder: str | Path, model: nn.Module, read: Callable[[str], Tensor], is_quantized: Callable[[str], bool]
+) -> None:
+    """ValueError if the adapter in `folder` says which base it is for, and that is not the base of `model`."""
     here = frozen_projections(model).keys()
-    for name, sample in expected.items():
+    for name, sample in (read_fingerprint(folder) or {}).items():
         if name in here and not Sample.of(read(name), is_quantized(name)).could_be(sample):
             raise ValueError(
                 f"{folder} was trained on another base: {name} has other values there. Load it on the model that its "

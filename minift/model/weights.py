@@ -117,7 +117,7 @@ class WeightReader:
             return [SINGLE_FILE], {}
         index_path = self.folder / INDEX_FILE
         if index_path.is_file():
-            mapped = _parse_index(index_path)
+            mapped = parse_index(index_path)
             return sorted(set(mapped.values())), mapped
         pickled = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
         if pickled:
@@ -229,7 +229,8 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse_index(path: Path) -> dict[str, str]:
+def parse_index(path: Path) -> dict[str, str]:
+    """Tensor -> file, of a `*.safetensors.index.json`. ValueError unless every file is one of the same folder."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
