@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minift.checkpoint.initial import InitialAdapter, ResidualWeights
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.model.config import ModelConfig
@@ -90,12 +91,14 @@ def build_model(
     recorder: Recorder,
     world: World,
     seed: int,
+    initial: InitialAdapter | None = None,
 ) -> BuiltModel:
     """Assemble as described above. With an adapter only its parameters are trained; without, those that `train` (all,
     if empty) and `freeze` say, see `peft.freeze`. `quant`: hold the base weights so; a folder that is quantised already
-    is held as it is. ValueError for a folder or a pattern that does not fit."""
+    is held as it is. `initial`: where the adapter starts, for a method that changes the base by it. ValueError for a
+    folder or a pattern that does not fit."""
     config = load_config(source.path)
-    weights = QuantWeights(source.path)
+    weights = QuantWeights(source.path) if initial is None else ResidualWeights(source.path, initial)
     on_paper = construct(config, weights, adapter, quant=quant, train=train, freeze=freeze, seed=seed)
     model, quantized = on_paper.module, on_paper.quantized
     own_parameters = adapter_parameters(model)
@@ -110,7 +113,7 @@ def build_model(
         numel = math.prod(weights.shape(f"{projection}.weight"))
         return weights.read_range(f"{projection}.weight", start, numel if stop is None else stop)
 
-    initial: dict[str, Tensor] = {}  # the adapter parameter drawn last: a shard border may ask for its two halves
+    drawn: dict[str, Tensor] = {}  # the adapter parameter drawn last: a shard border may ask for its two halves
 
     def read(name: str, start: int, stop: int) -> Tensor:
         if name not in own_parameters:
@@ -118,10 +121,11 @@ def build_model(
             if projection in quantized and part != "bias":
                 return weights.read_bytes(quantized[projection], f"{projection}.{part}", start, stop)
             return weights.read_range(f"{projection}.{part}", start, stop)
-        if name not in initial:
-            initial.clear()
-            initial[name] = init_tensor(model, name, seed, base_weight).reshape(-1)
-        return initial[name][start:stop]
+        if name not in drawn:
+            drawn.clear()
+            values = init_tensor(model, name, seed, base_weight) if initial is None else initial.read(name)
+            drawn[name] = values.reshape(-1)
+        return drawn[name][start:stop]
 
     engine.load(read)
     return BuiltModel(

@@ -24,6 +24,7 @@ from minift.fsdp.policy import ShardPolicy
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.methods import Method
+from minift.peft.residual import ResidualLoraConfig
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recipe.build import build, differences
@@ -101,6 +102,11 @@ class RunConfig:
             problems.append(
                 "quant is set without adapter, and weights of 4 bits cannot be trained; valid: quant with an adapter "
                 "(--adapter '{}': LoRA), or quant null"
+            )
+        if self.quant is not None and isinstance(self.adapter, ResidualLoraConfig):
+            problems.append(
+                f"quant is set with adapter.method {self.adapter.method}, which starts by changing the base, and 4 "
+                "bits would round the change away; valid: quant null (--quant null), or another method"
             )
         if self.loop.microbatch_tokens < self.data.max_length_tokens:
             problems.append(

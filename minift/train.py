@@ -9,12 +9,13 @@ Not here: how the model is put together (`build`), what a batch is (`data`), whe
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 from minift.build import BuiltModel, ModelSource, base_fingerprint, build_model
 from minift.checkpoint.export import export_run
+from minift.checkpoint.initial import InitialAdapter
 from minift.checkpoint.manifest import Standing, list_checkpoints
 from minift.checkpoint.saver import STAGING_BYTES, Saver
 from minift.checkpoint.sharded import load_newest
@@ -52,6 +54,7 @@ from minift.progress import Progress
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from minift.report import RunFacts, write_report
+from minift.start.prepare import needs_gradients, needs_start, prepare_start
 from minift.step import NonFiniteError, StepResult, train_step
 from minift.timeline import write_timeline
 from minift.trace import Recorder
@@ -167,6 +170,10 @@ class Run:
 
         with self.phase("data"):
             self.training, self.validation = self.documents()
+        self.objective = SupervisedTokens()
+        self.loader = self.make_loader()
+        initial = self.prepare_start() if needs_start(self.adapter) else None
+        self.initial = initial if initial is not None and initial.has_factors else None
         with self.phase("load model"):
             seed_everything(config.loop.seed, world.rank)
             self.built: BuiltModel = build_model(
@@ -181,20 +188,11 @@ class Run:
                 recorder=self.recorder,
                 world=world,
                 seed=config.loop.seed,
+                initial=self.initial,
             )
         config.optim.check_names(self.built.trainable)
-        self.objective = SupervisedTokens()
         self.optimizer = AdamW(self.built.engine.trainable_shards(), config.optim)
         self.scaler = LossScaler() if config.precision.needs_loss_scaling else None
-        self.loader = StepLoader(
-            self.training,
-            examples_per_step=config.loop.examples_per_step,
-            microbatch_tokens=config.loop.microbatch_tokens,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.data.seed,
-            shuffle=config.data.shuffle,
-        )
         self.total_steps = config.loop.total_steps(self.loader.steps_per_epoch)
         if config.loop.timeline_step > self.total_steps:
             raise ValueError(
@@ -202,7 +200,8 @@ class Run:
                 "optimizer step of this run"
             )
         self.schedule = Schedule.from_config(config.optim, self.total_steps)
-        self.plan_check, self.is_checked = PlanCheck(config, self.built, self.optimizer), False
+        self.plan_check = PlanCheck(replace(config, adapter=self.adapter), self.built, self.optimizer)
+        self.is_checked = False
         self.step = 0
         self.saved_step = 0
         self.base = base_fingerprint(config.model.path)
@@ -231,6 +230,44 @@ class Run:
             training = training.supervise_everything()
             validation = validation and validation.supervise_everything()
         return training, validation
+
+    def make_loader(self) -> StepLoader:
+        """Of the training documents, at the beginning."""
+        config = self.config
+        return StepLoader(
+            self.training,
+            examples_per_step=config.loop.examples_per_step,
+            microbatch_tokens=config.loop.microbatch_tokens,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=config.data.seed,
+            shuffle=config.data.shuffle,
+        )
+
+    def prepare_start(self) -> InitialAdapter:
+        """What the adapter's settings leave to the base: found out before the first step, read again after it. The
+        adapter's settings are complete then."""
+        folder, config = self.run_dir / "start", self.config
+        with self.phase("prepare adapter"):
+            if list_checkpoints(self.run_dir / "checkpoints"):
+                initial = InitialAdapter(folder, self.adapter)
+            else:
+                num_steps = self.adapter.gradient_steps if needs_gradients(self.adapter) else 0
+                steps = [batches for batches, _ in itertools.islice(self.make_loader(), num_steps)]
+                initial = prepare_start(
+                    folder,
+                    self.adapter,
+                    steps,
+                    source=config.model,
+                    quant=config.quant,
+                    objective=self.objective,
+                    precision=config.precision,
+                    recompute=config.recompute,
+                    world=self.world,
+                    seed=config.loop.seed,
+                )
+        self.adapter = initial.config
+        return initial
 
     def resume(self) -> None:
         """Continue from the newest good checkpoint of this run folder, if there is one."""
@@ -439,7 +476,7 @@ class Run:
             with self.phase("export"):
                 adapter_folder, model_folder = export_run(
                     self.built.engine, self.built.config, self.adapter, self.config.model.path,
-                    self.run_dir / "export",
+                    self.run_dir / "export", self.initial,
                 )  # fmt: skip
         with self.phase("checkpoint"):
             self.saver.wait()

@@ -17,7 +17,7 @@ LAYERS = [  # lowest first; what shares a line does not import each other
     ["quant", "recompute", "generate", "peft", "fsdp"],
     ["checkpoint"],
     ["build", "step", "eval", "report", "timeline"],
-    ["planner"],
+    ["planner", "start"],
     ["train", "inference"],
     ["config"],
     ["commands"],

@@ -19,21 +19,29 @@ from torch import Tensor
 from minift.checkpoint.adapters import save_adapter
 from minift.checkpoint.atomic import atomic_folder, swap_in
 from minift.checkpoint.fingerprint import take_fingerprint
+from minift.checkpoint.initial import InitialAdapter
 from minift.fsdp.sharded import ShardedModel
 from minift.model.config import ModelConfig
 from minift.model.hf import save_model
 from minift.model.weights import WeightReader
 from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import to_file
+from minift.peft.residual import ResidualLoraConfig
 from minift.quant.weights import QuantWeights
 
 
 def export_run(
-    engine: ShardedModel, config: ModelConfig, adapter: AdapterConfig | None, base_folder: str, folder: Path
+    engine: ShardedModel,
+    config: ModelConfig,
+    adapter: AdapterConfig | None,
+    base_folder: str,
+    folder: Path,
+    initial: InitialAdapter | None = None,
 ) -> tuple[str | None, str | None]:
     """Write `folder/adapter` or `folder/model` and return (adapter folder, model folder), one of them None. Collective.
 
-    Weights of a whole model get the dtypes of the base folder. What an earlier export of this run left is replaced.
+    Weights of a whole model get the dtypes of the base folder. An adapter that changed its base where it started, at
+    `initial`, is written as one for the base in `base_folder`. What an earlier export of this run left is replaced.
     """
     target = folder / ("model" if adapter is None else "adapter")
     fresh = target.with_name(f".{target.name}.new")
@@ -50,6 +58,10 @@ def export_run(
                 return weights.trained_weight(name, model.get_submodule(name).base)
 
             tensors = {name: to_file(model, name, values.float(), base_weight) for name, values in tensors.items()}
+            if initial is not None:
+                assert isinstance(adapter, ResidualLoraConfig)
+                tensors = adapter.for_original_base(tensors, initial.tensors())
+                adapter = adapter.original_config()
             fingerprint = take_fingerprint(
                 model, lambda name: weights.read(f"{name}.weight"), weights.stored.projections.__contains__
             )

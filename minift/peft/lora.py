@@ -53,8 +53,8 @@ _PEFT_DEFAULTS: dict[str, Any] = {
 }
 # Keys that `from_peft` turns into settings, or checks, or whose value does not change what the stored tensors mean.
 _PEFT_UNDERSTOOD = SELECTION | {
-    "alpha_pattern", "eva_config", "init_lora_weights", "lora_alpha", "lora_dropout", "megatron_core",
-    "qalora_group_size", "r", "rank_pattern", "use_dora", "use_rslora",
+    "alpha_pattern", "eva_config", "init_lora_weights", "lora_alpha", "lora_dropout", "lora_ga_config",
+    "megatron_core", "qalora_group_size", "r", "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base weight as it is on disk; PiSSA, OLoRA, LoftQ, LoRA-GA and CorDA change it.
 _BASE_PRESERVING_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -70,6 +70,9 @@ class LoraConfig(AdapterConfig):
     rslora: scale by alpha / sqrt(r), so that high ranks learn as fast as low ones.
     rank_pattern: rank of single projections: {regular expression for the end of the name: r}; the first match counts.
     alpha_pattern: alpha of single projections, likewise.
+    allocate: spread the parameters that r everywhere would take so that projections get ranks from 1 to 4 r, more where
+        the weight, or the gradient, has more that a low rank can catch (minift/peft/ranks.py); none: r is r.
+    gradient_steps: optimizer steps' worth of training data over which such a gradient is averaged, before the first.
     """
 
     method: Literal["lora"] = "lora"
@@ -79,6 +82,8 @@ class LoraConfig(AdapterConfig):
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    allocate: Literal["none", "weights", "gradients"] = "none"
+    gradient_steps: int = 4
 
     peft_type = "LORA"
     uses_dora: ClassVar[bool] = False
@@ -97,6 +102,13 @@ class LoraConfig(AdapterConfig):
                 raise ValueError(f"LoRA {name} is {alpha!r}; valid: a finite number > 0")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout is {self.dropout!r}; valid: a number in [0, 1)")
+        if self.allocate != "none" and self.rank_pattern:
+            raise ValueError(
+                f"allocate is {self.allocate} and rank_pattern is {self.rank_pattern}; valid: one of the two, as both "
+                "say which rank a projection gets"
+            )
+        if self.gradient_steps < 1:
+            raise ValueError(f"gradient_steps is {self.gradient_steps!r}; valid: an integer >= 1")
 
     def rank(self, name: str) -> int:
         """Rank of the projection `name`."""

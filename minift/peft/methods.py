@@ -10,8 +10,20 @@ from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
+from minift.peft.lora_ga import LoraGaConfig
+from minift.peft.pissa import PissaConfig
 from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 
-Method = LoraConfig | DoraConfig | IA3Config | BitFitConfig | BottleneckConfig | PrefixConfig | PromptConfig
+Method = (
+    LoraConfig
+    | LoraGaConfig
+    | PissaConfig
+    | DoraConfig
+    | IA3Config
+    | BitFitConfig
+    | BottleneckConfig
+    | PrefixConfig
+    | PromptConfig
+)
 METHODS: tuple[type[AdapterConfig], ...] = get_args(Method)
