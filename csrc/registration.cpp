@@ -21,6 +21,11 @@ STABLE_TORCH_LIBRARY(minift, m) {
   // minift/ops/cross_entropy.py. targets int64; losses are fp32, of each row.
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, bool need_gradient) -> Tensor losses");
 
+  // minift/ops/low_rank.py. Wide matrices are one for each factor, or one for all.
+  m.def("to_rank(Tensor[] wides, Tensor[] factors, float[] scales) -> Tensor");
+  m.def("add_from_rank_(Tensor(a!)[] wides, Tensor[] narrows, Tensor[] factors) -> ()");
+  m.def("factor_gradients_(Tensor(a!)[] gradients, Tensor[] wides, Tensor[] narrows) -> ()");
+
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 

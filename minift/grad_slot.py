@@ -154,3 +154,22 @@ def deliver_product(parameter: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
         return mm(a, b)
     slot.add_product(a, b)
     return None
+
+
+def gradient_memory(parameter: Tensor) -> Tensor:
+    """Where to write the whole gradient of `parameter` before it is given to `deliver`: the slot's memory, or fresh."""
+    slot = slot_of(parameter)
+    claimed = None if slot is None else slot.claim(slot.tensor.dtype)
+    return torch.empty_like(parameter) if claimed is None else claimed
+
+
+def deliver(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    """`gradient`, for a backward to return: None if it went into a slot."""
+    slot = slot_of(parameter)
+    if slot is None:
+        return gradient
+    if slot.holds(gradient):
+        slot.finish(gradient)
+    else:
+        slot.add(gradient)
+    return None

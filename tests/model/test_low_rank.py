@@ -15,6 +15,7 @@ from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.linear import Linear, LinearBase, project
 from minift.ops.dropout import draw_seed, dropout, dropout_steps
+from minift.ops.low_rank import factor_gradients_, to_rank
 from minift.peft.inject import inject
 from minift.peft.lora import LoraConfig, LoraLinear
 from minift.quant.linear import NF4Linear
@@ -173,22 +174,26 @@ def test_saves_only_the_input_and_the_narrow_product(nf4, dropout):
     assert saved[x.data_ptr()] == x.nbytes, "x itself is saved, not a copy"
 
 
-def seen_products(monkeypatch, run) -> list[tuple[int, ...]]:
-    """Shapes of what `low_rank` makes by a product of its own while `run` runs, in order."""
-    shapes: list[tuple[int, ...]] = []
-    mm = minift.model.low_rank.mm
+def products_of(run) -> list[tuple[str, int, int]]:
+    """What `low_rank` asks for while `run` runs: op, number of wide matrices, number of factors."""
+    calls: list[tuple[str, int, int]] = []
 
-    def watched(a, b, out=None):
-        shapes.append((a.shape[0], b.shape[1]))
-        return mm(a, b, out=out)
+    def watched(op, wides: int, factors: int):
+        def call(*args):
+            calls.append((op.__name__, len(args[wides]), len(args[factors])))
+            return op(*args)
 
-    monkeypatch.setattr(minift.model.low_rank, "mm", watched)
-    run()
-    return shapes
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minift.model.low_rank, "to_rank", watched(to_rank, 0, 1))
+        patch.setattr(minift.model.low_rank, "factor_gradients_", watched(factor_gradients_, 1, 0))
+        run()
+    return calls
 
 
-def test_adapters_of_one_input_go_through_the_rank_in_one_product(monkeypatch):
-    """In a block as it is: q, k, v share one, gate and up another. Their gradients of A, too, are one product each."""
+def test_adapters_of_one_input_go_through_the_rank_together():
+    """In a block as it is: q, k, v share one, gate and up another. Their gradients of A, too, come from one x."""
     config = ModelConfig.from_hf(
         {
             "model_type": "llama", "vocab_size": 16, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
@@ -206,8 +211,13 @@ def test_adapters_of_one_input_go_through_the_rank_in_one_product(monkeypatch):
         head = lambda hidden_TD, lm_head: hidden_TD  # noqa: E731
         outs.append(model(torch.arange(9), torch.arange(9), bounds, 9, head=head))
 
-    assert seen_products(monkeypatch, forward) == [(9, 6), (9, 2), (9, 4), (9, 2)]  # qkv, o, gate and up, down
-    assert seen_products(monkeypatch, lambda: outs[0].sum().backward()) == [(4, 24), (6, 24)]
+    def backward_of(count: int) -> list[tuple[str, int, int]]:
+        return [("factor_gradients_", count, count), ("to_rank", count, count), ("factor_gradients_", 1, count)]
+
+    qkv, o, gate_up, down = 3, 1, 2, 1
+    assert products_of(forward) == [("to_rank", 1, count) for count in (qkv, o, gate_up, down)]
+    backward = [*backward_of(down), *backward_of(gate_up), *backward_of(o), *backward_of(qkv)]
+    assert products_of(lambda: outs[0].sum().backward()) == backward
 
 
 def away_from_zero(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -18,8 +18,8 @@ import sys, warnings
 sys.modules["minift._C"] = None  # importing it now raises ImportError, as if it had not been built
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from minift.ops import adamw, adamw_8bit, attention, blockwise, cross_entropy, dropout, extension, nf4, nf4_linear
-    from minift.ops import norm, rope, swiglu
+    from minift.ops import adamw, adamw_8bit, attention, blockwise, cross_entropy, dropout, extension, low_rank, nf4
+    from minift.ops import nf4_linear, norm, rope, swiglu
 assert extension.MISSING_REASON is not None
 assert [warning for warning in caught if "plain PyTorch" in str(warning.message)]
 assert extension.instruction_set() == "none"
@@ -34,6 +34,11 @@ y, rstd = norm.rms_norm(x.detach(), torch.ones(8, dtype=torch.bfloat16), 1e-5)
 assert norm.rms_norm_backward(y, x.detach(), torch.ones(8, dtype=torch.bfloat16), rstd, False)[1] is None
 assert torch.equal(dropout.dropout(y, 1, 0), y)
 assert cross_entropy.cross_entropy_(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), True).tolist() == [0.0, 0.0]
+wide, factor = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8, 1, dtype=torch.bfloat16)
+narrow = low_rank.to_rank([wide], [factor], [0.5])
+low_rank.factor_gradients_([factor], [wide], [narrow])
+low_rank.add_from_rank_([wide], [narrow], [factor])
+assert (factor == 8.0).all() and (wide == 33.0).all()
 
 codes, absmax = nf4.quantize_nf4(torch.ones(8, 64))
 assert torch.equal(nf4.absmax_of(torch.ones(8, 64)), absmax)
@@ -84,7 +89,7 @@ def op_names() -> list[str]:
 @pytest.mark.skipif(extension.MISSING_REASON is not None, reason="needs the extension")
 @pytest.mark.parametrize("key", ["CPU", "CompositeExplicitAutograd", "Meta"])
 def test_every_op_has_a_kernel_a_reference_for_other_devices_and_a_fake(op_names, key):
-    assert len(op_names) >= 15
+    assert len(op_names) >= 18
     for name in op_names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
 

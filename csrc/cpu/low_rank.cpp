@@ -1,0 +1,186 @@
+// Low-rank updates on the CPU, in bf16: wide matrices (T, W), narrow ones (T, R), factors (W, R).
+//
+// What is small, a factor or a narrow matrix, is first packed into a panel by the calling thread. Then rows, or strips
+// of a wide matrix, are each computed by one thread, in the same way whichever it is: results have the same bits with
+// any number of threads.
+
+#include "instruction_set.h"
+#include "rows.h"
+
+#include "low_rank.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#define MINIFT_KERNELS "low_rank_kernels.h"
+#include "for_each_instruction_set.h"
+
+namespace minift {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// A matrix (length, width) that rows of `length` elements are multiplied by; see low_rank_kernels.h.
+class Panel {
+ public:
+  Panel(const Tensor& matrix, int64_t length_dim)
+      : width((matrix.size(1 - length_dim) + LOW_RANK_PADDING - 1) / LOW_RANK_PADDING * LOW_RANK_PADDING),
+        pairs_((matrix.size(length_dim) + 1) / 2 * width) {
+    MINIFT_KERNEL(pack_low_rank)(static_cast<const Bf16*>(matrix.data_ptr()), matrix.stride(length_dim),
+                                 matrix.stride(1 - length_dim), matrix.size(length_dim), matrix.size(1 - length_dim),
+                                 pairs_.data(), width);
+  }
+  const uint32_t* pairs() const { return pairs_.data(); }
+
+  const int64_t width;
+
+ private:
+  std::vector<uint32_t> pairs_;
+};
+
+const Tensor& of_factor(const Tensors& wides, size_t i) { return wides[wides.size() == 1 ? 0 : i]; }
+
+bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
+}
+
+void check_wides(const Tensors& wides, size_t num_factors) {
+  STD_TORCH_CHECK(num_factors > 0 && (wides.size() == num_factors || wides.size() == 1),
+                  "low rank: there must be one wide matrix for each factor, or one for all");
+  for (const Tensor& wide : wides) {
+    STD_TORCH_CHECK(wide.dim() == 2 && wide.size(0) == wides[0].size(0) && wide.scalar_type() == ScalarType::BFloat16,
+                    "low rank: wide matrices must be bfloat16 (tokens, width)");
+  }
+}
+
+void check_factor(const Tensor& factor, const Tensor& wide) {
+  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == wide.size(1) && factor.scalar_type() == ScalarType::BFloat16,
+                  "low rank: factors must be bfloat16 (width, rank)");
+}
+
+Tensor with_adjacent_columns(const Tensor& tensor) {
+  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+LowRankProduct product_of(const Tensor& rows, const Panel& panel) {
+  return {static_cast<const Bf16*>(rows.data_ptr()), rows.stride(0), rows.size(1), panel.pairs()};
+}
+
+// Every sum, rows in parallel.
+template <class Kernel>
+void compute(const std::vector<LowRankSum>& sums, int64_t tokens, Kernel* kernel) {
+  int64_t width = 0, num_blocks = (tokens + LOW_RANK_ROWS - 1) / LOW_RANK_ROWS;
+  for (const LowRankSum& sum : sums) width += sum.width + sum.products[0].length;
+  parallel_rows(num_blocks, LOW_RANK_ROWS * width, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      int64_t row = block * LOW_RANK_ROWS;
+      for (const LowRankSum& sum : sums) kernel(sum, row, std::min(row + LOW_RANK_ROWS, tokens));
+    }
+  });
+}
+
+// [scale_0 wide_0 F_0, scale_1 wide_1 F_1, ..] side by side.
+Tensor to_rank(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales) {
+  check_wides(wides, factors.size());
+  STD_TORCH_CHECK(scales.size() == factors.size(), "to_rank: there must be a scale for each factor");
+  int64_t tokens = wides[0].size(0), rank = 0;
+  Tensors inputs;
+  std::vector<Panel> panels;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    check_factor(factors[i], of_factor(wides, i));
+    inputs.push_back(with_adjacent_columns(of_factor(wides, i)));
+    panels.emplace_back(factors[i], 0);
+    rank += factors[i].size(1);
+  }
+  Tensor narrow = torch::stable::new_empty(wides[0], {tokens, rank});
+  Bf16* out = static_cast<Bf16*>(narrow.data_ptr());
+  std::vector<LowRankProduct> products;
+  std::vector<LowRankSum> sums;
+  for (size_t i = 0; i < factors.size(); ++i) products.push_back(product_of(inputs[i], panels[i]));
+  for (size_t i = 0; i < factors.size(); out += factors[i++].size(1)) {
+    sums.push_back({&products[i], 1, panels[i].width, factors[i].size(1), static_cast<float>(scales[i]), out, rank});
+  }
+  compute(sums, tokens, MINIFT_KERNEL(low_rank_multiply<false>));
+  return narrow;
+}
+
+// wide_i += narrow_i F_i^T; or wide += the sum of all.
+void add_from_rank_(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
+  check_wides(wides, factors.size());
+  STD_TORCH_CHECK(narrows.size() == factors.size(), "add_from_rank_: there must be a narrow matrix for each factor");
+  int64_t tokens = wides[0].size(0);
+  Tensors inputs;
+  std::vector<Panel> panels;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    check_factor(factors[i], of_factor(wides, i));
+    STD_TORCH_CHECK(is_matrix(narrows[i], tokens, factors[i].size(1)) &&
+                        narrows[i].scalar_type() == ScalarType::BFloat16,
+                    "add_from_rank_: narrow matrices must be bfloat16 (tokens, rank)");
+    inputs.push_back(with_adjacent_columns(narrows[i]));
+    panels.emplace_back(factors[i], 1);
+  }
+  std::vector<LowRankProduct> products;
+  std::vector<LowRankSum> sums;
+  for (size_t i = 0; i < factors.size(); ++i) products.push_back(product_of(inputs[i], panels[i]));
+  int64_t products_each = wides.size() == 1 ? products.size() : 1;
+  for (size_t i = 0; i < wides.size(); ++i) {
+    STD_TORCH_CHECK(wides[i].stride(1) == 1, "add_from_rank_: the elements of a row must be adjacent");
+    sums.push_back({&products[i], products_each, panels[i].width, wides[i].size(1), 1.0f,
+                    static_cast<Bf16*>(wides[i].data_ptr()), wides[i].stride(0)});
+  }
+  compute(sums, tokens, MINIFT_KERNEL(low_rank_multiply<true>));
+}
+
+// gradient_i = wide_i^T narrow_i, (width, rank).
+void factor_gradients_(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
+  check_wides(wides, gradients.size());
+  STD_TORCH_CHECK(narrows.size() == gradients.size(), "factor_gradients_: one narrow matrix for each gradient");
+  int64_t tokens = wides[0].size(0);
+  struct Strip { size_t factor; int64_t begin; };
+  std::vector<Strip> strips;
+  Tensors inputs;
+  std::vector<Panel> panels;
+  int64_t most_sums = 0;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    int64_t width = of_factor(wides, i).size(1);
+    STD_TORCH_CHECK(is_matrix(narrows[i], tokens, gradients[i].size(1)) &&
+                        narrows[i].scalar_type() == ScalarType::BFloat16,
+                    "factor_gradients_: narrow matrices must be bfloat16 (tokens, rank)");
+    STD_TORCH_CHECK(is_matrix(gradients[i], width, narrows[i].size(1)) &&
+                        (gradients[i].stride(0) == 1 || gradients[i].stride(1) == 1),
+                    "factor_gradients_: gradients must be (width, rank), contiguous or the transpose of what is");
+    inputs.push_back(with_adjacent_columns(of_factor(wides, i)));
+    panels.emplace_back(narrows[i], 0);
+    most_sums = std::max(most_sums, panels[i].width * GRADIENT_STRIP);
+    for (int64_t begin = 0; begin < width; begin += GRADIENT_STRIP) strips.push_back({i, begin});
+  }
+  auto* sum_up = MINIFT_KERNEL(low_rank_gradient);
+  auto compute_strip = [&](Strip strip, float* sums) {
+    const Tensor &wide = inputs[strip.factor], &gradient = gradients[strip.factor];
+    const Panel& narrow = panels[strip.factor];
+    int64_t rank = gradient.size(1), width = std::min(GRADIENT_STRIP, wide.size(1) - strip.begin);
+    sum_up(static_cast<const Bf16*>(wide.data_ptr()) + strip.begin, wide.stride(0), tokens, width, narrow.pairs(),
+           narrow.width, rank, sums);
+    dispatch_dtype(gradient, "factor_gradients_", [&](auto element) {
+      using T = decltype(element);
+      T* out = static_cast<T*>(gradient.data_ptr()) + strip.begin * gradient.stride(0);
+      MINIFT_KERNEL(store_low_rank_gradient<T>)(sums, rank, width, out, gradient.stride(0), gradient.stride(1));
+    });
+  };
+  parallel_rows(strips.size(), std::max<int64_t>(1, tokens) * GRADIENT_STRIP, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(most_sums);
+    for (int64_t strip = begin; strip < end; ++strip) compute_strip(strips[strip], sums.data());
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
+  m.impl("to_rank", TORCH_BOX(&to_rank));
+  m.impl("add_from_rank_", TORCH_BOX(&add_from_rank_));
+  m.impl("factor_gradients_", TORCH_BOX(&factor_gradients_));
+}
+
+}  // namespace minift
