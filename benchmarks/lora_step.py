@@ -9,8 +9,8 @@ SmolLM2-135M's shapes with random weights, two documents of 512 tokens, rank 16 
 adapter folder, and take steps on the same tokens; neither uses gradient checkpointing.
 
     lora     bf16 base. minift: built, sharded and stepped as its trainer does (fp32 masters, bf16 compute, world of
-             one, selective recompute). PEFT: its defaults, so adapters in fp32 (`autocast_adapter_dtype`), sdpa
-             attention, torch's fused AdamW.
+             one). PEFT: its defaults, so adapters in fp32 (`autocast_adapter_dtype`), sdpa attention, torch's fused
+             AdamW.
     qlora    the same over an NF4 base with double quantization. PEFT: bitsandbytes, bf16 compute. Norms and embeddings
              stay bf16: `prepare_model_for_kbit_training` would make the model slower and larger.
     full     every weight. Both: fp32 masters, bf16 compute; transformers by autocast.

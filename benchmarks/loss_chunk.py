@@ -106,7 +106,7 @@ def main() -> None:
     args = parse(parser)
 
     (times,) = run_ranks(1, time_chunks, args)
-    default = default_chunk_tokens(args.vocab, 2)
+    default = default_chunk_tokens(args.vocab, 2, is_small=not args.trainable)
     result = Result("loss_chunk")
     result.count(times)
     print(f"{args.tokens} tokens, {args.vocab} words, bf16, one thread; the default here is {default} tokens")

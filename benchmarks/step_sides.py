@@ -68,7 +68,7 @@ def minift_step(job: Job, world: World) -> Step:
     built = build_model(
         ModelSource(f"{job.folder}/base"), None if job.method == "full" else read_config(f"{job.folder}/adapter"),
         quant=QuantConfig() if job.method == "qlora" else None, precision=Precision(),
-        recompute=RecomputeConfig("selective"), policy=ShardPolicy(), recorder=recorder, world=world, seed=0,
+        recompute=RecomputeConfig(), policy=ShardPolicy(), recorder=recorder, world=world, seed=0,
     )  # fmt: skip
     optimizer = AdamW(built.engine.trainable_shards(), OptimConfig(lr=LR[job.method], weight_decay=0.0))
 

@@ -32,6 +32,8 @@ IGNORE = -100  # target of a row that is not supervised
 
 _LOGITS_BYTES = 256 << 20  # a chunk of logits is this large ...
 _MIN_CHUNK_TOKENS = 1024  # ... or larger: with fewer rows the GEMM would wait for the weight to be read
+_SMALL_LOGITS_BYTES = 24 << 20  # in the last cache of a CPU, and at malloc's hand: 32 MiB are fresh pages each time
+_MIN_SMALL_CHUNK_TOKENS = 256
 
 
 def linear_cross_entropy(
@@ -54,15 +56,19 @@ def linear_cross_entropy(
         0-dim fp32 tensor (fp64 for fp64 input). With M = 0 it is 0, and backward still reaches hidden and head.
     """
     rows_M = (targets_N != IGNORE).nonzero().squeeze(1)  # on CUDA the host waits here, because M is a shape
-    if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(lm_head.out_features, hidden_ND.element_size())
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
+    if chunk_tokens is None:
+        is_small = hidden_ND.device.type == "cpu" and not trainable
+        chunk_tokens = default_chunk_tokens(lm_head.out_features, hidden_ND.element_size(), is_small)
     with_graph = torch.is_grad_enabled()  # inside a Function this is always off
     return _LinearCrossEntropy.apply(with_graph, hidden_ND, lm_head, targets_N, rows_M, chunk_tokens, *trainable)
 
 
-def default_chunk_tokens(vocab_size: int, element_bytes: int) -> int:
-    """Rows of logits in 256 MiB, but at least 1024."""
+def default_chunk_tokens(vocab_size: int, element_bytes: int, is_small: bool) -> int:
+    """Rows of logits in 256 MiB, but at least 1024. is_small: in 24 MiB, but at least 256. Right for a frozen head on a
+    CPU; a trained one would pay for more chunks by adding gradients up in fp32."""
+    if is_small:
+        return max(_MIN_SMALL_CHUNK_TOKENS, _SMALL_LOGITS_BYTES // (vocab_size * element_bytes))
     return max(_MIN_CHUNK_TOKENS, _LOGITS_BYTES // (vocab_size * element_bytes))
 
 

@@ -308,7 +308,7 @@ class _Root:
         ]
         if norm_needs or trains_head or head.rank:
             forward += head.backward()
-        if trains_head and M > default_chunk_tokens(V, size):  # several chunks are added up in fp32
+        if trains_head and M > default_chunk_tokens(V, size, is_small=False):  # several chunks are added up in fp32
             forward.append(cast(dtype, "float32", V * D))
         backward = []
         if norm_needs:

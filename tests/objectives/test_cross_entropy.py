@@ -249,8 +249,10 @@ def test_chunks_are_added_up_in_fp32(kind):
 
 
 def test_default_chunk_is_a_byte_budget_with_a_floor():
-    assert default_chunk_tokens(32_768, 2) == 4096
-    assert default_chunk_tokens(1_000_000, 4) == 1024
+    assert default_chunk_tokens(32_768, 2, is_small=False) == 4096
+    assert default_chunk_tokens(32_768, 2, is_small=True) == 384
+    assert default_chunk_tokens(1_000_000, 4, is_small=False) == 1024
+    assert default_chunk_tokens(1_000_000, 4, is_small=True) == 256
 
 
 def test_ignore_is_what_batches_use():
