@@ -206,8 +206,8 @@ def test_runs_stop_resume_and_export_for_the_original_base(inputs: Path, tmp_pat
     base, folder = str(inputs / "model"), tmp_path / "straight" / "export" / "adapter"
     _, validation = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     data = replace(config_of(inputs, tmp_path, method).data, train=(str(inputs / "heldout.jsonl"),))
-    for adapter, index in ((None, 0), (str(folder), -1)):
-        assistant = load_assistant(base, adapter, template="chatml", dtype=torch.float32)
+    for folders, index in (([], 0), ([str(folder)], -1)):
+        assistant = load_assistant(base, folders, template="chatml", dtype=torch.float32)
         loss = measure_loss(assistant, data, 256, ALONE)["loss"]
         assert loss == pytest.approx(validation[index]["validation_loss"], rel=1e-5)
     theirs = peft.PeftModel.from_pretrained(hf_model(inputs / "model"), folder).eval()
