@@ -212,8 +212,7 @@ class LoraLinear(Adapter):
         if local_name == "lora_B.weight":
             return torch.zeros(self.lora_B.weight.shape)
         assert local_name == "lora_A.weight", local_name
-        bound = 1.0 / math.sqrt(self.in_features)
-        return torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+        return initial_A(self.lora_A.weight.shape, generator)
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         A, B = self.lora_A.weight.to(weight.dtype), self.lora_B.weight.to(weight.dtype)
@@ -222,3 +221,9 @@ class LoraLinear(Adapter):
     def extra_repr(self) -> str:
         rank, in_features = self.lora_A.weight.shape
         return f"{in_features} -> {self.out_features}, rank={rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def initial_A(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """(r, in), as the module docstring says."""
+    bound = 1.0 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -9,6 +9,7 @@ from minift.peft.bitfit import BitFitConfig
 from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
+from minift.peft.iec import IecConfig
 from minift.peft.lora import LoraConfig
 from minift.peft.lora_ga import LoraGaConfig
 from minift.peft.pissa import PissaConfig
@@ -19,6 +20,7 @@ Method = (
     LoraConfig
     | LoraGaConfig
     | PissaConfig
+    | IecConfig
     | DoraConfig
     | IA3Config
     | BitFitConfig

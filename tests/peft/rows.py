@@ -24,6 +24,7 @@ from minift.peft.bitfit import BitFitConfig
 from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
+from minift.peft.iec import IecConfig
 from minift.peft.inject import init_tensor
 from minift.peft.lora import LoraConfig
 
@@ -47,6 +48,8 @@ class Row:
     own: dict[str, tuple[str, ...]]
     is_identity_at_start: bool = True
     is_dense_weight: bool = True
+    stored_as: type[AdapterConfig] | None = None
+    """Of which method its files are; None: of its own."""
     spread: float = field(default=0.1)
     """Standard deviation of what is added to initial values before anything is compared."""
 
@@ -134,6 +137,18 @@ def dora(scale: float) -> Formula:
     return formula
 
 
+def iec(scale: float) -> Formula:
+    """As the authors' code has it."""
+
+    def formula(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+        A, B = own["lora_A.weight"], own["lora_B.weight"]
+        u = x @ A.T + own["beta_1"] * x.reshape(len(x), len(A), -1).mean(-1)
+        passed = (u @ B.T).reshape(*u.shape, -1) + own["beta_2"] * u.unsqueeze(-1)
+        return _affine(x, W, b) + scale * passed.reshape(len(x), -1)
+
+    return formula
+
+
 def ia3_after(x: Tensor, W: Tensor, b: Tensor | None, own: dict[str, Tensor]) -> Tensor:
     return (1 + own["ia3_l"].view(-1)) * _affine(x, W, b)
 
@@ -189,6 +204,12 @@ ROWS = {
         LoraConfig(r=3, alpha=6, targets=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]),
         {"embed_tokens": whole_embedding, "v_proj": lora(2.0), "lm_head": whole},
         {"embed_tokens": ("weight",), "v_proj": LORA_OWN, "lm_head": ("weight",)},
+    ),
+    "iec": Row(
+        IecConfig(r=4, alpha=8),
+        dict.fromkeys(ALL, iec(2.0)),
+        dict.fromkeys(ALL, (*LORA_OWN, "beta_1", "beta_2")),
+        stored_as=LoraConfig,
     ),
     "dora": Row(
         DoraConfig(r=3, alpha=6),

