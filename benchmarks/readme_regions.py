@@ -134,6 +134,20 @@ def recompute() -> str:
     return table(("`recompute.policy`", "time of a step", "kept for backward"), lines)
 
 
+def adapters_per_row() -> str:
+    same = run("adapters_per_row", mixed=False)
+    rows_, ranks = same["parameters"]["rows"], f"adapters of rank {same['parameters']['rank']}"
+    values, mixed = same["values"], run("adapters_per_row", mixed=True)["values"]
+    return paragraph(f"""
+        On SmolLM2-135M's shapes in bf16, {rows_} rows with {rows_} {ranks} take
+        {values["decode_over_one_adapter"]:.2f} of the time of one adapter for all in decoding and
+        {values["prefill_over_one_adapter"]:.2f} in prefill (with ranks of 4 to 32
+        {mixed["decode_over_one_adapter"]:.2f} and {mixed["prefill_over_one_adapter"]:.2f}); row by row it would be
+        {values["decode_apart_over_each"]:.1f} and {values["prefill_apart_over_each"]:.1f} times as long
+        (`python benchmarks/adapters_per_row.py`).
+        """)
+
+
 def checkpoint() -> str:
     values = run("checkpoint")["values"]
     seconds, mib = values["seconds"], values["async_memory_mib"]
@@ -292,6 +306,7 @@ REGIONS = {
     "fsdp": fsdp,
     "fsdp-sweep": fsdp_sweep,
     "recompute": recompute,
+    "adapters-per-row": adapters_per_row,
     "checkpoint": checkpoint,
     "switches": switches,
     "numbers": numbers,

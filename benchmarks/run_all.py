@@ -68,6 +68,9 @@ BENCHMARKS = {
     "loss_chunk": Benchmark(
         runs=("", "--trainable"), quick="--tokens 128 --vocab 1024 --chunks 32 128 --rounds 3"
     ),
+    "adapters_per_row": Benchmark(
+        runs=("", "--mixed"), quick="--layers 2 --vocab 512 --rows 3 --rounds 3 --calls 1"
+    ),
     "checkpoint": Benchmark(quick="--layers 1 --tokens 32 --rounds 2"),
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),

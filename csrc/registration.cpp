@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(minift, m) {
       "nf4_gemv(Tensor x, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset, Tensor? nested_map,"
       " int block_size) -> Tensor");
 
+  // minift/ops/sgmv.py. ranks (adapters, 2), bounds (segments + 1,) and choice (segments,) are int32, on the CPU.
+  m.def("sgmv_(Tensor(a!) y, Tensor x, Tensor A, Tensor B, Tensor ranks, Tensor bounds, Tensor choice) -> ()");
+
   // minift/ops/dropout.py. The mask is a function of seed and element index alone.
   m.def("dropout(Tensor x, int seed, int num_dropped) -> Tensor");
 

@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = _add(top, "generate", commands.generate, "answer a prompt")
     _add_assistant(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says; - reads standard input")
+    generate.add_argument("--each", action="store_true", help="answer without an adapter and with each, in one batch")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
     generate.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens that reach this")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="stop after N (default: 256)")

@@ -191,19 +191,23 @@ def timeline(options: Namespace) -> None:
 
 
 def generate(options: Namespace) -> None:
-    from minift.inference import answer
+    from minift.inference import answer, answer_each
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    sampling = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
 
     def go(assistant: Assistant, world: World) -> None:
-        text = answer(
-            assistant,
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
+        if options.each:
+            adapters = [None, *assistant.residents]
+            answers = answer_each(assistant, [prompt] * len(adapters), adapters, **sampling)
+            text = "\n".join(f"[{name or 'no adapter'}] {said}" for name, said in zip(adapters, answers, strict=True))
+        else:
+            text = answer(assistant, prompt, **sampling)
         if world.is_main:
             print(text)
 

@@ -12,7 +12,8 @@ For a model that is whole on this process. Not here: beam search, repetition pen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,12 +35,15 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    before_forward: Callable[[Sequence[int], Tensor], None] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order of the prompts; a stop token ends a sequence and is part of it.
 
     temperature 0 takes the likeliest token, else see `sample`; `generator` (on the model's device) makes sampling
-    repeatable. The cache takes len(prompts) · (longest prompt + max_new_tokens) tokens: split large sets of prompts.
-    Raises ValueError for an empty prompt and for lengths beyond the model's positions.
+    repeatable. before_forward(prompts, cu_seqlens) is told before each forward which prompts, by index, its documents
+    are of, and where they lie (see `CausalLM.forward`). The cache takes len(prompts) · (longest prompt +
+    max_new_tokens) tokens: split large sets of prompts. Raises ValueError for an empty prompt and for lengths beyond
+    the model's positions.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; valid: 1 or more.")
@@ -61,7 +65,8 @@ def generate(
 
     outputs: list[list[int]] = [[] for _ in prompts]
     owners = list(range(len(prompts)))  # row of the cache -> prompt
-    logits_BV = _prefill(model, prompts, cache)
+    tell = before_forward or (lambda prompts, cu_seqlens: None)
+    logits_BV = _prefill(model, prompts, cache, tell)
     for _ in range(max_new_tokens - 1):
         tokens = sample(logits_BV, temperature, top_p, generator).tolist()
         for owner, token in zip(owners, tokens, strict=True):
@@ -71,7 +76,7 @@ def generate(
             return outputs
         cache.keep(rows)
         owners = [owners[row] for row in rows]
-        logits_BV = _next_logits(model, [[tokens[row]] for row in rows], cache)
+        logits_BV = _next_logits(model, [[tokens[row]] for row in rows], cache, partial(tell, owners))
     for owner, token in zip(owners, sample(logits_BV, temperature, top_p, generator).tolist(), strict=True):
         outputs[owner].append(token)
     return outputs
@@ -105,7 +110,12 @@ def sample(
     return tokens_BN.gather(1, choice_B1).squeeze(1)
 
 
-def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+def _prefill(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    cache: KVCache,
+    tell: Callable[[Sequence[int], Tensor], None],
+) -> Tensor:
     """Fill the rows of a new cache; returns the logits (B, V) that follow each prompt."""
     logits = []
     start = 0
@@ -119,14 +129,16 @@ def _prefill(model: CausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) 
         # More than one piece only where a single prompt is longer than a pack.
         for offset in range(0, max(map(len, prompts[start:stop])), PREFILL_TOKENS):
             pieces = [prompt[offset : offset + PREFILL_TOKENS] for prompt in prompts[start:stop]]
-            last_logits = _next_logits(model, pieces, part)
+            last_logits = _next_logits(model, pieces, part, partial(tell, range(start, stop)))
         logits.append(last_logits)
         cache.lengths[start:stop] = part.lengths
         start = stop
     return torch.cat(logits)
 
 
-def _next_logits(model: CausalLM, documents: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+def _next_logits(
+    model: CausalLM, documents: Sequence[Sequence[int]], cache: KVCache, tell: Callable[[Tensor], None]
+) -> Tensor:
     """Append one document to each row of the cache; returns the logits (B, V) that follow each."""
     device = cache.keys[0].device
     lengths = torch.tensor([len(document) for document in documents])
@@ -137,6 +149,7 @@ def _next_logits(model: CausalLM, documents: Sequence[Sequence[int]], cache: KVC
     ends_B = lengths.cumsum(0)
     cu_seqlens = torch.nn.functional.pad(ends_B, (1, 0)).to(device, torch.int32)
     last_B = (ends_B - 1).to(device)
+    tell(cu_seqlens)
     return model(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device),

@@ -88,28 +88,42 @@ def answer(
     seed: int = 0,
 ) -> str:
     """What the model says to `prompt`, without special tokens. Equal seeds give equal answers on one device."""
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with constant_weights(assistant.model):
+        (text,) = _answers(assistant, [prompt], **options)
+    return text
+
+
+def answer_each(
+    assistant: Assistant, prompts: Sequence[str], adapters: Sequence[str | None], **options: Any
+) -> list[str]:
+    """What prompt i gets from the model with the resident adapter adapters[i], None for the base alone; all of them in
+    one batch (see `peft.per_row`). options: as of `answer`."""
+    from minift.peft.per_row import per_row
+
+    if len(prompts) != len(adapters):
+        raise ValueError(f"{len(prompts)} prompts and {len(adapters)} adapters; valid: one adapter, or None, for each")
+    with per_row(assistant.residents, adapters) as rows:
+        return _answers(assistant, prompts, before_forward=rows.begin, **options)
+
+
+def _answers(assistant: Assistant, prompts: Sequence[str], *, seed: int = 0, **options: Any) -> list[str]:
     tokenizer, template = assistant.tokenizer, assistant.template
     if template is None:
-        ids = [index for index in [tokenizer.bos_id] if index is not None] + tokenizer.encode(prompt)
+        start = [index for index in [tokenizer.bos_id] if index is not None]
+        ids = [start + tokenizer.encode(prompt) for prompt in prompts]
         stops = [index for index in [tokenizer.eos_id] if index is not None]
     else:
-        message = {"role": "user", "content": prompt}
-        ids, _ = encode_rendered(tokenizer, template.render([message], add_generation_prompt=True))
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        rendered = [template.render(message, add_generation_prompt=True) for message in messages]
+        ids = [encode_rendered(tokenizer, text)[0] for text in rendered]
         stops = template.stop_token_ids(tokenizer)
-    if not ids:
+    if not all(ids):
         raise ValueError("the prompt is empty; give it at least one token")
     generator = torch.Generator(assistant.device).manual_seed(seed)
-    with constant_weights(assistant.model):
-        (new_ids,) = generate(
-            assistant.model,
-            [ids],
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stops,
-            temperature=temperature,
-            top_p=top_p,
-            generator=generator,
-        )
-    return tokenizer.decode(new_ids, skip_special=True)
+    options = {"max_new_tokens": 256} | options
+    new_ids = generate(assistant.model, ids, stop_token_ids=stops, generator=generator, **options)
+    return [tokenizer.decode(new, skip_special=True) for new in new_ids]
 
 
 def grade_calls(

@@ -201,5 +201,13 @@ def test_adapters_are_combined_and_stacked(tmp_path, capsys, monkeypatch):
     *alone, stacked, combined = losses.values()
     assert stacked == pytest.approx(combined, rel=1e-4)  # in bf16, of many tokens
     assert min(abs(loss - stacked) for loss in alone) > 1e-3 * stacked
+    ask = ["generate", "--model", "model", "--template", "chatml", "--device", "cpu", "--prompt", "abab"]
+    alone = []
+    for adapters in ([], ["--adapter", "adapter0"], ["--adapter", "adapter1"]):
+        assert main([*ask, *adapters, "--max-new-tokens", "4"]) == 0
+        alone.append(capsys.readouterr().out)
+    assert main([*ask, "--adapter", "adapter0", "adapter1", "--each", "--max-new-tokens", "4"]) == 0
+    labels = ("no adapter", "adapter0", "adapter1")
+    assert capsys.readouterr().out == "".join(f"[{label}] {text}" for label, text in zip(labels, alone, strict=True))
     assert main(["combine", "adapter0", "--out", "x", "--dtype", "int8"]) == 2
     assert "--dtype is int8; valid: float32, bfloat16, float16" in capsys.readouterr().err
