@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter folder")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
     merge.add_argument("--nf4", action="store_true", help="the adapter was trained over this model in 4 bits (QLoRA)")
+    merge.add_argument("--icq", action="store_true", help="likewise, with quant.icq (IR-QLoRA)")
     merge.add_argument("--target", metavar="dequantized|original|requantized", help=MERGE_TARGETS)
     merge.add_argument("--original", metavar="DIR", help="what a --model in NF4 was quantised from, for that --target")
 
@@ -182,5 +183,6 @@ def _add_assistant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     parser.add_argument("--adapter", metavar="DIR", nargs="+", help="PEFT adapter folder; several are added up")
     parser.add_argument("--nf4", action="store_true", help="hold the weights in 4 bits, as QLoRA adapters expect")
+    parser.add_argument("--icq", action="store_true", help="hold them so as with quant.icq (IR-QLoRA)")
     parser.add_argument("--template", default="auto", help="auto: the tokenizer's; or chatml, llama2, llama3, ...")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -148,7 +148,7 @@ def merge(options: Namespace) -> None:
         options.adapter,
         options.out,
         target=options.target,
-        quant=QuantConfig() if options.nf4 else None,
+        quant=QuantConfig(icq=options.icq) if options.nf4 or options.icq else None,
         original_folder=options.original,
     )
     print(report.table())
@@ -255,7 +255,7 @@ def _with_assistant(options: Namespace, go: Callable[[Assistant, World], None]) 
 
     world = init_world(options.device)
     try:
-        quant = QuantConfig() if options.nf4 else None
+        quant = QuantConfig(icq=options.icq) if options.nf4 or options.icq else None
         assistant = load_assistant(
             options.model, options.adapter or (), template=options.template, quant=quant, device=world.device
         )

@@ -110,6 +110,8 @@ def random_weights(name: str, start: int, stop: int) -> Tensor:
     part = name.rpartition(".")[2]
     if part == "codes":
         return torch.randint(256, (stop - start,), generator=generator, dtype=torch.uint8)
+    if part == "shifts":
+        return torch.zeros(stop - start, dtype=torch.uint8)
     if part in ("scales", "nested"):  # scales in 8 bits may be any bytes
         return torch.full((stop // 4 + 1,), _SCALE).view(torch.uint8)[start:stop]
     if "norm" in name:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minift.model.weights import TensorSpec, WeightReader
 from minift.ops.nf4_tables import BLOCK_SIZES, CODEBOOK, DYNAMIC_MAP, NESTED_BLOCK_SIZE
+from minift.quant.icq import IcqLinear
 from minift.quant.linear import NF4Linear, QuantConfig
 
 STATE = "quant_state.bitsandbytes__nf4"
@@ -152,6 +153,11 @@ def stored_tensors(projection: str, linear: NF4Linear) -> list[tuple[str, Tensor
 
 
 def _tensors(projection: str, linear: NF4Linear) -> list[tuple[str, Tensor]]:
+    if isinstance(linear, IcqLinear):
+        raise ValueError(
+            f"{projection} has shifted blocks (quant.icq), which bitsandbytes' format has no place for; valid: "
+            "quant.icq false, or to merge into dense weights (dequantized, original)"
+        )
     weight = f"{projection}.weight"
     constants = [(f"{weight}.quant_map", CODEBOOK)]
     if linear.nested is None:

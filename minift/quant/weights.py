@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from minift.model.linear import LinearBase
 from minift.model.weights import WeightReader
 from minift.ops.nf4 import absmax_of, dequantize_nf4, quantize_nf4
+from minift.ops.nf4_shift import block_shifts, shifted
 from minift.quant.bitsandbytes import StoredNF4
+from minift.quant.icq import IcqLinear
 from minift.quant.linear import NF4Linear, QuantConfig, projections_to_quantize, quantize_linears
 
 T = TypeVar("T")
@@ -38,6 +40,8 @@ class QuantWeights(WeightReader):
         self.stored = StoredNF4(WeightReader(folder))
         self._scales_of = ""  # the projection whose scales were made last: they are asked for several times
         self._scales: dict[str, Tensor] = {}
+        self._shifts_of = ""  # likewise
+        self._shifts = torch.empty(0)
 
     # As a dense model sees them #
 
@@ -74,12 +78,14 @@ class QuantWeights(WeightReader):
     # As an `NF4Linear` holds them #
 
     def read_bytes(self, linear: NF4Linear, name: str, start: int, stop: int) -> Tensor:
-        """Bytes [start, stop) of the parameter `name` (codes, scales or nested) of `linear`; uint8, 1-D."""
+        """Bytes [start, stop) of the parameter `name` (codes, scales, nested or shifts) of `linear`; uint8, 1-D."""
         projection, _, part = name.rpartition(".")
         if projection in self.stored.projections:
             return self.stored.read(projection, part, start, stop)
         if part == "codes":
             return self._codes(f"{projection}.weight", linear, start, stop)
+        if part == "shifts":
+            return self._block_shifts(f"{projection}.weight", linear).view(torch.uint8)[start:stop]
         if projection != self._scales_of:
             self._scales, self._scales_of = self._make_scales(f"{projection}.weight", linear), projection
         return self._scales[part][start:stop]
@@ -104,28 +110,45 @@ class QuantWeights(WeightReader):
         first = 2 * start // block * block
         last = min(-(-2 * stop // block) * block, linear.numel)
         codes = torch.empty(stop - start, dtype=torch.uint8)
-        for at, (made, _) in self._of_pieces(lambda piece: quantize_nf4(piece, block), weight_name, first, last):
+        pieces = self._of_pieces(lambda piece: quantize_nf4(piece, block), weight_name, linear, first, last)
+        for at, (made, _) in pieces:
             begin, end = max(start, at // 2), min(stop, at // 2 + len(made))
             codes[begin - start : end - start] = made[begin - at // 2 : end - at // 2]
         return codes
 
     def _make_scales(self, weight_name: str, linear: NF4Linear) -> dict[str, Tensor]:
-        pieces = self._of_pieces(lambda piece: absmax_of(piece, linear.block_size), weight_name, 0, linear.numel)
+        block = linear.block_size
+        pieces = self._of_pieces(lambda piece: absmax_of(piece, block), weight_name, linear, 0, linear.numel)
         return linear.bytes_of_scales(torch.cat([absmax for _, absmax in pieces]))
 
+    def _block_shifts(self, weight_name: str, linear: NF4Linear) -> Tensor:
+        """Of all blocks, bf16: scales with double quantisation need all of them anyway."""
+        if weight_name != self._shifts_of:
+            pieces = self._pieces(weight_name, 0, linear.numel)
+            self._shifts = torch.cat([block_shifts(piece, linear.block_size) for _, piece in pieces])
+            self._shifts_of = weight_name
+        return self._shifts
+
     def _of_pieces(
-        self, function: Callable[[Tensor], T], weight_name: str, first: int, last: int
+        self, function: Callable[[Tensor], T], weight_name: str, linear: NF4Linear, first: int, last: int
     ) -> Iterator[tuple[int, T]]:
-        """(its first element, function(piece)) for the pieces of elements [first, last) of a dense weight."""
-        for at in range(first, last, _PIECE_ELEMENTS):
-            piece = self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, last))
+        """(its first element, function(piece)) for the pieces of elements [first, last) of what `linear` quantises."""
+        for at, piece in self._pieces(weight_name, first, last):
             try:
+                if isinstance(linear, IcqLinear):
+                    blocks = slice(at // linear.block_size, (at + len(piece)) // linear.block_size)
+                    piece = shifted(piece, self._block_shifts(weight_name, linear)[blocks])
                 result = function(piece)
             except ValueError as error:
                 raise ValueError(
                     f"{self.folder}: {weight_name}, from element {at} on, cannot be quantised: {error}"
                 ) from None
             yield at, result
+
+    def _pieces(self, weight_name: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
+        """(its first element, piece) of elements [first, last) of a dense weight."""
+        for at in range(first, last, _PIECE_ELEMENTS):
+            yield at, self.read_range(weight_name, at, min(at + _PIECE_ELEMENTS, last))
 
 
 def quantize_for(model: nn.Module, weights: QuantWeights | None, asked: QuantConfig | None) -> dict[str, NF4Linear]:
@@ -138,14 +161,36 @@ def quantize_for(model: nn.Module, weights: QuantWeights | None, asked: QuantCon
         if asked is None:
             return {}
         names, config = projections_to_quantize(model, asked.skip), asked
+        _check_rows(model, names, config)
         if weights is None:
-            return quantize_linears(model, dict.fromkeys(names, torch.bfloat16), config)
+            return quantize_linears(model, dict.fromkeys(names, torch.bfloat16), config, _kind(config))
     else:
         names, config = weights.stored.projections, weights.stored.config()
+        if asked is not None and asked.icq:
+            raise ValueError(
+                f"{weights.folder} is quantised already, without quant.icq, which needs the weights from before; "
+                "valid: quant.icq false, or the folder of the original model"
+            )
         kinds = [(c.block_size, c.double_quant) for c in (asked or config, config)]
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"{weights.folder} is quantised already, and its (block_size, double_quant) are {kinds[1]} where quant "
                 f"asks for {kinds[0]}; leave quant out, or give the folder of the original model"
             )
-    return quantize_linears(model, {name: weights.dtype(f"{name}.weight") for name in names}, config)
+    dtypes = {name: weights.dtype(f"{name}.weight") for name in names}
+    return quantize_linears(model, dtypes, config, _kind(config))
+
+
+def _kind(config: QuantConfig) -> type[NF4Linear]:
+    return IcqLinear if config.icq else NF4Linear
+
+
+def _check_rows(model: nn.Module, names: list[str], config: QuantConfig) -> None:
+    """ValueError if ICQ would have to shift blocks that are parts of two rows."""
+    for name in names if config.icq else []:
+        in_features = model.get_submodule(name).in_features
+        if in_features % config.block_size:
+            raise ValueError(
+                f"quant.icq needs rows of whole blocks of {config.block_size}, and those of {name} have {in_features} "
+                "elements; valid: a quant.block_size that divides them, quant.skip for it, or quant.icq false"
+            )
