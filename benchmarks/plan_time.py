@@ -30,7 +30,7 @@ from minift.planner.shapes import describe
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial
 
-CASES_PER_ROUND = 3  # of calibration
+CASES_PER_ROUND = 2  # of calibration
 
 
 @dataclass(frozen=True)

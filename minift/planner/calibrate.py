@@ -59,11 +59,18 @@ _TINY_LAYERS = (1, 6)
 
 class Calibrator:
     """Measures in rounds, so that other measurements can be made in between. One rank's part; all of `world`, the ranks
-    that are at work at the same time, call alike."""
+    that are at work at the same time, call alike.
+
+    Where there are more ranks than processors, operations are measured on as many as there are processors, and take
+    that much longer on all: what one takes by the clock then depends on whose turn it is.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._samples = list(samples(world.device))
+        self._at_work = world.size
+        if world.device.type == "cpu":
+            self._at_work = min(world.size, max(1, (os.cpu_count() or 1) // torch.get_num_threads()))
         self._seconds: dict[tuple[int, Op], list[float]] = defaultdict(list)
         self._steps: dict[tuple[int, int], list[float]] = defaultdict(list)
         self._links = LinkCalibrator(world)
@@ -74,7 +81,8 @@ class Calibrator:
             sample = make()
             sample.run()
             barrier(self.world)
-            self._seconds[number, sample.op].append(self._median(sample.run))
+            if self.world.rank < self._at_work:  # others wait, and take nothing
+                self._seconds[number, sample.op].append(self._median(sample.run))
         for key in itertools.product(range(len(_TINY_SETUPS)), _TINY_LAYERS):
             setup, layers = key
             config = ModelConfig.from_hf(_TINY | {"num_hidden_layers": layers})
@@ -104,7 +112,7 @@ class Calibrator:
             memory_bytes_per_s=max(op.bytes / s for (_, op), s in ops.items() if op.kind == "copy"),
             rates=fit_rates([(op, seconds) for (_, op), seconds in ops.items()]),
             runs_ahead=self.world.device.type == "cuda",
-        )
+        ).slower(self.world.size / self._at_work)
         return _with_host(device, steps, self.world, network.meet_s), network
 
 
@@ -180,8 +188,8 @@ def _over_ranks(parts: Sequence[dict[Any, list[float]]], world: World) -> list[d
     mine = [{key: median(values) for key, values in part.items()} for part in parts]
     of_ranks = gather_objects(mine, world)
     return [
-        {key: float(np.mean([rank[number][key] for rank in of_ranks])) for key in part}
-        for number, part in enumerate(mine)
+        {key: float(np.mean([rank[number][key] for rank in of_ranks if key in rank[number]])) for key in part}
+        for number, part in enumerate(of_ranks[0])
     ]
 
 

@@ -1,13 +1,16 @@
 """One call of every kind of operation, as the engine makes it, in a few sizes: what `calibrate` measures.
 
-Weights are taken in turn from copies that together are larger than a core's own caches, because in a step every layer's
-are met anew; activations are what the operation before has left. Operations with a backward of their own go through
-autograd, which is part of what they cost.
+In a step every layer's weights are met anew, results of forward are kept, and backward meets them when they have long
+left the caches. So weights and what was kept are taken in turn from copies that together are larger than a core's own
+caches, and results go where others have not been for as long; the rest is what the operation before has left.
+Operations with a backward of their own go through autograd, which is part of what they cost.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -71,6 +74,11 @@ def samples(device: torch.device, dtypes: tuple[str, ...] = ("bfloat16", "float3
             yield from _Maker(device, dtype, 1).flat(elements)
 
 
+def _others(num_bytes: int) -> int:
+    """How many more tensors of this size it takes for one to have left the caches when its turn comes again."""
+    return min(63, POOL_BYTES // max(1, num_bytes))
+
+
 class _Maker:
     """Samples in one dtype, of so many tokens."""
 
@@ -84,8 +92,22 @@ class _Maker:
     def turns(self, *shape: int) -> Callable[[], Tensor]:
         """One of several tensors, the next at each call."""
         one = self.random(*shape)
-        copies = [one, *(one.clone() for _ in range(min(63, POOL_BYTES // max(1, one.nbytes))))]
-        return itertools.cycle(copies).__next__
+        return itertools.cycle([one, *(one.clone() for _ in range(_others(one.nbytes)))]).__next__
+
+    def kept(self, run: Callable[[], Tensor]) -> Callable[[], object]:
+        """`run`, whose results are kept for a while."""
+        first = run()
+        results = deque([first], maxlen=1 + _others(first.nbytes))
+        return lambda: results.append(run())
+
+    def backward(self, forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
+        """Of `forward`, run before on several copies of its inputs."""
+        graphs = []
+        for _ in range(1 + _others(sum(x.nbytes for x in inputs))):
+            copies = [x.detach().clone().requires_grad_() for x in inputs]
+            graphs.append((forward(*copies), copies))
+        turn = itertools.cycle(graphs).__next__
+        return lambda: torch.autograd.grad(*turn(), dy, retain_graph=True)
 
     def products(self, I: int, O: int) -> Iterator[Callable[[], Sample]]:  # noqa: E741
         T, dtype = self.tokens, self.dtype
@@ -95,15 +117,15 @@ class _Maker:
 
         def forward() -> Sample:
             x, weight = self.random(T, I), self.turns(O, I)
-            return sample("linear", T, I, O, lambda: linear(x, weight()))
+            return sample("linear", T, I, O, self.kept(lambda: linear(x, weight())))
 
         def input_gradient() -> Sample:
             dy, weight, dx = self.random(T, O), self.turns(O, I), self.random(T, I)
             return sample("input gradient", T, O, I, lambda: addmm_(dx, dy, weight()))
 
         def weight_gradient() -> Sample:
-            dy, x, out = self.random(T, O), self.random(T, I), self.turns(O, I)
-            return sample("weight gradient", O, T, I, lambda: mm(dy.t(), x, out=out()))
+            dy, x, out = self.random(T, O), self.turns(T, I), self.turns(O, I)
+            return sample("weight gradient", O, T, I, lambda: mm(dy.t(), x(), out=out()))
 
         yield from (forward, input_gradient, weight_gradient)
 
@@ -132,17 +154,17 @@ class _Maker:
 
         x, y, weight = self.random(T, D), self.random(T, D), self.random(D)
         rstd = torch.ones(T, device=self.device)
-        yield sample("rms norm", 2, lambda: rms_norm(x, weight, 1e-5))
-        yield sample("rms norm backward", 3, lambda: rms_norm_backward(y, x, weight, rstd, False))
+        earlier = self.turns(T, D)
+        yield sample("rms norm", 2, self.kept(lambda: rms_norm(x, weight, 1e-5)[0]))
+        yield sample("rms norm backward", 3, lambda: rms_norm_backward(y, earlier(), weight, rstd, False))
         heads = x.view(T, -1, 64)
         angle = torch.rand(T, 32, device=self.device)
         cos, sin = angle.cos(), angle.sin()
-        yield sample("rope", 2, lambda: apply_rope(heads, cos, sin))
+        yield sample("rope", 2, self.kept(lambda: apply_rope(heads, cos, sin)))
         gate, up = x.clone().requires_grad_(), y.clone().requires_grad_()
-        yield sample("swiglu", 3, lambda: swiglu(gate, up))
-        gated = swiglu(gate, up)
-        yield sample("swiglu backward", 5, lambda: torch.autograd.grad(gated, (gate, up), y, retain_graph=True))
-        yield sample("add", 3, lambda: x + y)
+        yield sample("swiglu", 3, self.kept(lambda: swiglu(gate, up)))
+        yield sample("swiglu backward", 5, self.backward(swiglu, (gate, up), y))
+        yield sample("add", 3, self.kept(lambda: x + y))
         yield sample("copy", 2, lambda: x.clone())
         yield sample("dropout", 2, lambda: dropout(x, 1, DROPOUT_STEPS // 10))
         yield sample("scale", 2, lambda: torch.mul(x, 0.5))
@@ -161,9 +183,12 @@ class _Maker:
         q, k, v = (self.random(T, heads, E).requires_grad_() for heads in (H, K, K))
         dout = self.random(T, H, E)
         forward, backward = op.attention(self.dtype, T, op.visible_pairs(lengths, None), H, K, E)
-        out = causal_attention(q, k, v, bounds, bounds)
-        yield lambda: Sample(forward, lambda: causal_attention(q, k, v, bounds, bounds))
-        yield lambda: Sample(backward, lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return causal_attention(q, k, v, bounds, bounds)
+
+        yield lambda: Sample(forward, self.kept(lambda: attend(q, k, v)))
+        yield lambda: Sample(backward, self.backward(attend, (q, k, v), dout))
 
     def head(self, vocab_size: int) -> Iterator[Callable[[], Sample]]:
         """Loss and gradient of logits that cost nothing else to make: of a head with as few features as possible."""
@@ -176,16 +201,18 @@ class _Maker:
         yield lambda: Sample(softmax, lambda: linear_cross_entropy(hidden, lm_head, targets))
 
     def stored(self, I: int, O: int) -> Iterator[Callable[[], Sample]]:  # noqa: E741
-        weight = NF4Linear(I, O, False, 64, True, self._torch_dtype, self.device)
-        for name, parameter in weight.named_parameters():
+        one = NF4Linear(I, O, False, 64, True, self._torch_dtype, self.device)
+        for name, parameter in one.named_parameters():
             parameter.data.copy_(random_weights(name, 0, parameter.numel()))
+        copies = [one, *(copy.deepcopy(one) for _ in range(_others(I * O // 2)))]
+        weight = itertools.cycle([projection.nf4() for projection in copies]).__next__
         out = self.random(O, I)
 
         def sample(columns: bool, run: Callable[[], object]) -> Callable[[], Sample]:
             return lambda: Sample(op.dequantize(self.dtype, I * O, 64, nested=True, columns=columns), run)
 
-        yield sample(False, lambda: dequantize_nf4(weight.nf4(), out.dtype, 0, I * O, out=out.view(-1)))
-        yield sample(True, lambda: dequantize_nf4_columns(weight.nf4(), 0, out))
+        yield sample(False, lambda: dequantize_nf4(weight(), out.dtype, 0, I * O, out=out.view(-1)))
+        yield sample(True, lambda: dequantize_nf4_columns(weight(), 0, out))
 
     def flat(self, elements: int) -> Iterator[Callable[[], Sample]]:
         """What happens to shards, in the dtype they are sent in; updates are fp32."""
