@@ -24,6 +24,7 @@ from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.attention import causal_attention
 from minift.ops.dropout import DROPOUT_STEPS, dropout
+from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
 from minift.ops.matmul import addmm_, linear, mm
 from minift.ops.nf4 import dequantize_nf4, dequantize_nf4_columns
 from minift.ops.norm import rms_norm, rms_norm_backward
@@ -139,12 +140,13 @@ class _Maker:
             return (self.random(T, I), self.random(T, O), self.random(T, r), self.random(r, I), self.random(O, r))
 
         x, y, h, A, B = operands()
-        yield sample("x A", T, I, r, lambda: mm(x, A.t(), out=h))
-        yield sample("h B", T, r, O, lambda: addmm_(y, h, B.t()))
-        yield sample("dy B", T, O, r, lambda: addmm_(h, y, B, beta=0.0, alpha=0.5))
-        yield sample("g A", T, r, I, lambda: addmm_(x, h, A))
-        yield sample("dy h", O, T, r, lambda: mm(y.t(), h))
-        yield sample("g x", r, T, I, lambda: mm(h.t(), x))
+        dA, dB = torch.empty_like(A), torch.empty_like(B)
+        yield sample("x A", T, I, r, lambda: to_rank([x], [A.t()], [0.5]))
+        yield sample("h B", T, r, O, lambda: add_from_rank_([y], [h], [B]))
+        yield sample("dy B", T, O, r, lambda: to_rank([y], [B], [0.5]))
+        yield sample("g A", T, r, I, lambda: add_from_rank_([x], [h], [A.t()]))
+        yield sample("dy h", O, T, r, lambda: factor_gradients_([dB], [y], [h]))
+        yield sample("g x", r, T, I, lambda: factor_gradients_([dA.t()], [x], [h]))
 
     def elementwise(self, D: int) -> Iterator[Callable[[], Sample]]:
         T, dtype = self.tokens, self.dtype

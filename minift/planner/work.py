@@ -131,7 +131,6 @@ class _Projections:
                 ops.append(elementwise("add", dtype, T * p.out_features, 2))
         if self.rank:
             in_features = self.members[0].in_features
-            ops += [elementwise("scale", dtype, u.rank * in_features, 2) for p in self.members for u in p.updates]
             if self.share_x:
                 ops.append(product("x A", dtype, T, in_features, self.rank))
         for p in self.members:
@@ -140,13 +139,13 @@ class _Projections:
                     ops += self._dropped(p, update.dropout)
                     ops.append(product("x A", dtype, T, p.in_features, update.rank))
                 ops.append(product("h B", dtype, T, update.rank, p.out_features))
-        return ops + [elementwise("method", dtype, T * p.out_features, 3) for p in self.members if p.method.trains]
+        return ops + [elementwise("add", dtype, T * p.out_features, 3) for p in self.members if p.method.trains]
 
     def backward(self) -> list[Op]:
         if not self.out_needs:
             return []
         T, dtype = self.tokens, self.dtype
-        ops = [elementwise("method", dtype, T * p.out_features, 5) for p in self.members if p.method.trains]
+        ops = [elementwise("add", dtype, T * p.out_features, 5) for p in self.members if p.method.trains]
         for p in self.members:
             if p.trains_weight:
                 ops.append(product("weight gradient", dtype, p.out_features, T, p.in_features))
@@ -175,8 +174,7 @@ class _Projections:
             return []
         T, dtype, in_features = self.tokens, self.dtype, self.members[0].in_features
         if self.share_x:
-            stack = elementwise("copy", dtype, self.rank * in_features, 2)
-            return [stack, product("g A", dtype, T, self.rank, in_features)]
+            return [product("g A", dtype, T, self.rank, in_features)]
         ops = []
         for p in self.members:
             for update in p.updates:

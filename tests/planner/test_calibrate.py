@@ -16,7 +16,11 @@ from hypothesis import strategies as st
 from minift.dist.process import World
 from minift.model.config import ModelConfig
 from minift.optim.config import OptimConfig
+from minift.peft.dora import DoraConfig
+from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
 from minift.planner import calibrate
 from minift.planner.calibrate import Calibrator, fit_line, fit_rates
 from minift.planner.calibration import Calibration, calibration_path
@@ -69,7 +73,10 @@ def test_there_is_a_sample_for_everything_that_plans_count() -> None:
     device = Device("some", 1e9, 1e12, 1e9, dict.fromkeys(measured, Rate()))
     config = ModelConfig.from_hf(TINY | {"model_type": "qwen3", "head_dim": 32})
     network = Network(1e9, 1e9, 1, (Protocol(),))
-    for method in (Setup(), Setup(LoraConfig(dropout=0.1)), Setup(LoraConfig(), QuantConfig())):
+    for method in (
+        Setup(), Setup(LoraConfig(dropout=0.1)), Setup(LoraConfig(), QuantConfig()), Setup(DoraConfig()),
+        Setup(IA3Config()), Setup(PromptConfig()), Setup(PrefixConfig()),
+    ):  # fmt: skip
         for wire in ("bfloat16", "float32"):
             setup = replace(
                 method,
