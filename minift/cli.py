@@ -147,6 +147,16 @@ def _parser() -> argparse.ArgumentParser:
         _add_assistant(task)
         task.add_argument("--out", metavar="FILE", help="JSON file for the result; default: standard output only")
 
+    analyze = _add(top, "analyze", commands.analyze, "what fine-tuning did to weights: intruders, ranks, directions")
+    analyze.add_argument("tuned", metavar="RUN|ADAPTER|MODEL", help="run folder, PEFT adapter, or fine-tuned model")
+    analyze.add_argument("--model", metavar="DIR", help="the base (default: what the run or the adapter names)")
+    analyze.add_argument("--nf4", action="store_true", help="the adapter was trained over the base in 4 bits")
+    analyze.add_argument("--top", type=int, default=10, metavar="K", help="singular vectors to look at (default: 10)")
+    analyze.add_argument("--threshold", type=float, default=0.5, help="cosine that makes an intruder (default: 0.5)")
+    analyze.add_argument("--out", metavar="DIR", help="for analysis.json, .png (default: the run, or ./analysis)")
+    analyze.add_argument("--scale-intruders", type=float, metavar="F", help="and write an adapter with F times theirs")
+    analyze.add_argument("--adapter-out", metavar="DIR", help="where to; new or empty")
+
     plot = _add(top, "plot", commands.plot, "draw the curves of one or several runs on one sheet")
     plot.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
     plot.add_argument(

@@ -175,6 +175,45 @@ def combine(options: Namespace) -> None:
     print(f"wrote {options.out}: LoRA of rank {config.r} on {len(config.targets)} modules")
 
 
+def analyze(options: Namespace) -> None:
+    from minift.analysis.picture import table, write_analysis
+    from minift.analysis.spectrum import analyze_weight
+    from minift.analysis.weights import adapted_weights, changed_weights, scale_intruders
+    from minift.checkpoint.adapters import CONFIG_FILE, base_model_of
+    from minift.quant.linear import QuantConfig
+
+    if (options.scale_intruders is None) != (options.adapter_out is None):
+        raise ValueError("--scale-intruders F and --adapter-out DIR belong together; give both, or none")
+    tuned, model, quant = Path(options.tuned), options.model, QuantConfig() if options.nf4 else None
+    is_run = (tuned / "config.yaml").is_file()
+    if is_run:
+        from minift.config import RunConfig
+
+        config = RunConfig.from_recipe(tuned / "config.yaml")
+        model, quant = model or config.model.path, quant or config.quant
+        tuned = tuned / "export" / ("model" if config.adapter is None else "adapter")
+    is_adapter = (tuned / CONFIG_FILE).is_file()
+    if model is None and is_adapter:
+        model = base_model_of(tuned)
+    if model is None:
+        raise ValueError(f"what was {tuned} made from? it does not say; give the base with --model DIR")
+    weights = adapted_weights(model, tuned, quant) if is_adapter else changed_weights(model, tuned)
+    analyses = []
+    for weight in weights:
+        analyses.append(analyze_weight(*weight, options.top, options.threshold))
+        print(f"\r{len(analyses)} weights", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(table(analyses))
+    for path in write_analysis(Path(options.out or (options.tuned if is_run else "analysis")), analyses):
+        print(f"wrote {path}")
+    if options.adapter_out is not None:
+        scaled = scale_intruders(
+            model, tuned, options.adapter_out,
+            factor=options.scale_intruders, quant=quant, top=options.top, threshold=options.threshold,
+        )  # fmt: skip
+        print(f"wrote {options.adapter_out}: {sum(scaled.values())} intruders times {options.scale_intruders:g}")
+
+
 def plot(options: Namespace) -> None:
     from minift.curves import draw_runs
     from minift.style import DARK, LIGHT

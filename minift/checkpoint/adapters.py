@@ -94,6 +94,11 @@ def read_config(folder: str | Path) -> AdapterConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def base_model_of(folder: str | Path) -> str | None:
+    """Name or path of the base that the adapter in `folder` names; None if it names none."""
+    return json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+
+
 def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors of the adapter in `folder` by in-memory name, in the order of `shapes`, as the file holds them, fp32.
 

@@ -8,7 +8,6 @@ they are for different ones are refused. Modules that only some of them adapt ar
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minift.checkpoint.adapters import CONFIG_FILE, read_config, read_unchecked, save_adapter
+from minift.checkpoint.adapters import base_model_of, read_config, read_unchecked, save_adapter
 from minift.checkpoint.fingerprint import Sample, read_fingerprint
 from minift.peft.combine import Combination, Update, combine
 from minift.peft.lora import LoraConfig
@@ -52,7 +51,7 @@ def combine_adapters(
         A, B = combine(factors.module, *zip(*present, strict=True), how)
         tensors |= {factors.A: A, factors.B: B}
         ranks[factors.module] = len(A)
-    base_model = json.loads((Path(folders[0]) / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    base_model = base_model_of(folders[0])
     config = plain_lora(ranks)
     save_adapter(
         out_folder, config, tensors,

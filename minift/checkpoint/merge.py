@@ -69,7 +69,7 @@ def merge_adapter(
     embedding's, or makes biases that the format has no place for; if the base does not have the target; if
     `original_folder` is not what the base was quantized from (names, shapes, codes).
     """
-    base = _Base(base_folder, quant)
+    base = AdapterBase(base_folder, quant)
     target = _choose_target(target, base, original_folder)
     updates, whole = base.load_adapters(adapter_folder)
     tied = [name for name in (TIED_HEAD, _EMBEDDING) if base.config.tie_word_embeddings and name in updates]
@@ -151,7 +151,7 @@ def merge_adapter(
     return MergeReport(target, tuple(drifts))
 
 
-class _Base:
+class AdapterBase:
     """The folder that an adapter was trained on, and which of its projections were in NF4 then."""
 
     def __init__(self, folder: str | Path, quant: QuantConfig | None) -> None:
@@ -238,7 +238,7 @@ def _parameter_names(config: ModelConfig) -> list[str]:
         return [name for name, _ in CausalLM(config).named_parameters()]
 
 
-def _choose_target(target: MergeTarget | None, base: _Base, original_folder: str | Path | None) -> MergeTarget:
+def _choose_target(target: MergeTarget | None, base: AdapterBase, original_folder: str | Path | None) -> MergeTarget:
     target = target or ("dequantized" if base.quantized else "original")
     check_target(target)
     if not base.quantized and target != "original":
@@ -257,7 +257,7 @@ def _choose_target(target: MergeTarget | None, base: _Base, original_folder: str
     return target
 
 
-def _open_original(folder: str | Path, base: _Base) -> WeightReader:
+def _open_original(folder: str | Path, base: AdapterBase) -> WeightReader:
     """Its weights, if they are dense and have the names and shapes of the base's."""
     weights = QuantWeights(folder)
     if weights.stored.projections:
