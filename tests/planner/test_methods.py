@@ -11,6 +11,7 @@ from minift.peft.bitfit import BitFitConfig
 from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
+from minift.peft.iec import IecConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.methods import MethodShape, method_of
 from minift.quant.linear import NF4Linear
@@ -26,6 +27,8 @@ IN, OUT = 96, 64
     [
         (LoraConfig(r=4, dropout=0.1), MethodShape()),
         (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True)),  # the input is LoRA's
+        # the input, of which A reads; what is pooled of it, and what B reads
+        (IecConfig(r=8), MethodShape(True, keeps_input=True, other_features=8 + 8)),
         (IA3Config(feedforward=[]), MethodShape(True, keeps_output=True)),
         (IA3Config(), MethodShape(True, keeps_input=True)),
         (BitFitConfig(), MethodShape(True)),

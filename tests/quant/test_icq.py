@@ -3,6 +3,7 @@ and autograd on it in fp64."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from torch import Tensor
 from minift.checkpoint.adapters import file_tensors, load_adapter, save_adapter
 from minift.checkpoint.merge import merge_adapter
 from minift.checkpoint.quantize import quantize_folder
+from minift.config import RunConfig
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy
+from minift.inference import load_assistant, measure_loss
+from minift.metrics import read_metrics
 from minift.model.decoder import CausalLM
 from minift.model.hf import fill_parameters, load_config
 from minift.ops.nf4 import quantize_nf4
@@ -29,6 +33,9 @@ from tests.integration.assembly import LLAMA, QWEN2, assemble, loss_of, write_mo
 from tests.peft.rows import ROWS
 from tests.peft.test_matrix import assert_close_logits, logits_of
 from tests.ranks import run_ranks
+from tests.test_train import config_for, losses, run
+from tests.tiny import write_conversations
+from tests.tiny import write_model as write_tiny_model
 
 ICQ = QuantConfig(icq=True)
 CPU = torch.device("cpu")
@@ -174,3 +181,27 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
     ragged = write_model(tmp_path / "ragged", LLAMA | {"num_hidden_layers": 1})
     with pytest.raises(ValueError, match=r"needs rows of whole blocks of 64, and those of .*q_proj have 96"):
         load_model(ragged, ICQ, torch.float32)
+
+
+def test_a_run_of_ir_qlora_stops_resumes_and_is_loaded(tmp_path: Path) -> None:
+    """On two ranks. What was exported, over the base in the same format, has the loss that was validated last."""
+    inputs = tmp_path / "inputs"
+    write_tiny_model(inputs / "model", hidden_size=64, intermediate_size=128, num_attention_heads=2)
+    write_conversations(inputs / "train.jsonl", 24)
+    write_conversations(inputs / "heldout.jsonl", 5)
+
+    def config(folder: str) -> RunConfig:
+        made = config_for(inputs, tmp_path / folder, validate_every_steps=6)
+        return replace(made, adapter=IecConfig(r=4, alpha=8.0), quant=ICQ)
+
+    run_ranks(2, run, config("straight"))
+    run_ranks(2, run, config("stopped"), 3)
+    run_ranks(2, run, config("stopped"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    adapter = str(tmp_path / "straight" / "export" / "adapter")
+    assistant = load_assistant(str(inputs / "model"), adapter, template="chatml", quant=ICQ, dtype=torch.float32)
+    data = replace(config("straight").data, train=(str(inputs / "heldout.jsonl"),))
+    loss = measure_loss(assistant, data, 256, World(0, 1, 0, CPU, "gloo", None))["loss"]
+    _, validation = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert loss == pytest.approx(validation[-1]["validation_loss"], rel=1e-5)
+    assert loss < validation[0]["validation_loss"]
