@@ -36,8 +36,7 @@ def adapted_weights(
     updates, whole = base.load_adapters(adapter_folder)
     for name, adapter in updates.items():
         weight = base.trained_weight(name).double()
-        with torch.no_grad():
-            yield name.removesuffix(".weight"), weight, adapter.exact_weight(weight)
+        yield name.removesuffix(".weight"), weight, adapter.exact_weight(weight)
     for name, after in whole.items():
         if after.ndim == 2:
             yield name.removesuffix(".weight"), base.trained_weight(name).double(), after.double()

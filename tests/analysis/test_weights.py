@@ -67,7 +67,10 @@ def test_a_planted_intruder_is_scaled_down_and_the_rest_stays(folders, tmp_path,
 def test_a_merged_model_is_what_its_adapter_is(folders, tmp_path):
     model, adapter = folders
     merge_adapter(model, adapter, tmp_path / "merged")
-    of_adapter = {name: after for name, _, after in adapted_weights(model, adapter, None)}
+    of_adapter = {}
+    for name, _, after in adapted_weights(model, adapter, None):
+        assert torch.is_grad_enabled() and not after.requires_grad
+        of_adapter[name] = after
     of_model = {name: after for name, _, after in changed_weights(model, tmp_path / "merged")}
     assert of_adapter.keys() == of_model.keys()
     for name, after in of_adapter.items():
