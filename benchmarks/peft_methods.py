@@ -1,0 +1,264 @@
+"""What does each method of fine-tuning cost, and what does it reach, on one task with one budget?
+
+    ./launch/quickstart.sh                              # once: the model and the data
+    python benchmarks/peft_methods.py --write
+
+The task is the quickstart's: SmolLM2-135M learns function calls (BFCL). Every method starts from the same model and
+sees the same `--examples` conversations once, in the same order, `EXAMPLES_PER_STEP` a step, in bf16 on two ranks; only
+the adapter, its learning rate and, for QLoRA, the weights' format are its own. Learning rates are those of the recipes
+in launch/recipes/, times what a model this small needs; none was searched for, so a few correct answers more or less
+say nothing. Then the model answers the 80 questions that were held out, which counts those calls that are right in
+every argument. What was trained and graded stays in `--runs` and is not done again.
+
+Speed: every method that has a forward of its own takes steps of 2 x 512 tokens in one process, in turns. (LoRA+, PiSSA,
+LoRA-GA and allocated ranks are LoRA once they have begun.) Memory: the peak resident over such steps, a fresh process
+for each.
+
+Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from processes import RETURNING, PeakResident, run_ranks
+from protocol import Times, Turn, stopwatch, take_turns
+from results import Result, finish, parse
+from safetensors import safe_open
+from smollm2 import random_document
+
+from minift.build import build_model
+from minift.config import RunConfig
+from minift.data.batch import pack
+from minift.dist.process import World
+from minift.metrics import read_metrics
+from minift.objectives.sft import SupervisedTokens
+from minift.optim.adamw import AdamW
+from minift.step import train_step
+from minift.style import three_digits
+from minift.trace import Recorder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
+
+EXAMPLES_PER_STEP = 4
+RANKS = 2
+ATTENTION_AND_MLP = ["o_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """adapter: as in a recipe; None: every weight is trained. like: the variant whose steps this one takes, too."""
+
+    lr: float
+    adapter: dict[str, Any] | None
+    quant: dict[str, Any] | None = None
+    lr_ratios: dict[str, float] = field(default_factory=dict)
+    like: str = ""
+
+
+NF4 = {"format": "nf4", "double_quant": True}
+VARIANTS = {
+    "LoRA": Variant(1e-3, {"r": 16, "alpha": 32}),
+    "QLoRA": Variant(1e-3, {"r": 16, "alpha": 32}, NF4),
+    "rsLoRA, r = 64": Variant(5e-4, {"r": 64, "alpha": 16, "rslora": True}),
+    "LoRA+": Variant(2.5e-4, {"r": 16, "alpha": 32}, lr_ratios={"lora_B": 16.0}, like="LoRA"),
+    "allocated ranks": Variant(1e-3, {"r": 16, "alpha": 32, "allocate": "gradients", "gradient_steps": 4}, like="LoRA"),
+    "PiSSA": Variant(5e-4, {"method": "pissa", "r": 16, "alpha": 16}, like="LoRA"),
+    "LoRA-GA": Variant(5e-4, {"method": "lora_ga", "r": 16, "alpha": 32, "gradient_steps": 4}, like="LoRA"),
+    "IR-QLoRA": Variant(1e-3, {"method": "iec", "r": 16, "alpha": 32}, NF4 | {"icq": True}),
+    "DoRA": Variant(1e-3, {"method": "dora", "r": 16, "alpha": 32}),
+    "bottleneck": Variant(1e-3, {"method": "bottleneck", "targets": ATTENTION_AND_MLP, "size": 64}),
+    "IA3": Variant(2e-2, {"method": "ia3", "targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]}),
+    "BitFit": Variant(1e-2, {"method": "bitfit"}),
+    "prefix tuning": Variant(2e-2, {"method": "prefix", "num_virtual_tokens": 20}),
+    "prompt tuning": Variant(
+        5e-2, {"method": "prompt", "num_virtual_tokens": 20, "init": "text", "text": "Answer with a function call."}
+    ),
+    "full": Variant(2e-4, None),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the task
+
+
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    return args.runs / name.lower().replace(" ", "-").replace(",", "").replace("=-", "")
+
+
+def recipe(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    variant = VARIANTS[name]
+    return {
+        "run_dir": str(folder_of(args, name) / "train"),
+        "device": "cpu",
+        "model": {"path": str(args.model)},
+        "data": {
+            "train": [str(args.runs / "train.jsonl")],
+            "validation": [str(args.data / "heldout.jsonl")],
+            "max_length_tokens": 512,
+        },
+        "adapter": variant.adapter,
+        "quant": variant.quant,
+        "optim": {
+            "lr": variant.lr,
+            "lr_ratios": variant.lr_ratios,
+            "warmup_steps": args.examples // EXAMPLES_PER_STEP // 8,
+            "schedule": "linear",
+        },
+        "loop": {"epochs": 1, "examples_per_step": EXAMPLES_PER_STEP, "microbatch_tokens": 1024},
+    }
+
+
+def minift(*arguments: object) -> None:
+    """On all ranks, what it says going to standard error: the last line of standard output is ours."""
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "minift"]
+    subprocess.run([*ranks, *map(str, arguments)], env=environment, stdout=sys.stderr, check=True)
+
+
+def reached(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Trained and graded, unless it was."""
+    folder, variant = folder_of(args, name), VARIANTS[name]
+    exported = folder / "train/export" / ("model" if variant.adapter is None else "adapter")
+    answers = folder / "answers.json"
+    if not exported.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(args, name), sort_keys=False))
+        minift("train", folder / "recipe.yaml")
+    if not answers.exists():
+        model = ["--model", exported] if variant.adapter is None else ["--model", args.model, "--adapter", exported]
+        quantized = ["--nf4"] if variant.quant else []
+        unfinished = answers.with_suffix(".unfinished")
+        minift("eval", "bfcl", "--device", "cpu", *model, *quantized, "--data", args.data / "answers.json",
+               "--out", unfinished)  # fmt: skip
+        unfinished.rename(answers)
+    _, validation = read_metrics(folder / "train/metrics.jsonl")
+    graded = json.loads(answers.read_text())
+    files = list(exported.glob("*.safetensors"))
+    return {
+        "correct": graded["correct"],
+        "questions": graded["total"],
+        "validation_loss": validation[-1]["validation_loss"],
+        "stored_weights": sum(numel_in(file) for file in files),
+        "stored_bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def numel_in(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:
+        return sum(tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118 (no iterator)
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+def make_step(world: World, args: argparse.Namespace, name: str) -> Turn:
+    """Number of the step -> loss: built, sharded and stepped as minift's trainer does."""
+    config = RunConfig.from_recipe(folder_of(args, name) / "recipe.yaml")
+    recorder = Recorder(world.rank, world.device)
+    built = build_model(
+        config.model, config.adapter, quant=config.quant, precision=config.precision, recompute=config.recompute,
+        policy=config.fsdp, recorder=recorder, world=world, seed=0,
+    )  # fmt: skip
+    optimizer = AdamW(built.engine.trainable_shards(), config.optim)
+    numbers = itertools.count()
+
+    def step() -> float:
+        batch = pack([random_document(512, seed) for seed in (2 * next(numbers), 1)])
+        return train_step(
+            built.module, built.engine, optimizer, SupervisedTokens(), [batch],
+            lr_scale=1.0, max_grad_norm=None, scaler=None, recorder=recorder,
+        ).loss  # fmt: skip
+
+    return step
+
+
+def time_steps(world: World, tell: object, args: argparse.Namespace) -> Times:
+    steps = {name: make_step(world, args, name) for name in VARIANTS if not VARIANTS[name].like}
+    for step in steps.values():
+        step()
+    return take_turns({name: stopwatch(step) for name, step in steps.items()}, args.rounds)
+
+
+def hold_steps(world: World, tell: object, job: tuple[argparse.Namespace, str]) -> float:
+    """MiB."""
+    step = make_step(world, *job)
+    for _ in range(2):
+        step()
+    peak = PeakResident()
+    for _ in range(3):
+        step()
+    return peak.bytes() / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------- the result
+
+
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    """Correct answers against what is trained, and what a step costs."""
+    rows = runs[-1]["rows"]
+    figure.set_size_inches(10, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for row in rows:
+        left.plot(row["stored_weights"], row["correct"], "o", color=theme.ours, markersize=7)
+        left.annotate(row["method"], (row["stored_weights"], row["correct"]), (6, 4), textcoords="offset points")
+    left.set(xscale="log", xlabel="weights that are trained and stored", ylabel=f"correct, of {rows[0]['questions']}")
+    left.margins(x=0.2, y=0.12)
+    own = [row for row in rows if row["time"] is not None]
+    right.barh([row["method"] for row in own], [row["time"] for row in own], color=theme.ours)
+    for place, row in enumerate(own):
+        text = f"{row['time']:.2f}, {three_digits(row['peak_mib'])} MiB"
+        right.annotate(text, (row["time"], place), (4, 0), textcoords="offset points", va="center")
+    right.invert_yaxis()
+    right.set(title="time of a step, LoRA = 1, and its peak")
+    right.margins(x=0.45)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/model"))
+    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/peft_methods"))
+    parser.add_argument("--examples", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only-train", action="store_true", help="train and grade, time nothing, print no result")
+    args = parse(parser, is_timed=False)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    lines = (args.data / "train.jsonl").read_text().splitlines(keepends=True)
+    (args.runs / "train.jsonl").write_text("".join(lines[: args.examples]))
+
+    rows = [{"method": name} | reached(args, name) for name in VARIANTS]
+    if args.only_train:
+        return
+    result = Result("peft_methods", rows=rows)
+    (times,) = run_ranks(1, time_steps, args, num_threads=2)
+    result.count(times)
+    print(f"{'method':18}{'correct':>8}{'loss':>8}{'weights':>12}{'stored MiB':>12}{'time':>7}{'peak MiB':>10}")
+    for row in rows:
+        measured = row["method"] if not VARIANTS[row["method"]].like else None
+        row["time"] = None if measured is None else times.ratio(measured, "LoRA").median
+        row["tokens_per_second"] = None if measured is None else 1024 / times.median(measured)
+        row["peak_mib"] = None
+        if measured is not None:
+            row["peak_mib"] = run_ranks(1, hold_steps, (args, measured), RETURNING, num_threads=2)[0]
+        cost = f"{row['time']:7.2f}{row['peak_mib']:10.0f}" if measured else ""
+        print(
+            f"{row['method']:18}{row['correct']:8d}{row['validation_loss']:8.3f}{row['stored_weights']:12,d}"
+            f"{row['stored_bytes'] / 2**20:12.2f}{cost}"
+        )
+    finish(args, result, draw)
+
+
+if __name__ == "__main__":
+    main()
