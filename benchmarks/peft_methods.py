@@ -1,7 +1,8 @@
 """What does each method of fine-tuning cost, and what does it reach, on one task with one budget?
 
     ./launch/quickstart.sh                              # once: the model and the data
-    python benchmarks/peft_methods.py --write
+    python benchmarks/peft_methods.py --quickstart runs/quickstart --write
+    python benchmarks/peft_methods.py                   # the cost alone
 
 The task is the quickstart's: SmolLM2-135M learns function calls (BFCL). Every method starts from the same model and
 sees the same `--examples` conversations once, in the same order, `EXAMPLES_PER_STEP` a step, in bf16 on two ranks; only
@@ -10,9 +11,9 @@ in launch/recipes/, times what a model this small needs; none was searched for, 
 say nothing. Then the model answers the 80 questions that were held out, which counts those calls that are right in
 every argument. What was trained and graded stays in `--runs` and is not done again.
 
-Speed: every method that has a forward of its own takes steps of 2 x 512 tokens in one process, in turns. (LoRA+, PiSSA,
-LoRA-GA and allocated ranks are LoRA once they have begun.) Memory: the peak resident over such steps, a fresh process
-for each.
+Cost: every method that has a forward of its own takes steps of 2 x 512 tokens with SmolLM2-135M's shapes in one
+process, in turns. (LoRA+, PiSSA, LoRA-GA and allocated ranks are LoRA once they have begun.) Memory: the peak resident
+over such steps, a fresh process for each.
 
 Rules of measuring: `protocol`. Prints a table, and one line of JSON last.
 """
@@ -25,16 +26,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from processes import RETURNING, PeakResident, run_ranks
-from protocol import Times, Turn, stopwatch, take_turns
+from protocol import Times, Turn, stopwatch, take_turns, wait_until_quiet
 from results import Result, finish, parse
 from safetensors import safe_open
 from smollm2 import random_document
+from step_sides import write_folders
 
 from minift.build import build_model
 from minift.config import RunConfig
@@ -102,10 +105,10 @@ def recipe(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "run_dir": str(folder_of(args, name) / "train"),
         "device": "cpu",
-        "model": {"path": str(args.model)},
+        "model": {"path": str(args.quickstart / "model")},
         "data": {
             "train": [str(args.runs / "train.jsonl")],
-            "validation": [str(args.data / "heldout.jsonl")],
+            "validation": [str(args.quickstart / "data/heldout.jsonl")],
             "max_length_tokens": 512,
         },
         "adapter": variant.adapter,
@@ -137,10 +140,14 @@ def reached(args: argparse.Namespace, name: str) -> dict[str, Any]:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(args, name), sort_keys=False))
         minift("train", folder / "recipe.yaml")
     if not answers.exists():
-        model = ["--model", exported] if variant.adapter is None else ["--model", args.model, "--adapter", exported]
+        model = (
+            ["--model", exported]
+            if variant.adapter is None
+            else ["--model", args.quickstart / "model", "--adapter", exported]
+        )
         quantized = ["--nf4"] if variant.quant else []
         unfinished = answers.with_suffix(".unfinished")
-        minift("eval", "bfcl", "--device", "cpu", *model, *quantized, "--data", args.data / "answers.json",
+        minift("eval", "bfcl", "--device", "cpu", *model, *quantized, "--data", args.quickstart / "data/answers.json",
                "--out", unfinished)  # fmt: skip
         unfinished.rename(answers)
     _, validation = read_metrics(folder / "train/metrics.jsonl")
@@ -163,9 +170,20 @@ def numel_in(file: Path) -> int:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-def make_step(world: World, args: argparse.Namespace, name: str) -> Turn:
-    """Number of the step -> loss: built, sharded and stepped as minift's trainer does."""
-    config = RunConfig.from_recipe(folder_of(args, name) / "recipe.yaml")
+def make_step(world: World, args: argparse.Namespace, folder: str, name: str) -> Turn:
+    """Takes a step, on tokens of its own: built, sharded and stepped as minift's trainer does."""
+    variant = VARIANTS[name]
+    of_words = ("init", "text")  # the model has no tokenizer
+    adapter = variant.adapter and {key: value for key, value in variant.adapter.items() if key not in of_words}
+    path = Path(folder) / "recipe.yaml"
+    plain = {
+        "run_dir": folder,
+        "model": {"path": f"{folder}/base"},
+        "data": {"train": [folder], "max_length_tokens": args.tokens},
+        "loop": {"epochs": 1, "examples_per_step": 2, "microbatch_tokens": 2 * args.tokens},
+    }
+    path.write_text(yaml.safe_dump(plain | {"adapter": adapter, "quant": variant.quant}))
+    config = RunConfig.from_recipe(path)
     recorder = Recorder(world.rank, world.device)
     built = build_model(
         config.model, config.adapter, quant=config.quant, precision=config.precision, recompute=config.recompute,
@@ -175,7 +193,7 @@ def make_step(world: World, args: argparse.Namespace, name: str) -> Turn:
     numbers = itertools.count()
 
     def step() -> float:
-        batch = pack([random_document(512, seed) for seed in (2 * next(numbers), 1)])
+        batch = pack([random_document(args.tokens, seed) for seed in (2 * next(numbers), 1)])
         return train_step(
             built.module, built.engine, optimizer, SupervisedTokens(), [batch],
             lr_scale=1.0, max_grad_norm=None, scaler=None, recorder=recorder,
@@ -184,14 +202,14 @@ def make_step(world: World, args: argparse.Namespace, name: str) -> Turn:
     return step
 
 
-def time_steps(world: World, tell: object, args: argparse.Namespace) -> Times:
-    steps = {name: make_step(world, args, name) for name in VARIANTS if not VARIANTS[name].like}
+def time_steps(world: World, tell: object, job: tuple[argparse.Namespace, str]) -> Times:
+    steps = {name: make_step(world, *job, name) for name in VARIANTS if not VARIANTS[name].like}
     for step in steps.values():
         step()
-    return take_turns({name: stopwatch(step) for name, step in steps.items()}, args.rounds)
+    return take_turns({name: stopwatch(step) for name, step in steps.items()}, job[0].rounds)
 
 
-def hold_steps(world: World, tell: object, job: tuple[argparse.Namespace, str]) -> float:
+def hold_steps(world: World, tell: object, job: tuple[argparse.Namespace, str, str]) -> float:
     """MiB."""
     step = make_step(world, *job)
     for _ in range(2):
@@ -206,16 +224,18 @@ def hold_steps(world: World, tell: object, job: tuple[argparse.Namespace, str]) 
 
 
 def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
-    """Correct answers against what is trained, and what a step costs."""
+    """What a step costs, and correct answers against what is trained."""
     rows = runs[-1]["rows"]
+    own = [row for row in rows if "time" in row]
     figure.set_size_inches(10, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for row in rows:
-        left.plot(row["stored_weights"], row["correct"], "o", color=theme.ours, markersize=7)
-        left.annotate(row["method"], (row["stored_weights"], row["correct"]), (6, 4), textcoords="offset points")
-    left.set(xscale="log", xlabel="weights that are trained and stored", ylabel=f"correct, of {rows[0]['questions']}")
+        if "correct" in row:
+            left.plot(row["stored_weights"], row["correct"], "o", color=theme.ours, markersize=7)
+            left.annotate(row["method"], (row["stored_weights"], row["correct"]), (6, 4), textcoords="offset points")
+            left.set(xscale="log", xlabel="weights that are trained and stored")
+            left.set(ylabel=f"correct, of {row['questions']}")
     left.margins(x=0.2, y=0.12)
-    own = [row for row in rows if row["time"] is not None]
     right.barh([row["method"] for row in own], [row["time"] for row in own], color=theme.ours)
     for place, row in enumerate(own):
         text = f"{row['time']:.2f}, {three_digits(row['peak_mib'])} MiB"
@@ -227,36 +247,45 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/model"))
-    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--quickstart", type=Path, help="folder with the model and the data; none: the cost alone")
     parser.add_argument("--runs", type=Path, default=Path("runs/peft_methods"))
-    parser.add_argument("--examples", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--examples", type=int, default=160)
     parser.add_argument("--only-train", action="store_true", help="train and grade, time nothing, print no result")
+    parser.add_argument("--tokens", type=int, default=512, help="per document")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parse(parser, is_timed=False)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    lines = (args.data / "train.jsonl").read_text().splitlines(keepends=True)
-    (args.runs / "train.jsonl").write_text("".join(lines[: args.examples]))
 
-    rows = [{"method": name} | reached(args, name) for name in VARIANTS]
+    rows: list[dict[str, Any]] = [{"method": name} for name in VARIANTS]
+    if args.quickstart is not None:
+        args.runs.mkdir(parents=True, exist_ok=True)
+        lines = (args.quickstart / "data/train.jsonl").read_text().splitlines(keepends=True)
+        (args.runs / "train.jsonl").write_text("".join(lines[: args.examples]))
+        for row in rows:
+            row |= reached(args, row["method"])
     if args.only_train:
         return
+    if not args.busy:
+        wait_until_quiet()
     result = Result("peft_methods", rows=rows)
-    (times,) = run_ranks(1, time_steps, args, num_threads=2)
-    result.count(times)
-    print(f"{'method':18}{'correct':>8}{'loss':>8}{'weights':>12}{'stored MiB':>12}{'time':>7}{'peak MiB':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_folders(Path(folder), args.layers)
+        (times,) = run_ranks(1, time_steps, (args, folder), num_threads=2)
+        result.count(times)
+        for row in rows:
+            name = row["method"]
+            if not VARIANTS[name].like:
+                row["time"] = times.ratio(name, "LoRA").median
+                row["tokens_per_second"] = 2 * args.tokens / times.median(name)
+                row["peak_mib"] = run_ranks(1, hold_steps, (args, folder, name), RETURNING, num_threads=2)[0]
+    print(f"{'method':18}{'time':>6}{'tokens/s':>10}{'peak MiB':>10}{'correct':>9}{'loss':>8}{'weights':>13}{'MiB':>8}")
     for row in rows:
-        measured = row["method"] if not VARIANTS[row["method"]].like else None
-        row["time"] = None if measured is None else times.ratio(measured, "LoRA").median
-        row["tokens_per_second"] = None if measured is None else 1024 / times.median(measured)
-        row["peak_mib"] = None
-        if measured is not None:
-            row["peak_mib"] = run_ranks(1, hold_steps, (args, measured), RETURNING, num_threads=2)[0]
-        cost = f"{row['time']:7.2f}{row['peak_mib']:10.0f}" if measured else ""
-        print(
-            f"{row['method']:18}{row['correct']:8d}{row['validation_loss']:8.3f}{row['stored_weights']:12,d}"
-            f"{row['stored_bytes'] / 2**20:12.2f}{cost}"
+        cost = (
+            f"{row['time']:6.2f}{row['tokens_per_second']:10.0f}{row['peak_mib']:10.0f}" if "time" in row else " " * 26
         )
+        gain = f"{row['correct']:9d}{row['validation_loss']:8.3f}" if "correct" in row else ""
+        size = f"{row['stored_weights']:13,d}{row['stored_bytes'] / 2**20:8.2f}" if "correct" in row else ""
+        print(f"{row['method']:18}{cost}{gain}{size}")
     finish(args, result, draw)
 
 

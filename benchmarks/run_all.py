@@ -72,6 +72,7 @@ BENCHMARKS = {
         runs=("", "--mixed"), quick="--layers 2 --vocab 512 --rows 3 --rounds 3 --calls 1"
     ),
     "checkpoint": Benchmark(quick="--layers 1 --tokens 32 --rounds 2"),
+    "peft_methods": Benchmark(quick="--layers 1 --tokens 32 --rounds 3"),
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
     "scaling": Benchmark(quick="--most 8"),
