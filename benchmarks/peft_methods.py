@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from processes import RETURNING, PeakResident, run_ranks
-from protocol import Times, Turn, stopwatch, take_turns, wait_until_quiet
+from protocol import Times, Turn, stopwatch, take_turns
 from results import Result, finish, parse
 from safetensors import safe_open
 from smollm2 import random_document
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="per document")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parse(parser, is_timed=False)
+    args = parse(parser)
 
     rows: list[dict[str, Any]] = [{"method": name} for name in VARIANTS]
     if args.quickstart is not None:
@@ -265,8 +265,6 @@ def main() -> None:
             row |= reached(args, row["method"])
     if args.only_train:
         return
-    if not args.busy:
-        wait_until_quiet()
     result = Result("peft_methods", rows=rows)
     with tempfile.TemporaryDirectory() as folder:
         write_folders(Path(folder), args.layers)

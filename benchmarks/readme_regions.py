@@ -148,6 +148,25 @@ def adapters_per_row() -> str:
         """)
 
 
+def methods() -> str:
+    found = rows("peft_methods", "method")
+    lines = []
+    for name, row in found.items():
+        like = "as LoRA" if "time" not in row else f"{row['time']:.2f}"
+        peak = "as LoRA" if "time" not in row else f"{row['peak_mib']:.0f} MiB"
+        stored = f"{row['stored_bytes'] / 2**20:.2f} MiB"
+        correct = f"{row['correct']} of {row['questions']}"
+        lines.append((name, correct, f"{row['validation_loss']:.3f}", f"{row['stored_weights']:,}", stored, like, peak))
+    examples = run("peft_methods")["parameters"]["examples"]
+    text = paragraph(f"""
+        One task, one budget: SmolLM2-135M sees {examples} of the quickstart's conversations once, by each method, with
+        a learning rate that nobody searched for; a few correct answers more or less say nothing
+        (`python benchmarks/peft_methods.py --quickstart runs/quickstart`).
+        """)
+    head = ("", "correct calls", "held-out loss", "trained weights", "stored", "time of a step, LoRA = 1", "peak")
+    return "\n\n".join([text, table(head, lines), picture("peft_methods", "what each method reaches and costs")])
+
+
 def checkpoint() -> str:
     values = run("checkpoint")["values"]
     seconds, mib = values["seconds"], values["async_memory_mib"]
@@ -307,6 +326,7 @@ REGIONS = {
     "fsdp-sweep": fsdp_sweep,
     "recompute": recompute,
     "adapters-per-row": adapters_per_row,
+    "methods": methods,
     "checkpoint": checkpoint,
     "switches": switches,
     "numbers": numbers,
