@@ -20,9 +20,10 @@ import random
 import statistics
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import results
-from drawn_runs import Case, Timing, draw, error_values, time_steps
+from drawn_runs import Case, Timing, draw_errors, draw_run, error_values, time_steps
 from processes import run_ranks
 from protocol import QUIET_SHARE
 from results import Result
@@ -103,7 +104,7 @@ def main() -> None:
     print(f"{'ranks':6}{'Gbit/s':>7}  {'run':72}{'exposed':>8}{'simulated':>11}{'measured':>10}{'error':>8}")
     for num_ranks in args.ranks:
         rng = random.Random(f"{args.seed} {num_ranks}")
-        cases = {gbit * 1e9 / 8: [draw(rng) for _ in range(args.cases)] for gbit in args.gbit}
+        cases = {gbit * 1e9 / 8: [draw_run(rng) for _ in range(args.cases)] for gbit in args.gbit}
         measured = measure_all(num_ranks, cases)
         for bytes_per_s, timings in measured.timings.items():
             for case, timing in zip(cases[bytes_per_s], timings, strict=True):
@@ -127,7 +128,14 @@ def main() -> None:
     for name, value in values.items():
         print(f"{name:22}{value:8.3f}")
     conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
-    results.finish(args, Result("plan_links", values, rows, conditions))
+    results.finish(args, Result("plan_links", values, rows, conditions), draw)
+
+
+def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:
+    """Each run's error by how much of its step the network decides."""
+    draw_errors(figure, theme, [row for run in runs for row in run["rows"]], "exposed_share", "simulated")
+    figure.axes[0].set_xlabel("share of the step in which compute waits for the network")
+    figure.axes[0].set_title("runs drawn at random, over slow links")
 
 
 if __name__ == "__main__":

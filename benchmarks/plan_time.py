@@ -15,9 +15,10 @@ import argparse
 import random
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import results
-from drawn_runs import Case, Timing, draw, error_values, time_steps
+from drawn_runs import Case, Timing, draw_errors, draw_run, error_values, time_steps
 from processes import run_ranks
 from protocol import QUIET_SHARE
 from results import Result
@@ -69,7 +70,7 @@ def main() -> None:
     print(f"{'ranks':7}{'run':72}{'planned':>9}{'measured':>10}{'error':>8}")
     for num_ranks in args.ranks:
         rng = random.Random(f"{args.seed} {num_ranks}")
-        cases = [draw(rng) for _ in range(args.cases)]
+        cases = [draw_run(rng) for _ in range(args.cases)]
         measured = run_ranks(num_ranks, measure, cases)[0]
         for case, timing in zip(cases, measured.timings, strict=True):
             planned, seconds = planned_seconds(case, num_ranks, measured), timing.seconds
@@ -83,7 +84,15 @@ def main() -> None:
     for name, value in values.items():
         print(f"{name:22}{value:8.3f}")
     conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
-    results.finish(args, Result("plan_time", values, rows, conditions))
+    results.finish(args, Result("plan_time", values, rows, conditions), draw)
+
+
+def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:
+    """Each run's error by the length of its step."""
+    draw_errors(figure, theme, [row for run in runs for row in run["rows"]], "measured_seconds", "planned")
+    figure.axes[0].set_xscale("log")
+    figure.axes[0].set_xlabel("seconds of a step, measured")
+    figure.axes[0].set_title("runs drawn at random, planned before they ran")
 
 
 if __name__ == "__main__":

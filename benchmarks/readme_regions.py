@@ -6,10 +6,11 @@ Change a sentence here, not there. Ratios are rounded where they are shown.
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 
 from interview_cells import CELLS
-from kept import NotMeasured, any_was_disturbed, merged, picture, questions, rows, run
+from kept import NotMeasured, all_runs, any_was_disturbed, merged, picture, questions, rows, run
 
 COLUMNS = 160
 
@@ -182,6 +183,49 @@ def checkpoint() -> str:
         """)
 
 
+# ------------------------------------------------------------------------------------------------------------- planning
+
+
+def planning() -> str:
+    """How far plans were off, and what they say of thousands of GPUs."""
+    text = f"""
+        Of {_off_by("plan_time")} (`python benchmarks/plan_time.py`: model, method, recomputation, sharding, tokens and
+        microbatches drawn at random, on 1 to 3 processes).
+        """
+    return f"{paragraph(text)}\n\n{picture('plan_time', 'planned over measured seconds of steps')}"
+
+
+def planning_links() -> str:
+    text = f"Over slow links, in network namespaces: of {_off_by('plan_links')} (`python benchmarks/plan_links.py`)."
+    return f"{paragraph(text)}\n\n{picture('plan_links', 'simulated over measured seconds of steps on slow links')}"
+
+
+def scaling() -> str:
+    found = run("scaling")["values"]["efficiency_on_4096"]
+    zero3, hsdp, qlora = (
+        found[f"llama-3.1-8b, 2048 tokens, {way}"] for way in ("ZeRO-3, full", "HSDP, full", "QLoRA, NF4 base")
+    )
+    text = f"""
+        The same simulation, with figures of H100s and NCCL's rings from `minift/planner/catalog.py`, says when more
+        GPUs stop paying. With 8192 tokens each nothing is lost up to 2048; with 2048, on 4096 GPUs, latency leaves
+        {zero3:.2f} of ZeRO-3, {qlora:.2f} of QLoRA, whose weights are gathered in 4 bits, and {hsdp:.2f} of HSDP, whose
+        rings do not grow (`python benchmarks/scaling.py`; simulated, no GPU was measured).
+        """
+    return f"{paragraph(text)}\n\n{picture('scaling', 'efficiency against the number of GPUs')}"
+
+
+def _off_by(question: str) -> str:
+    """Over all runs that were kept."""
+    errors = sorted(abs(row["error"]) for one in all_runs(question) for row in one["rows"])
+    if not errors:
+        raise NotMeasured(question)
+    within = sum(error <= 0.15 for error in errors)
+    return (
+        f"{len(errors)} runs {within} took what was planned to within 15 %, half of them to within "
+        f"{100 * statistics.median(errors):.0f} %, the worst {100 * errors[-1]:.0f} %"
+    )
+
+
 # ----------------------------------------------------------------------------------------------- what each switch costs
 
 
@@ -328,6 +372,9 @@ REGIONS = {
     "adapters-per-row": adapters_per_row,
     "methods": methods,
     "checkpoint": checkpoint,
+    "planning": planning,
+    "planning-links": planning_links,
+    "scaling": scaling,
     "switches": switches,
     "numbers": numbers,
     "conditions": conditions,

@@ -311,12 +311,12 @@ class _Root:
         backward = []
         if norm_needs:
             backward = [
-                elementwise("scale", dtype, M * D, 2),
+                *_scaled(dtype, M * D),
                 elementwise("copy", dtype, (T + 2 * M) * D, 1),
                 elementwise("rms norm backward", dtype, T * D, 3),
             ]
         if trains_head:
-            backward.append(elementwise("scale", dtype, V * D, 2))
+            backward += _scaled(dtype, V * D)
         embedding_backward = []
         if run.trains_before_blocks and not run.num_prompt:
             embedding_backward.append(elementwise("embedding backward", dtype, T * D, 2))
@@ -333,6 +333,12 @@ class _Root:
             backward_head=tuple(backward),
             **_exchanges(run, root),
         )
+
+
+def _scaled(dtype: str, elements: int) -> list[Op]:
+    """A gradient times a number, formed in fp32: `objectives.cross_entropy._scale_into`."""
+    times = elementwise("scale", "float32", elements, 2)
+    return [cast(dtype, "float32", elements), times, cast("float32", dtype, elements)]
 
 
 # What a unit sends #
