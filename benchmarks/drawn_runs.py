@@ -134,7 +134,7 @@ def draw_errors(figure: Any, theme: Any, rows: list[dict[str, Any]], x: str, pla
     for ranks, colour in zip(sorted({row["ranks"] for row in rows}), theme.series, strict=False):
         shown = [row for row in rows if row["ranks"] == ranks]
         heights = [row[f"{planned}_seconds"] / row["measured_seconds"] for row in shown]
-        axes.plot([row[x] for row in shown], heights, "o", color=colour, label=f"{ranks} processes")
+        axes.plot([row[x] for row in shown], heights, "o", color=colour, label=f"{ranks} process{'es' * (ranks > 1)}")
     axes.set_ylim(min(0.6, *axes.get_ylim()), max(1.4, *axes.get_ylim()))
     axes.set_ylabel(f"{planned} / measured")
     axes.legend(loc="lower right", ncols=4)

@@ -91,6 +91,7 @@ def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:
     """Each run's error by the length of its step."""
     draw_errors(figure, theme, [row for run in runs for row in run["rows"]], "measured_seconds", "planned")
     figure.axes[0].set_xscale("log")
+    figure.axes[0].xaxis.set_major_formatter("{x:g}")
     figure.axes[0].set_xlabel("seconds of a step, measured")
     figure.axes[0].set_title("runs drawn at random, planned before they ran")
 
