@@ -74,6 +74,7 @@ def plan(options: Namespace) -> None:
     print(json.dumps(answer.to_json(), indent=1) if options.json else answer.text)
     if options.picture:
         print(answer.draw(Path(options.picture)), file=sys.stderr)
+    gc.freeze()  # nor when the process ends
 
 
 def _calibrate(options: Namespace) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ from tests.tiny import write_model
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "sft_full.yaml"
 FAR = ["--model.path", "llama-3.1-70b", "--loop.examples_per_step", "2048"]
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected_again() -> Iterator[None]:
+    """The command is the last thing that its process does."""
+    yield
+    gc.unfreeze()
+    gc.enable()
 
 
 def plan(*arguments: str) -> int:
