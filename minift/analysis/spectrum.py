@@ -13,7 +13,7 @@ arXiv 2106.09685, section 7.3: large where training enlarged directions that W h
 *Change of magnitude and direction*: mean over the rows of |‖w'‖ - ‖w‖|, and of 1 - cos(w', w). Liu et al. 2024, arXiv
 2402.09353, eq. 3 and 4, with rows as in PEFT and `peft.dora`.
 
-Decompositions go through the smaller Gram matrix in fp64, three times as fast as an SVD: singular values are right to
+Decompositions go through the smaller Gram matrix in fp64, which is faster than an SVD: singular values are right to
 1e-8 of the largest, and what is smaller counts as zero.
 """
 
