@@ -59,6 +59,9 @@ STABLE_TORCH_LIBRARY(minift, m) {
       "nf4_dequantize(Tensor(a!) out, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset,"
       " Tensor? nested_map, int block_size, int start, int stride) -> ()");
 
+  // minift/ops/nf4_shift.py: columns (size, blocks), candidates (candidates, blocks).
+  m.def("nf4_shifts(Tensor columns, Tensor candidates, Tensor lacks) -> Tensor");
+
   // minift/ops/nf4_linear.py
   m.def(
       "nf4_gemv(Tensor x, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? offset, Tensor? nested_map,"

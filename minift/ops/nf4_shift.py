@@ -10,8 +10,8 @@ Paper: Qin et al. 2024, arXiv 2402.05445, section 3.2 (IR-QLoRA), which guarante
 One more candidate, 0, comes last here: so no block has less than plain NF4 gives it. Where the authors' code searches
 with exact τ, quantises, and then rounds τ to 8 bits, candidates are rounded first: what is chosen is what is kept.
 
-A block knows nothing of its neighbours. Plain PyTorch, as it runs once: counting codes needs 15 searches in a sorted
-block, not a look at each element, and the numbers that are compared are those that the quantiser compares.
+A block knows nothing of its neighbours. The numbers that are compared are those that the quantiser compares. On a CPU
+the search is compiled, many blocks at a time; in plain PyTorch, counting codes takes 15 searches in a sorted block.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minift.ops import extension
 from minift.ops.nf4_tables import BLOCK_SIZE, SMALLEST_DIVISOR, THRESHOLDS
 
 _RANGE, _STEPS = 0.1, 100  # λ, n
@@ -33,7 +34,8 @@ def block_shifts(weight: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
     shifts = torch.empty(len(blocks), dtype=torch.bfloat16, device=weight.device)
     for start in range(0, len(blocks), _CHUNK_BLOCKS):
         part = slice(start, start + _CHUNK_BLOCKS)
-        shifts[part] = _best(blocks[part].float().sort(1).values)
+        sorted_BN = blocks[part].float().sort(1).values
+        shifts[part] = _nf4_shifts(sorted_BN.t().contiguous(), candidates(sorted_BN), _lacks(block_size, weight.device))
     return shifts
 
 
@@ -52,25 +54,36 @@ def candidates(sorted_BN: Tensor) -> Tensor:
     return torch.cat([of_paper_FB, torch.zeros_like(of_paper_FB[:1])])
 
 
-def _best(sorted_BN: Tensor) -> Tensor:
-    """The shift (B,) of each block."""
-    size = sorted_BN.shape[1]
-    counts = torch.arange(size + 1, dtype=torch.float64)
-    # Σ c log₂ c = N log₂ N - N entropy: the smaller the better.
-    lacks = (counts * counts.clamp(min=1).log2() * _ENTROPY_UNIT).round().long().to(sorted_BN.device)
+def nf4_shifts_reference(columns_NB: Tensor, candidates_FB: Tensor, lacks: Tensor) -> Tensor:
+    """The first of `candidates_FB` with the largest entropy, for each block: (B,). Blocks are columns that ascend.
+
+    lacks: (N + 1,) int64, what a code that occurs so many times takes away from the entropy.
+    """
+    sorted_BN = columns_NB.t().contiguous()
     thresholds = THRESHOLDS.to(sorted_BN.device).expand(len(sorted_BN), -1).contiguous()
-    ends = torch.full((len(sorted_BN), 1), size, dtype=torch.int32, device=sorted_BN.device)
-    best_B, least_B = None, None
-    for shift_B in candidates(sorted_BN):
+    ends = torch.full((len(sorted_BN), 1), sorted_BN.shape[1], dtype=torch.int32, device=sorted_BN.device)
+    best_B = candidates_FB[0].clone()
+    least_B = torch.full(best_B.shape, torch.iinfo(torch.int64).max, device=best_B.device)
+    for shift_B in candidates_FB:
         moved_BN = sorted_BN - shift_B.float().unsqueeze(1)
         absmax_B = torch.maximum(-moved_BN[:, 0], moved_BN[:, -1])
         moved_BN *= (1 / absmax_B.clamp(min=SMALLEST_DIVISOR)).unsqueeze(1)
         up_to = torch.searchsorted(moved_BN, thresholds, right=True, out_int32=True)
         of_code = torch.diff(up_to, dim=1, prepend=torch.zeros_like(ends), append=ends)
         lack_B = lacks[of_code].sum(1)
-        if least_B is None:
-            best_B, least_B = shift_B.clone(), lack_B
-        else:
-            best_B = torch.where(lack_B < least_B, shift_B, best_B)
-            least_B = torch.minimum(lack_B, least_B)
+        best_B = torch.where(lack_B < least_B, shift_B, best_B)
+        least_B = torch.minimum(lack_B, least_B)
     return best_B
+
+
+def _lacks(size: int, device: torch.device) -> Tensor:
+    """c log₂ c for counts c: over all codes they add up to N log₂ N - N entropy."""
+    counts = torch.arange(size + 1, dtype=torch.float64)
+    return (counts * counts.clamp(min=1).log2() * _ENTROPY_UNIT).round().long().to(device)
+
+
+def _nf4_shifts_fake(columns_NB: Tensor, candidates_FB: Tensor, lacks: Tensor) -> Tensor:
+    return torch.empty_like(candidates_FB[0])
+
+
+_nf4_shifts = extension.op("nf4_shifts", reference=nf4_shifts_reference, fake=_nf4_shifts_fake)

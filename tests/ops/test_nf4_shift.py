@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,22 @@ def test_no_candidate_gives_more_entropy(kind, block_size, dtype, exponent, seed
     assert torch.equal(tried_FB[100], median_B)
     assert (found_B >= entropy(shifted(blocks, median_B)) - 1e-6).all()
     assert (found_B >= entropy(blocks.float()) - 1e-6).all()
+
+
+@pytest.mark.parametrize("num_blocks", [1, 15, 16, 37])
+def test_the_kernel_finds_what_the_reference_finds(instruction_set, in_threads, num_blocks):
+    """To the bit: entropies are whole numbers, and what is counted is compared alike."""
+    torch.manual_seed(num_blocks)
+    blocks = torch.cat([make(num_blocks, 64) for make in KINDS.values()]).sort(1).values
+    arguments = (blocks.t().contiguous(), candidates(blocks), nf4_shift._lacks(64, blocks.device))
+    for found in in_threads(lambda: nf4_shift._nf4_shifts(*arguments)):
+        assert torch.equal(found, nf4_shift.nf4_shifts_reference(*arguments))
+
+
+def test_opcheck():
+    blocks = torch.randn(3, 32).sort(1).values
+    arguments = (blocks.t().contiguous(), candidates(blocks), nf4_shift._lacks(32, blocks.device))
+    torch.library.opcheck(torch.ops.minift.nf4_shifts.default, arguments)
 
 
 def test_candidates_are_spread_as_in_the_paper():
