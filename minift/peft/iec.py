@@ -37,6 +37,14 @@ class IecConfig(LoraConfig):
     parameter_names = ("lora_A.weight", "lora_B.weight", "beta_1", "beta_2")
     kinds = (LinearBase,)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allocate != "none":
+            raise ValueError(
+                f"allocate is {self.allocate}, which gives any rank, and iec needs ranks that divide the features; "
+                "valid: allocate none, with a rank_pattern if ranks are to differ"
+            )
+
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> IecLinear:
         rank = self.fitting_rank(name, base.in_features, base.out_features)
         if base.in_features % rank or base.out_features % rank:

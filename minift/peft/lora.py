@@ -132,13 +132,18 @@ class LoraConfig(AdapterConfig):
 
     def fitting_rank(self, name: str, in_features: int, out_features: int) -> int:
         """Rank of the module `name`. ValueError if no update of its weight has such a rank."""
-        rank, most = self.rank(name), min(in_features, out_features)
+        rank, most = self.rank(name), self.most_rank(in_features, out_features)
         if rank > most:
             raise ValueError(
-                f"rank {rank} is more than {name} can have, which goes from {in_features} to {out_features}; "
-                f"valid: r of at most {most}, or a rank_pattern for it such as {{{name.rpartition('.')[2]}: {most}}}"
+                f"rank {rank} is more than {name} can have with {self.method}, going from {in_features} to "
+                f"{out_features}; valid: r of at most {most}, or a rank_pattern for it such as "
+                f"{{{name.rpartition('.')[2]}: {most}}}"
             )
         return rank
+
+    def most_rank(self, in_features: int, out_features: int) -> int:
+        """The largest rank of an adapter on a module of this size."""
+        return min(in_features, out_features)
 
     @property
     def parameter_sets(self) -> tuple[tuple[str, ...], ...]:

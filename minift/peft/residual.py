@@ -73,15 +73,9 @@ class ResidualLoraConfig(LoraConfig):
         rank = self.fitting_rank(name, base.in_features, base.out_features)
         return ResidualLoraLinear(base, rank, self.scale(name), self.dropout, dtype, device)
 
-    def fitting_rank(self, name: str, in_features: int, out_features: int) -> int:
-        rank = super().fitting_rank(name, in_features, out_features)
-        most = min(in_features, out_features) // self.directions_per_rank
-        if rank > most:
-            raise ValueError(
-                f"{self.method} takes {self.directions_per_rank} r singular vectors, and the gradient of {name} has "
-                f"{min(in_features, out_features)}; valid: r of at most {most}, or a rank_pattern for it"
-            )
-        return rank
+    def most_rank(self, in_features: int, out_features: int) -> int:
+        """Half of LoRA's: what is exported has twice the rank, and must fit."""
+        return super().most_rank(in_features, out_features) // 2
 
     def for_original_base(self, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `original_config` needs for the trained `tensors` {in-memory name: values}, with A₀ and B₀ by the same

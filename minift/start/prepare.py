@@ -6,6 +6,7 @@ which leaves it in the run folder, from where all ranks read it, now and wheneve
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from minift.model.hf import load_config
 from minift.model.linear import LinearBase
 from minift.objectives.sft import SupervisedTokens
 from minift.peft.adapter import AdapterConfig
-from minift.peft.inject import adapters
+from minift.peft.inject import adapters, frozen_projections
 from minift.peft.lora import LoraConfig
 from minift.peft.ranks import allocate_ranks
 from minift.peft.residual import ResidualLoraConfig, Spectrum
@@ -81,6 +82,7 @@ def prepare_start(
             world=world,
             seed=seed,
         )
+        gc.collect()  # a model's hooks refer back to it: else it is still there when the one to train is loaded
     if world.is_main:
         if adapter.allocate != "none":
             adapter = with_ranks(adapter, projections, spectra[adapter.allocate])
@@ -128,14 +130,17 @@ def _projections(source: ModelSource, adapter: LoraConfig, quant: QuantConfig | 
             f"{source.path} is stored in 4 bits, whose weights have no gradient to go by; valid: the folder of the "
             "original model (with quant, if it is to be held in 4 bits), or allocate weights"
         )
-    return {name: module.base for name, module in adapters(model).items()}
+    projections = {name: module.base for name, module in adapters(model).items()}
+    tied = projections.keys() - frozen_projections(model).keys()
+    if tied:
+        raise ValueError(f"{min(tied)} has no weight of its own (tied embeddings), so no spectrum; exclude it")
+    return projections
 
 
 def _most_rank(adapter: LoraConfig, name: str, linear: LinearBase) -> int:
     if adapter.allocate == "none":
         return adapter.rank(name)
-    directions = adapter.directions_per_rank if isinstance(adapter, ResidualLoraConfig) else 1
-    return min(_MOST_RANK * adapter.r, min(linear.in_features, linear.out_features) // directions)
+    return min(_MOST_RANK * adapter.r, adapter.most_rank(linear.in_features, linear.out_features))
 
 
 def _columns(adapter: LoraConfig, name: str, linear: LinearBase) -> int:

@@ -75,6 +75,11 @@ def test_dropout_is_on_the_way_into_A_alone(tiny_model: Callable) -> None:
     assert torch.allclose(module(x), expected, atol=1e-5)
 
 
+def test_ranks_by_spectrum_are_refused() -> None:
+    with pytest.raises(ValueError, match="allocate is weights, which gives any rank, and iec needs ranks that divide"):
+        IecConfig(allocate="weights")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -86,9 +86,3 @@ def test_memory_for_gradients_does_not_grow_with_the_model(folder: Path, tmp_pat
         held.append([num_bytes for _, num_bytes in run_ranks(world_size, spectra_on_rank, model, blocks)])
     assert held[0] == held[1]
     assert held[0][0] > 0
-
-
-def test_a_tied_head_is_refused(tmp_path: Path) -> None:
-    tied = write_model(tmp_path / "tied")
-    with pytest.raises(RuntimeError, match="lm_head has no weight of its own"):
-        run_ranks(1, spectra_on_rank, tied, {"lm_head": 2, "model.layers.0.mlp.up_proj": 2})

@@ -6,7 +6,9 @@ Oracles: PEFT, for initial values, for files both ways; whole gradients by autog
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 from minift.recompute import RecomputeConfig
+from minift.start import gradients
 from minift.start.prepare import prepare_start
 from minift.trace import Recorder
 from tests.ranks import run_ranks
@@ -229,6 +232,32 @@ def test_allocated_ranks_take_no_more_than_even_ones(tmp_path: Path, allocate: s
     assert min(ranks) >= 1 and max(ranks) <= 12
 
 
+def test_allocated_ranks_can_be_exported(tmp_path: Path) -> None:
+    """With twice the rank, which must fit the narrowest projection, too."""
+    base, config = write_model(tmp_path / "base"), PissaConfig(r=3, targets=["k_proj", "up_proj"], allocate="weights")
+    found = prepared(tmp_path / "start", base, config).config
+    inject(load_model(base, None, torch.float32), found.original_config())
+    assert max(rank for name, rank in found.rank_pattern.items() if "k_proj" in name) == 4
+
+
+def test_the_model_that_gave_gradients_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the one that is trained is loaded beside it, whenever the next collection would have been."""
+    built = []
+
+    def watched(*args, **settings):
+        model = build_model(*args, **settings)
+        built.extend([weakref.ref(model.engine), weakref.ref(model.module)])
+        return model
+
+    monkeypatch.setattr(gradients, "build_model", watched)
+    gc.disable()
+    try:
+        prepared(tmp_path / "start", write_model(tmp_path / "base"), LoraGaConfig(r=2, targets=["q_proj"]))
+        assert [reference() for reference in built] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("method", ["pissa", "lora_ga"])
 def test_any_number_of_ranks_starts_alike(inputs: Path, tmp_path: Path, method: str) -> None:
     """Up to the order of sums, which the decomposition passes on."""
@@ -275,8 +304,9 @@ def test_an_adapter_that_peft_has_trained_and_converted_is_read(tmp_path: Path, 
     [
         (PissaConfig(r=4), QuantConfig(), "is held in 4 bits, which would round the change away; valid: quant null"),
         (LoraGaConfig(r=4), QuantConfig(), "is held in 4 bits"),
-        (LoraGaConfig(r=5), None, "takes 2 r singular vectors, and the gradient of .*k_proj has 8; valid: r of"),
-        (PissaConfig(r=9), None, "rank 9 is more than .*k_proj can have"),
+        (LoraGaConfig(r=5), None, "rank 5 is more than .*k_proj can have with lora_ga.* valid: r of at most 4"),
+        (PissaConfig(r=5), None, "rank 5 is more than .*k_proj can have with pissa.* valid: r of at most 4"),
+        (PissaConfig(r=2, targets=["lm_head"]), None, "lm_head has no weight of its own"),
         (LoraGaConfig(r=2, targets=["lm_head"]), None, "lm_head has no weight of its own"),
     ],
 )
