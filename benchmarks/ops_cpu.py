@@ -29,6 +29,7 @@ from torch import Tensor
 from minift.ops import extension
 from minift.ops.attention import causal_attention
 from minift.ops.blocked_attention import blocked_attention, blocked_attention_backward
+from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
 from minift.ops.norm import rms_norm, rms_norm_backward
 from minift.ops.rope import apply_rope
 from minift.ops.swiglu import swiglu
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from minift.style import Theme
 
 EPS = 1e-5
+RANK = 16
 DOCUMENTS = {
     "30 of 40": [40] * 30,
     "8 of 100-250": [100, 120, 140, 165, 185, 205, 230, 250],
@@ -109,6 +111,42 @@ def make_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[Case]:
             "rope backward",
             backward(lambda x: eager_rope(x, full_cos, full_sin), [heads], dy_heads),
             backward(lambda x: apply_rope(x, cos, sin), [heads], dy_heads),
+        ),
+    ]
+
+
+def make_low_rank_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[Case]:
+    """Two projections of one x, as gate and up, by products of PyTorch: the A of both in one, the B each in its own."""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, A_RI = random(args.tokens, args.hidden), random(2 * RANK, args.hidden)
+    factors_A, factors_B = [A_R.t() for A_R in A_RI.split(RANK)], [random(args.intermediate, RANK) for _ in range(2)]
+    douts, narrow = [random(args.tokens, args.intermediate) for _ in range(2)], random(args.tokens, 2 * RANK)
+    narrows = list(narrow.split(RANK, dim=1))
+    gradients = [torch.empty_like(factor) for factor in factors_B]
+
+    def add_eager() -> tuple[Tensor, ...]:
+        return tuple(torch.addmm(out, h, B.t()) for out, h, B in zip(douts, narrows, factors_B, strict=True))
+
+    def add() -> tuple[Tensor, ...]:
+        outs = [out.clone() for out in douts]
+        add_from_rank_(outs, narrows, factors_B)
+        return tuple(outs)
+
+    def gradients_of_B() -> tuple[Tensor, ...]:
+        factor_gradients_(gradients, douts, narrows)
+        return tuple(gradients)
+
+    return [
+        Case("LoRA, x A", lambda: (torch.mm(x, A_RI.t()),), lambda: (to_rank([x], factors_A, [1.0, 1.0]),)),
+        Case("LoRA, out + h B", add_eager, add),
+        Case(
+            "LoRA, gradients of B",
+            lambda: tuple(torch.mm(dout.t(), h) for dout, h in zip(douts, narrows, strict=True)),
+            gradients_of_B,
         ),
     ]
 
@@ -221,7 +259,8 @@ def main() -> None:
     print(f"{'op':56}{'dtype':10}{'eager us':>10}{'minift us':>11}{'speedup':>9}")
     result = Result("ops_cpu")
     for dtype in (getattr(torch, name) for name in args.dtype):
-        for case in make_cases(args, dtype) + make_attention_cases(args, dtype):
+        low_rank = make_low_rank_cases(args, dtype) if dtype == torch.bfloat16 else []  # the only one with kernels
+        for case in make_cases(args, dtype) + low_rank + make_attention_cases(args, dtype):
             row = measure(case, dtype, args.rounds, result)
             result.rows.append(row)
             print(
