@@ -45,12 +45,12 @@ def quickstart_time() -> str:
     values = run("quickstart", note="")["values"]
     rest = stage("fine-tune") - values["train_seconds"]
     return paragraph(f"""
-        Where the time goes, on two virtual cores of a Zen 4 server (AVX-512 with bf16, no AMX; they behave like two
-        threads of one core): converting the model {stage("convert")} s, grading before {stage("grade the model")} s
-        (the untrained model rambles to the token limit), training {values["train_seconds"]:.0f} s, starting,
-        validations, checkpoints and export {rest:.0f} s, grading after {stage("grade the fine-tuned")} s. Training is
-        matrix products, near what one such core gives in bf16, attention, and LoRA's thin products; the frozen weights
-        lie in memory that both processes share, so only adapters are gathered.
+        Where the time goes, on two virtual cores of a Zen 4 server (AVX-512 with bf16, no AMX): converting the model
+        {stage("convert")} s, grading before {stage("grade the model")} s (the untrained model rambles to the token
+        limit), training {values["train_seconds"]:.0f} s, starting, validations, checkpoints and export {rest:.0f} s,
+        grading after {stage("grade the fine-tuned")} s. Training is matrix products, near what such cores give in
+        bf16, attention, and LoRA's thin products; the frozen weights lie in memory that both processes share, so only
+        adapters are gathered.
         """)
 
 
