@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("tuned", metavar="RUN|ADAPTER|MODEL", help="run folder, PEFT adapter, or fine-tuned model")
     analyze.add_argument("--model", metavar="DIR", help="the base (default: what the run or the adapter names)")
     analyze.add_argument("--nf4", action="store_true", help="the adapter was trained over the base in 4 bits")
+    analyze.add_argument("--icq", action="store_true", help="likewise, with quant.icq; a run says itself how it was")
     analyze.add_argument("--top", type=int, default=10, metavar="K", help="singular vectors to look at (default: 10)")
     analyze.add_argument("--threshold", type=float, default=0.5, help="cosine that makes an intruder (default: 0.5)")
     analyze.add_argument("--out", metavar="DIR", help="for analysis.json, .png (default: the run, or ./analysis)")

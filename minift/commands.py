@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minift.config import RunConfig
     from minift.dist.process import World
     from minift.inference import Assistant
+    from minift.quant.linear import QuantConfig
 
 
 def train(options: Namespace) -> int:
@@ -142,14 +143,13 @@ def quantize(options: Namespace) -> None:
 
 def merge(options: Namespace) -> None:
     from minift.checkpoint.merge import merge_adapter
-    from minift.quant.linear import QuantConfig
 
     report = merge_adapter(
         options.model,
         options.adapter,
         options.out,
         target=options.target,
-        quant=QuantConfig(icq=options.icq) if options.nf4 or options.icq else None,
+        quant=_quant(options),
         original_folder=options.original,
     )
     print(report.table())
@@ -181,17 +181,16 @@ def analyze(options: Namespace) -> None:
     from minift.analysis.spectrum import analyze_weight
     from minift.analysis.weights import adapted_weights, changed_weights, scale_intruders
     from minift.checkpoint.adapters import CONFIG_FILE, base_model_of
-    from minift.quant.linear import QuantConfig
 
     if (options.scale_intruders is None) != (options.adapter_out is None):
         raise ValueError("--scale-intruders F and --adapter-out DIR belong together; give both, or none")
-    tuned, model, quant = Path(options.tuned), options.model, QuantConfig() if options.nf4 else None
+    tuned, model, quant = Path(options.tuned), options.model, _quant(options)
     is_run = (tuned / "config.yaml").is_file()
     if is_run:
         from minift.config import RunConfig
 
         config = RunConfig.from_recipe(tuned / "config.yaml")
-        model, quant = model or config.model.path, quant or config.quant
+        model, quant = model or config.model.path, config.quant
         tuned = tuned / "export" / ("model" if config.adapter is None else "adapter")
     is_adapter = (tuned / CONFIG_FILE).is_file()
     if model is None and is_adapter:
@@ -286,18 +285,23 @@ def _read_recipe(options: Namespace) -> RunConfig:
     return RunConfig.from_recipe(options.recipe, options.overrides)
 
 
+def _quant(options: Namespace) -> QuantConfig | None:
+    """How --nf4 and --icq say that the base is held."""
+    from minift.quant.linear import QuantConfig
+
+    return QuantConfig(icq=options.icq) if options.nf4 or options.icq else None
+
+
 def _with_assistant(options: Namespace, go: Callable[[Assistant, World], None]) -> None:
     """Call `go` with what --model, --adapter, --nf4, --template and --device name, in torchrun's process group or
     alone."""
     from minift.dist.process import init_world, shutdown
     from minift.inference import load_assistant
-    from minift.quant.linear import QuantConfig
 
     world = init_world(options.device)
     try:
-        quant = QuantConfig(icq=options.icq) if options.nf4 or options.icq else None
         assistant = load_assistant(
-            options.model, options.adapter or (), template=options.template, quant=quant, device=world.device
+            options.model, options.adapter or (), template=options.template, quant=_quant(options), device=world.device
         )
         go(assistant, world)
     finally:

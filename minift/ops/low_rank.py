@@ -8,7 +8,7 @@ With factors F (W, R), which for LoRA are Aᵀ and B:
 
 Each does several at once, because one is over before a thread has woken up for it. In bf16 on a CPU these are compiled
 kernels; general GEMMs are slow where one side of a matrix is 16. Everything else is products by PyTorch. Sums are fp32,
-results are rounded once. Not here: autograd.
+results are rounded once (in PyTorch, factors of one wide matrix also after they were scaled). Not here: autograd.
 """
 
 from __future__ import annotations

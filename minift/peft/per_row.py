@@ -98,5 +98,9 @@ def per_row(residents: Residents, adapter_of_row: Sequence[str | None]) -> Itera
         residents.put_in_place(
             {site: _PerRow(residents.base(site), updates, len(names) + 1, rows) for site, updates in chosen.items()}
         )
+        was_training = model.training
         model.eval()
-        yield rows
+        try:
+            yield rows
+        finally:
+            model.train(was_training)

@@ -281,14 +281,15 @@ def _measured(device: str, num_processes: int, num_threads: int) -> tuple[Device
     context = multiprocessing.get_context("spawn")
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by a spawned process when it loads torch
-    with tempfile.TemporaryDirectory() as folder, context.Pool(num_processes) as pool:
-        jobs = [(device, f"{folder}/store", rank, num_processes, num_threads) for rank in range(num_processes)]
-        answers = pool.map(_one_rank, jobs, chunksize=1)
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = before
-    return answers[0]
+    try:
+        with tempfile.TemporaryDirectory() as folder, context.Pool(num_processes) as pool:
+            jobs = [(device, f"{folder}/store", rank, num_processes, num_threads) for rank in range(num_processes)]
+            return pool.map(_one_rank, jobs, chunksize=1)[0]
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _one_rank(job: tuple[str, str, int, int, int]) -> Any:

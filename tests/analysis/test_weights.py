@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_the_command_writes_figures_pictures_and_an_adapter(folders, tmp_path, c
     assert [weight["name"] for weight in found if weight["intruders"]] == [DOWN]
     assert main(["merge", "--model", "model", "--adapter", "calmer", "--out", "merged"]) == 0
     assert main(["analyze", "merged", "--model", "model", "--out", "whole"]) == 0
+
+
+@pytest.mark.parametrize(("flag", "quant"), [("--nf4", QuantConfig()), ("--icq", QuantConfig(icq=True))])
+def test_the_command_takes_the_base_as_the_adapter_was_trained_on_it(tmp_path, monkeypatch, flag, quant):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("model"), hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    model, config = load_model("model", torch.float32), LoraConfig(r=2)
+    inject(model, config)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter("adapter", config, file_tensors(model), base_model="model")
+    assert main(["analyze", "adapter", flag]) == 0
+    written = json.loads(Path("analysis/analysis.json").read_text())
+    found = {weight["name"]: weight["update_ratio"] for weight in written}
+    for name, before, after in adapted_weights("model", "adapter", quant):
+        assert found.pop(name) == pytest.approx((after - before).norm().item() / before.norm().item(), rel=1e-9)
+    assert not found
 
 
 def test_what_cannot_be_is_refused(folders, tmp_path, capsys, monkeypatch):
