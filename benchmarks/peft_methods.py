@@ -80,7 +80,6 @@ VARIANTS = {
     "allocated ranks": Variant(1e-3, {"r": 16, "alpha": 32, "allocate": "gradients", "gradient_steps": 4}, like="LoRA"),
     "PiSSA": Variant(5e-4, {"method": "pissa", "r": 16, "alpha": 16}, like="LoRA"),
     "LoRA-GA": Variant(5e-4, {"method": "lora_ga", "r": 16, "alpha": 32, "gradient_steps": 4}, like="LoRA"),
-    "IR-QLoRA": Variant(1e-3, {"method": "iec", "r": 16, "alpha": 32}, NF4 | {"icq": True}),
     "DoRA": Variant(1e-3, {"method": "dora", "r": 16, "alpha": 32}),
     "bottleneck": Variant(1e-3, {"method": "bottleneck", "targets": ATTENTION_AND_MLP, "size": 64}),
     "IA3": Variant(2e-2, {"method": "ia3", "targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]}),
@@ -90,6 +89,7 @@ VARIANTS = {
         5e-2, {"method": "prompt", "num_virtual_tokens": 20, "init": "text", "text": "Answer with a function call."}
     ),
     "full": Variant(2e-4, None),
+    "IR-QLoRA": Variant(1e-3, {"method": "iec", "r": 16, "alpha": 32}, NF4 | {"icq": True}),
 }
 
 
@@ -145,7 +145,8 @@ def reached(args: argparse.Namespace, name: str) -> dict[str, Any]:
             if variant.adapter is None
             else ["--model", args.quickstart / "model", "--adapter", exported]
         )
-        quantized = ["--nf4"] if variant.quant else []
+        quant = variant.quant or {}
+        quantized = ["--icq"] if quant.get("icq") else ["--nf4"] if quant else []
         unfinished = answers.with_suffix(".unfinished")
         minift("eval", "bfcl", "--device", "cpu", *model, *quantized, "--data", args.quickstart / "data/answers.json",
                "--out", unfinished)  # fmt: skip
