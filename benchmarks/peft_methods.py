@@ -84,9 +84,9 @@ VARIANTS = {
     "bottleneck": Variant(1e-3, {"method": "bottleneck", "targets": ATTENTION_AND_MLP, "size": 64}),
     "IA3": Variant(2e-2, {"method": "ia3", "targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]}),
     "BitFit": Variant(1e-2, {"method": "bitfit"}),
-    "prefix tuning": Variant(2e-2, {"method": "prefix", "num_virtual_tokens": 20}),
+    "prefix tuning": Variant(3e-3, {"method": "prefix", "num_virtual_tokens": 20}),
     "prompt tuning": Variant(
-        5e-2, {"method": "prompt", "num_virtual_tokens": 20, "init": "text", "text": "Answer with a function call."}
+        1e-2, {"method": "prompt", "num_virtual_tokens": 20, "init": "text", "text": "Answer with a function call."}
     ),
     "full": Variant(2e-4, None),
     "IR-QLoRA": Variant(1e-3, {"method": "iec", "r": 16, "alpha": 32}, NF4 | {"icq": True}),
