@@ -7,9 +7,10 @@
 The task is the quickstart's: SmolLM2-135M learns function calls (BFCL). Every method starts from the same model and
 sees the same `--examples` conversations once, in the same order, `EXAMPLES_PER_STEP` a step, in bf16 on two ranks; only
 the adapter, its learning rate and, for QLoRA, the weights' format are its own. Learning rates are those of the recipes
-in launch/recipes/, times what a model this small needs; none was searched for, so a few correct answers more or less
-say nothing. Then the model answers the 80 questions that were held out, which counts those calls that are right in
-every argument. What was trained and graded stays in `--runs` and is not done again.
+in launch/recipes/, times what a model this small needs; none was searched for (those of prefix and prompt tuning were
+lowered once, when the first diverged), so a few correct answers more or less say nothing. Then the model answers the 80
+questions that were held out, which counts those calls that are right in every argument. What was trained and graded
+stays in `--runs` and is not done again.
 
 Cost: every method that has a forward of its own takes steps of 2 x 512 tokens with SmolLM2-135M's shapes in one
 process, in turns. (LoRA+, PiSSA, LoRA-GA and allocated ranks are LoRA once they have begun.) Memory: the peak resident
@@ -47,7 +48,7 @@ from minift.metrics import read_metrics
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.adamw import AdamW
 from minift.step import train_step
-from minift.style import three_digits
+from minift.style import label_bars, three_digits
 from minift.trace import Recorder
 
 if TYPE_CHECKING:
@@ -225,25 +226,28 @@ def hold_steps(world: World, tell: object, job: tuple[argparse.Namespace, str, s
 
 
 def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
-    """What a step costs, and correct answers against what is trained."""
+    """Correct answers with what is stored for them, and what a step costs."""
     rows = runs[-1]["rows"]
-    own = [row for row in rows if "time" in row]
-    figure.set_size_inches(10, 4.6)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for row in rows:
-        if "correct" in row:
-            left.plot(row["stored_weights"], row["correct"], "o", color=theme.ours, markersize=7)
-            left.annotate(row["method"], (row["stored_weights"], row["correct"]), (6, 4), textcoords="offset points")
-            left.set(xscale="log", xlabel="weights that are trained and stored")
-            left.set(ylabel=f"correct, of {row['questions']}")
-    left.margins(x=0.2, y=0.12)
-    right.barh([row["method"] for row in own], [row["time"] for row in own], color=theme.ours)
-    for place, row in enumerate(own):
-        text = f"{row['time']:.2f}, {three_digits(row['peak_mib'])} MiB"
-        right.annotate(text, (row["time"], place), (4, 0), textcoords="offset points", va="center")
-    right.invert_yaxis()
-    right.set(title="time of a step, LoRA = 1, and its peak")
-    right.margins(x=0.45)
+    places = range(len(rows))
+    figure.set_size_inches(10, 0.9 + 0.27 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    correct = [row.get("correct", 0) for row in rows]
+    bars = left.barh(places, correct, color=theme.ours)
+    label_bars(left, bars, [f"{row.get('correct', '')}   {_size(row.get('stored_bytes', 0))}" for row in rows])
+    left.set(title=f"correct calls, of {rows[0].get('questions', '')}; size of the file")
+    times = [row.get("time", 0.0) for row in rows]
+    bars = right.barh(places, times, color=theme.ours)
+    texts = [f"{row['time']:.2f}   {three_digits(row['peak_mib'])} MiB" if "time" in row else "as LoRA" for row in rows]
+    label_bars(right, bars, texts)
+    right.set(title="time of a step, LoRA = 1; peak memory")
+    left.set_yticks(places, [row["method"] for row in rows])
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.margins(x=0.35)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{three_digits(num_bytes / 2**20)} MiB"
 
 
 def main() -> None:

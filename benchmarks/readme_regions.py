@@ -164,7 +164,7 @@ def methods() -> str:
         a learning rate that nobody searched for; a few correct answers more or less say nothing
         (`python benchmarks/peft_methods.py --quickstart runs/quickstart`).
         """)
-    head = ("", "correct calls", "held-out loss", "trained weights", "stored", "time of a step, LoRA = 1", "peak")
+    head = ("", "correct calls", "held-out loss", "stored weights", "stored", "time of a step, LoRA = 1", "peak")
     return "\n\n".join([text, table(head, lines), picture("peft_methods", "what each method reaches and costs")])
 
 
