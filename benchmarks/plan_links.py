@@ -22,11 +22,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import results
 from drawn_runs import Case, Timing, draw_errors, draw_run, error_values, time_steps
 from processes import run_ranks
 from protocol import QUIET_SHARE
-from results import Result
+from results import Result, finish, parse
 from slow_links import SlowLinks
 from slow_network import SlowNetwork
 
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2, help="runs for each number of ranks and speed")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--gbit", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0], help="a second, each way")
-    args = results.parse(parser)
+    args = parse(parser)
 
     rows, shares = [], []
     print(f"{'ranks':6}{'Gbit/s':>7}  {'run':72}{'exposed':>8}{'simulated':>11}{'measured':>10}{'error':>8}")
@@ -128,7 +127,7 @@ def main() -> None:
     for name, value in values.items():
         print(f"{name:22}{value:8.3f}")
     conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
-    results.finish(args, Result("plan_links", values, rows, conditions), draw)
+    finish(args, Result("plan_links", values, rows, conditions), draw)
 
 
 def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:

@@ -17,11 +17,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import results
 from drawn_runs import Case, Timing, draw_errors, draw_run, error_values, time_steps
 from processes import run_ranks
 from protocol import QUIET_SHARE
-from results import Result
+from results import Result, finish, parse
 
 from minift.dist.process import World
 from minift.planner.calibrate import Calibrator
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=9, help="runs for each number of processes")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
-    args = results.parse(parser)
+    args = parse(parser)
 
     rows, shares = [], []
     print(f"{'ranks':7}{'run':72}{'planned':>9}{'measured':>10}{'error':>8}")
@@ -84,7 +83,7 @@ def main() -> None:
     for name, value in values.items():
         print(f"{name:22}{value:8.3f}")
     conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
-    results.finish(args, Result("plan_time", values, rows, conditions), draw)
+    finish(args, Result("plan_time", values, rows, conditions), draw)
 
 
 def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:

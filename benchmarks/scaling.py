@@ -24,8 +24,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import results
-from results import Result
+from results import Result, finish, parse
 
 from minift.fsdp import ShardPolicy
 from minift.peft.lora import LoraConfig
@@ -68,7 +67,7 @@ WAYS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=4096, help="GPUs")
-    args = results.parse(parser, is_timed=False)
+    args = parse(parser, is_timed=False)
 
     rows = []
     heads = f"{'GPUs':>6}{'GiB':>7}{'step s':>9}{'efficiency':>12}{'exposed s':>11}{'tokens/s':>12}"
@@ -91,7 +90,7 @@ def main() -> None:
         if row["gpus"] == args.most
     }
     values = {f"efficiency_on_{args.most}": largest}
-    results.finish(args, Result("scaling", values, rows), draw)
+    finish(args, Result("scaling", values, rows), draw)
 
 
 def point(model: str, way: Way, gpus: int, tokens: int) -> dict[str, Any] | None:

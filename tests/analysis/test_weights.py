@@ -98,7 +98,7 @@ def test_the_command_writes_figures_pictures_and_an_adapter(folders, tmp_path, c
 @pytest.mark.parametrize(("flag", "quant"), [("--nf4", QuantConfig()), ("--icq", QuantConfig(icq=True))])
 def test_the_command_takes_the_base_as_the_adapter_was_trained_on_it(tmp_path, monkeypatch, flag, quant):
     monkeypatch.chdir(tmp_path)
-    write_model(Path("model"), hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    write_model(Path("model"), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
     model, config = load_model("model", torch.float32), LoraConfig(r=2)
     inject(model, config)
     for parameter in adapter_parameters(model).values():

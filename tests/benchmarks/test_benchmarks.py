@@ -53,6 +53,8 @@ import results, run_all
 class Parsed(Exception): pass
 def stop(patience_s=0): raise Parsed
 results.wait_until_quiet = stop
+def keep(*_): raise AssertionError("it went on and measured")
+results.keep = keep
 parse_args = results.argparse.ArgumentParser.parse_args
 for name, benchmark in run_all.BENCHMARKS.items():
     if run_all.missing(benchmark): continue
