@@ -378,7 +378,7 @@ def test_one_projection_at_a_time(small_case: Case, monkeypatch, target: str) ->
         monkeypatch.setattr(owner, function_name, watching)
 
     watch(QuantWeights, "read", lambda weights, name: shapes[name])
-    watch(merge._Base, "filled", lambda base, projection: shapes[f"{projection}.weight"], lambda *_: [])
+    watch(merge.AdapterBase, "filled", lambda base, projection: shapes[f"{projection}.weight"], lambda *_: [])
     watch(merge, "measure_drift", lambda name, *_: shapes[name], lambda result, args: args[1:])
     watch(NF4Linear, "dense_weight")
     watch(Adapter, "exact_weight")
