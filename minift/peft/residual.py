@@ -15,6 +15,7 @@ That is what a run exports (`for_original_base`), and PEFT and everybody else ca
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NoReturn
@@ -60,9 +61,9 @@ class ResidualLoraConfig(LoraConfig):
     directions_per_rank: ClassVar[int] = 1
     """How many singular vectors it needs for each rank."""
 
+    @abstractmethod
     def factors(self, name: str, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
         """A₀ (r, in) and B₀ (out, r) of the projection `name`, fp32."""
-        raise NotImplementedError
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> ResidualLoraLinear:
         if not isinstance(base, Linear):

@@ -14,35 +14,18 @@ from torch.profiler import ProfilerActivity, profile
 from minift.build import construct
 from minift.data.batch import IGNORE, Batch
 from minift.dist.process import World
-from minift.fsdp import ShardPolicy, shard
+from minift.fsdp import shard
 from minift.fsdp.sharded import connect
 from minift.fsdp.shared_memory import _SharedBuffer
 from minift.fsdp.transport import Buffer, PairedSends, Transport, _StagedBuffer
 from minift.model.config import ModelConfig
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.adamw import AdamW
-from minift.optim.config import OptimConfig
-from minift.peft.lora import LoraConfig
 from minift.planner.shapes import RunShape, Workload, describe
-from minift.precision import Precision
-from minift.quant.linear import QuantConfig
-from minift.recompute import RecomputeConfig, apply_recompute
+from minift.planner.trial import TrialSetup as Setup
+from minift.recompute import apply_recompute
 from minift.step import train_step
 from minift.trace import Recorder
-
-
-@dataclass(frozen=True)
-class Setup:
-    """`planner.shapes.Setup`, and what to run it on."""
-
-    adapter: LoraConfig | None = None
-    quant: QuantConfig | None = None
-    train: tuple[str, ...] = ()
-    freeze: tuple[str, ...] = ()
-    optim: OptimConfig = OptimConfig()
-    precision: Precision = Precision()
-    fsdp: ShardPolicy = ShardPolicy()
-    recompute: RecomputeConfig = RecomputeConfig()
 
 
 @dataclass(frozen=True)

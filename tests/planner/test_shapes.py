@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ from minift.fsdp import ShardPolicy, shard
 from minift.fsdp.shared_memory import SharedMemory
 from minift.fsdp.transport import PairedSends, Transport
 from minift.model.config import ModelConfig
-from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.shapes import RunShape, Workload, describe
+from minift.planner.trial import TrialSetup as Setup
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
@@ -36,18 +36,6 @@ LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
 }  # fmt: skip
 WORK = Workload(tokens=64, document_tokens=16)
-
-
-@dataclass(frozen=True)
-class Setup:
-    adapter: LoraConfig | None = None
-    quant: QuantConfig | None = None
-    train: tuple[str, ...] = ()
-    freeze: tuple[str, ...] = ()
-    optim: OptimConfig = OptimConfig()
-    precision: Precision = Precision()
-    fsdp: ShardPolicy = ShardPolicy()
-    recompute: RecomputeConfig = RecomputeConfig()
 
 
 def paper(hf: dict, setup: Setup, world_size: int = 1, link: str = "nccl") -> RunShape:
