@@ -21,6 +21,7 @@ import yaml
 from minift.build import ModelSource
 from minift.data.config import DataConfig
 from minift.fsdp.policy import ShardPolicy
+from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.methods import Method
@@ -31,7 +32,6 @@ from minift.recipe.build import build, differences
 from minift.recipe.describe import Field, describe, sections_of, show, to_plain, variants, walk
 from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
 from minift.recompute import RecomputeConfig
-from minift.train import TrainConfig
 
 USAGE = """\
 usage: minift train RECIPE [--section.field VALUE ...]

@@ -16,7 +16,7 @@ LAYERS = [  # lowest first; what shares a line does not import each other
     ["model", "data", "objectives", "optim"],
     ["quant", "recompute", "generate", "peft", "fsdp"],
     ["checkpoint"],
-    ["build", "step", "eval", "report", "timeline", "analysis"],
+    ["build", "step", "loop", "eval", "report", "timeline", "analysis"],
     ["planner", "start"],
     ["train", "inference"],
     ["config"],

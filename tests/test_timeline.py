@@ -20,6 +20,7 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.recompute import RecomputeConfig
@@ -28,7 +29,7 @@ from minift.timeline import chrome_trace, draw_stacked, read_chrome_trace, redra
 from minift.timeline.picture import WIDTH_INCHES, colours
 from minift.timeline.rows import memory_of
 from minift.trace import Level, Span, Trace
-from minift.train import Run, TrainConfig
+from minift.train import Run
 from tests.ranks import run_ranks
 from tests.tiny import write_inputs
 

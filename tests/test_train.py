@@ -25,6 +25,7 @@ from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
 from minift.inference import answer, load_assistant, measure_loss
+from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.config import OptimConfig
@@ -33,7 +34,7 @@ from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 from minift.peft.virtual_tokens import VirtualTokensConfig
 from minift.precision import Precision
-from minift.train import NonFiniteError, Run, TrainConfig, train
+from minift.train import NonFiniteError, Run, train
 from tests.checkpoint.kills import killed_before
 from tests.ranks import run_ranks
 from tests.tiny import write_conversations, write_inputs

@@ -13,11 +13,12 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
-from minift.train import Run, TrainConfig
+from minift.train import Run
 from tests.ranks import run_ranks
 from tests.tiny import write_inputs
 

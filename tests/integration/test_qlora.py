@@ -20,12 +20,13 @@ from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
 from minift.inference import load_assistant, measure_loss
+from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
-from minift.train import Run, TrainConfig
+from minift.train import Run
 from tests.ranks import run_ranks
 from tests.tiny import write_conversations, write_inputs
 

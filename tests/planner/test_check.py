@@ -14,6 +14,7 @@ from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
 from minift.fsdp import ShardPolicy
+from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
@@ -23,7 +24,7 @@ from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from minift.report import PlanResult
-from minift.train import Run, TrainConfig
+from minift.train import Run
 from tests.ranks import run_ranks
 from tests.tiny import write_conversations, write_model
 
