@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol import QUIET_SHARE, Load
+from results import Result
 
 from minift.dist.collectives import barrier, max_over_ranks
 from minift.dist.process import World
@@ -112,10 +113,11 @@ def time_steps(trial: Trial, world: World) -> Timing:
     return Timing(seconds, [share for _, share in groups])
 
 
-def error_values(errors: list[float]) -> dict[str, float]:
-    """Of planned / measured - 1."""
+def result_of(question: str, rows: list[dict[str, Any]], shares: list[float]) -> Result:
+    """What the errors, planned / measured - 1, come to, printed too; `shares` of the processors were others'."""
+    errors = [row["error"] for row in rows]
     sizes = sorted(abs(error) for error in errors)
-    return {
+    values = {
         "runs": len(sizes),
         "within_15_percent": sum(size <= 0.15 for size in sizes) / len(sizes),
         "median_error": statistics.median(sizes),
@@ -123,6 +125,10 @@ def error_values(errors: list[float]) -> dict[str, float]:
         "largest_error": sizes[-1],
         "mean_signed_error": statistics.fmean(errors),
     }
+    for name, value in values.items():
+        print(f"{name:22}{value:8.3f}")
+    conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
+    return Result(question, values, rows, conditions)
 
 
 def draw_errors(figure: Any, theme: Any, rows: list[dict[str, Any]], x: str, planned: str) -> None:

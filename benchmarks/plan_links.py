@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from drawn_runs import Case, Timing, draw_errors, draw_run, error_values, time_steps
+from drawn_runs import Case, Timing, draw_errors, draw_run, result_of, time_steps
 from processes import run_ranks
-from protocol import QUIET_SHARE
-from results import Result, finish, parse
+from results import finish, parse
 from slow_links import SlowLinks
 from slow_network import SlowNetwork
 
@@ -123,11 +121,9 @@ def main() -> None:
                     f"{timing.seconds:10.4f}{rows[-1]['error']:+8.1%}",
                     flush=True,
                 )
-    values = error_values([row["error"] for row in rows]) | {"real_network": SlowNetwork.available()}
-    for name, value in values.items():
-        print(f"{name:22}{value:8.3f}")
-    conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
-    finish(args, Result("plan_links", values, rows, conditions), draw)
+    result = result_of("plan_links", rows, shares)
+    result.values["real_network"] = SlowNetwork.available()
+    finish(args, result, draw)
 
 
 def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from drawn_runs import Case, Timing, draw_errors, draw_run, error_values, time_steps
+from drawn_runs import Case, Timing, draw_errors, draw_run, result_of, time_steps
 from processes import run_ranks
-from protocol import QUIET_SHARE
-from results import Result, finish, parse
+from results import finish, parse
 
 from minift.dist.process import World
 from minift.planner.calibrate import Calibrator
@@ -79,11 +77,7 @@ def main() -> None:
                 "error": planned / seconds - 1,
             })  # fmt: skip
             print(f"{num_ranks:<7}{case.text():72}{planned:9.4f}{seconds:10.4f}{rows[-1]['error']:+8.1%}", flush=True)
-    values = error_values([row["error"] for row in rows])
-    for name, value in values.items():
-        print(f"{name:22}{value:8.3f}")
-    conditions = {"quiet": statistics.median(shares) <= QUIET_SHARE, "foreign_share": [min(shares), max(shares)]}
-    finish(args, Result("plan_time", values, rows, conditions), draw)
+    finish(args, result_of("plan_time", rows, shares), draw)
 
 
 def draw(figure: Any, theme: Any, runs: list[dict[str, Any]]) -> None:
