@@ -197,6 +197,12 @@ def analyze(options: Namespace) -> None:
         model = base_model_of(tuned)
     if model is None:
         raise ValueError(f"what was {tuned} made from? it does not say; give the base with --model DIR")
+    if options.adapter_out is not None:
+        scaled = scale_intruders(
+            model, tuned, options.adapter_out,
+            factor=options.scale_intruders, quant=quant, top=options.top, threshold=options.threshold,
+        )  # fmt: skip
+        print(f"wrote {options.adapter_out}: {sum(scaled.values())} intruders times {options.scale_intruders:g}")
     weights = adapted_weights(model, tuned, quant) if is_adapter else changed_weights(model, tuned)
     analyses = []
     for weight in weights:
@@ -206,12 +212,6 @@ def analyze(options: Namespace) -> None:
     print(table(analyses))
     for path in write_analysis(Path(options.out or (options.tuned if is_run else "analysis")), analyses):
         print(f"wrote {path}")
-    if options.adapter_out is not None:
-        scaled = scale_intruders(
-            model, tuned, options.adapter_out,
-            factor=options.scale_intruders, quant=quant, top=options.top, threshold=options.threshold,
-        )  # fmt: skip
-        print(f"wrote {options.adapter_out}: {sum(scaled.values())} intruders times {options.scale_intruders:g}")
 
 
 def plot(options: Namespace) -> None:

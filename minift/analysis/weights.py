@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minift.analysis.spectrum import find_intruders
 from minift.checkpoint.adapters import base_model_of, save_adapter
+from minift.checkpoint.atomic import refuse_occupied
 from minift.checkpoint.combine import plain_lora, read_updates
 from minift.checkpoint.fingerprint import read_fingerprint
 from minift.checkpoint.merge import AdapterBase
@@ -67,10 +68,12 @@ def scale_intruders(
     there were in each module.
 
     n intruders of a LoRA of rank r make one of rank r + n at most, in that module alone; the rest is as it was. To the
-    rounding of the factors to fp32. ValueError for a method other than LoRA.
+    rounding of the factors to fp32. ValueError for a method other than LoRA; before
+    anything is read, for a factor or a folder that cannot be.
     """
     if not 0.0 <= factor < 1.0:
         raise ValueError(f"the factor for intruders is {factor}; valid: from 0, which removes them, to below 1")
+    refuse_occupied(Path(out_folder))
     updates = {factors.module: (factors, update) for factors, update in read_updates(adapter_folder).items()}
     counts, tensors, ranks = {}, {}, {}
     for module, before, after in adapted_weights(model_folder, adapter_folder, quant):

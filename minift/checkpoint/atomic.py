@@ -13,14 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def refuse_occupied(folder: Path) -> None:
+    """ValueError if `folder` is a file or holds something: nothing is overwritten."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give a new folder, or remove it first")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder on the same disk; when the block ends it becomes `folder`, when it raises it is removed.
 
-    ValueError if `folder` is a file or holds something: nothing is overwritten.
+    ValueError as of `refuse_occupied`.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; give a new folder, or remove it first")
+    refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

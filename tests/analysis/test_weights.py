@@ -121,9 +121,13 @@ def test_what_cannot_be_is_refused(folders, tmp_path, capsys, monkeypatch):
         scale_intruders("model", "dora", "out", factor=0.5)
     with pytest.raises(ValueError, match="factor for intruders is 1.0"):
         scale_intruders("model", "adapter", "out", factor=1.0)
+    scaled = ["analyze", "adapter", "--model", "model", "--scale-intruders"]
     for arguments, sentence in [
         (["analyze", "dora"], "what was dora made from? it does not say; give the base with --model DIR"),
         (["analyze", "adapter", "--scale-intruders", "0.5"], "--scale-intruders F and --adapter-out DIR belong"),
+        ([*scaled, "0.5", "--adapter-out", "model"], "model exists already"),
+        ([*scaled, "2", "--adapter-out", "new"], "factor for intruders is 2.0"),
     ]:
         assert main(arguments) == 2
         assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "analysis").exists()  # refused before the work, not after it
