@@ -191,14 +191,18 @@ class PairedSends(Transport):
         return [rank for rank in range(self.world.size) if rank != self.world.rank]
 
     def _exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> list[dist.Work]:
-        """Post a send to and a receive from every other rank, at the same distance in the same order on all of them."""
+        """Post a receive from and a send to every other rank, in the same order on all of them. Receives come first:
+        posting one tells the peer that it may send, by a note on the connection that a send would fill for as long as
+        its data takes. Behind that, the two directions would be used one after the other."""
         world = self.world
         works: list[dist.Work] = []
         for distance in range(1, world.size):
-            to_peer, from_peer = (world.rank + distance) % world.size, (world.rank - distance) % world.size
-            works.append(dist.isend(send[to_peer], group=world.group, group_dst=to_peer))
-            works.append(dist.irecv(receive[from_peer], group=world.group, group_src=from_peer))
-            self.sent_bytes += send[to_peer].nbytes
+            peer = (world.rank - distance) % world.size
+            works.append(dist.irecv(receive[peer], group=world.group, group_src=peer))
+        for distance in range(1, world.size):
+            peer = (world.rank + distance) % world.size
+            works.append(dist.isend(send[peer], group=world.group, group_dst=peer))
+            self.sent_bytes += send[peer].nbytes
         return works
 
 

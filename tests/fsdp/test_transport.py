@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -197,3 +198,25 @@ def waits_for_a_dead_peer(world: World) -> str:
 def test_waiting_for_a_dead_process_is_an_error() -> None:
     (message,) = run_ranks(1, waits_for_a_dead_peer)
     assert message.startswith("rank 1 of this shard group") and message.endswith("has died")
+
+
+def posted_on_rank(world: World) -> list[str]:
+    posted: list[str] = []
+    for name in ("irecv", "isend"):
+        function = getattr(dist, name)
+
+        def post(*args, name: str = name, function=function, **keywords) -> dist.Work:
+            posted.append(name)
+            return function(*args, **keywords)
+
+        setattr(dist, name, post)
+    link = connect_by("paired", world)
+    (buffer,) = link.gather_buffers(1, 64 * world.size)
+    link.all_gather(buffer, [buffer.memory.view(torch.float32)]).wait()
+    return posted
+
+
+def test_receives_are_posted_before_a_send_fills_the_connection() -> None:
+    """Else a peer is told that it may send behind the data that go the other way, and takes as long again."""
+    for posted in run_ranks(3, posted_on_rank):
+        assert posted == ["irecv", "irecv", "isend", "isend"]
