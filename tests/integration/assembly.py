@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minift.checkpoint.initial import InitialAdapter, ResidualWeights
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.fsdp.sharded import connect
@@ -68,11 +69,12 @@ def assemble(
     precision: Precision = FP32,
     adapter: AdapterConfig = LORA,
     values: Callable[[CausalLM, str], Tensor] | None = None,
+    start: InitialAdapter | None = None,
 ) -> tuple[CausalLM, ShardedModel]:
-    """values: of the adapter parameter called so; None: `initial`."""
+    """values: of the adapter parameter called so; None: `initial`. start: by which the base is changed."""
     with torch.device("meta"):
         model = CausalLM(load_config(folder))
-    weights = QuantWeights(folder)
+    weights = QuantWeights(folder) if start is None else ResidualWeights(folder, start)
     quantized = quantize_for(model, weights, quant)
     inject(model, adapter, seed=2)
     own = adapter_parameters(model).keys()

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from minift.checkpoint.initial import InitialAdapter
 from minift.model.decoder import CausalLM
 from minift.model.linear import Linear, LinearBase
 from minift.peft.adapter import Adapter, AdapterConfig
@@ -25,8 +26,9 @@ from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.iec import IecConfig
-from minift.peft.inject import init_tensor
+from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.lora import LoraConfig
+from minift.quant.model import load_model
 
 Formula = Callable[[Tensor, Tensor, Tensor | None, dict[str, Tensor]], Tensor]
 """(x (N, in), W (out, in), b (out,) or None, own parameters by local name) -> y (N, out). The embedding gets tokens
@@ -61,11 +63,44 @@ class Row:
             for local_name in self.own.get(name.rpartition(".")[2], ())
         ]
 
+    @property
+    def initial(self) -> InitialAdapter | None:
+        """What was found out about the start."""
+        return None
+
+    def started(self, base: Path, start: Path) -> Row:
+        """This row over the model in `base`. What there is to find out about the start is left in `start`, or read."""
+        return self
+
     def values(self, model: CausalLM, name: str) -> Tensor:
         """Of the adapter parameter `name`: initial ones and noise, so that no gradient is zero. The same everywhere."""
+        return self.initial_values(model, name) + self.noise(name, model.get_parameter(name).shape)
+
+    def initial_values(self, model: CausalLM, name: str) -> Tensor:
+        return init_tensor(model, name, seed=2)
+
+    def noise(self, name: str, shape: torch.Size) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        shape, generator = model.get_parameter(name).shape, torch.Generator().manual_seed(seed)
-        return init_tensor(model, name, seed=2) + self.spread * torch.randn(shape, generator=generator)
+        return self.spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def at_start(self, folder: Path, dtype: torch.dtype) -> CausalLM:
+        """The model in `folder`, before its first step."""
+        model = load_model(folder, None, dtype)
+        inject(model, self.config, dtype=dtype)
+        return model
+
+    @property
+    def exported(self) -> AdapterConfig:
+        """The settings that are written beside the trained tensors."""
+        return self.config
+
+    def adapted(self, folder: Path) -> CausalLM:
+        """The model in `folder`, whole, with `values`: fp32."""
+        model = load_model(folder, None, torch.float32).eval()
+        inject(model, self.config)
+        for name, parameter in adapter_parameters(model).items():
+            parameter.data.copy_(self.values(model, name))
+        return model
 
     def as_formulas(self, model: CausalLM, own: dict[str, Tensor]) -> None:
         """Make `model`, dense and without adapters, compute the formulas of `own`: {full name: leaf}."""

@@ -22,15 +22,18 @@ from minift.fsdp import ShardPolicy
 from minift.model.decoder import CausalLM
 from minift.model.hf import fill_parameters, load_config
 from minift.peft.inject import adapter_parameters, inject
+from minift.peft.lora_ga import LoraGaConfig
 from minift.peft.manage import merge_all, unmerge_all
 from minift.peft.methods import METHODS
+from minift.peft.pissa import PissaConfig
 from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 from minift.quant.weights import QuantWeights
 from tests.integration.assembly import QWEN2, VOCAB_SIZE, assemble, loss_of, write_model
-from tests.peft.rows import README_METHOD
+from tests.peft.residual_rows import ResidualRow, residual_row
+from tests.peft.rows import ALL, README_METHOD, Row
 from tests.peft.rows import ROWS as ROWS_OF_PROJECTIONS
 from tests.peft.virtual_rows import PrefixRow, PromptRow
 from tests.ranks import run_ranks
@@ -39,6 +42,8 @@ NUM_TOKENS = 23
 # fp32 against fp64 through two blocks, relative to the norm of a whole gradient, or to the largest logit: some dozens
 # of roundings of 6e-8 one after another, each of random sign.
 TOLERANCE = 1e-5
+# W - s B A and s B A are rounded one by one, in each projection of a block and in what adds them up.
+RESIDUAL_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 2.0**-5}
 BASES = ["dense", "nf4"]
 VIRTUAL = {"is_identity_at_start": False, "is_dense_weight": False}
 ROWS = ROWS_OF_PROJECTIONS | {
@@ -55,7 +60,16 @@ ROWS = ROWS_OF_PROJECTIONS | {
         **VIRTUAL,
     ),
     "prompt": PromptRow(PromptConfig(num_virtual_tokens=5, init="random"), {}, {}, **VIRTUAL),
+    "pissa": residual_row(PissaConfig(r=3, alpha=6), dict.fromkeys(ALL, 2.0)),
+    "pissa, rslora": residual_row(
+        PissaConfig(r=4, alpha=6, rslora=True, rank_pattern={"q_proj": 9}, targets=["q_proj", "down_proj"]),
+        {"q_proj": 2.0, "down_proj": 3.0},
+    ),
+    "lora_ga": residual_row(LoraGaConfig(r=3, alpha=6), dict.fromkeys(ALL, 2.0)),
 }
+CELLS = [
+    (name, base) for name, row in ROWS.items() for base in BASES if base == "dense" or not isinstance(row, ResidualRow)
+]
 
 
 @dataclass(frozen=True)
@@ -71,21 +85,28 @@ class Folders:
         quantize_folder(self.folder("dense"), self.parent / "nf4", QuantConfig())
         return self.parent / "nf4"
 
+    def start(self, base: str, row: str) -> Path:
+        return self.parent / f"start of {row} on {base}"
+
+    @functools.cache  # noqa: B019
+    def row(self, base: str, row: str) -> Row:
+        return ROWS[row].started(self.folder(base), self.start(base, row))
+
     def formulas(self, base: str, row: str) -> tuple[CausalLM, dict[str, Tensor]]:
         """The model in fp64 that computes the formulas, and what is trained in it."""
-        folder = self.folder(base)
+        folder, chosen = self.folder(base), self.row(base, row)
         with torch.device("meta"):
             model, adapted = CausalLM(load_config(folder)), CausalLM(load_config(folder))
         weights = QuantWeights(folder)
         fill_parameters(model, lambda name: weights.read(name).double())
         model.requires_grad_(False)
-        names = inject(adapted, ROWS[row].config)
+        names = inject(adapted, chosen.config)
         own_names = adapter_parameters(adapted).keys()
         own = {
-            name: nn.Parameter((ROWS[row].values(adapted, name) if name in own_names else weights.read(name)).double())
+            name: nn.Parameter((chosen.values(adapted, name) if name in own_names else weights.read(name)).double())
             for name in names
         }
-        ROWS[row].as_formulas(model, own)
+        chosen.as_formulas(model, own)
         return model, own
 
     @functools.cache  # noqa: B019
@@ -115,11 +136,12 @@ class Step:
     not_reached: list[str]
 
 
-def step_on_rank(world: World, folder: Path, row: str, recompute: str) -> Step:
-    chosen = ROWS[row]
+def step_on_rank(world: World, folder: Path, start: Path, row: str, recompute: str) -> Step:
+    chosen = ROWS[row].started(folder, start)
     model, engine = assemble(
-        folder, None, world, ShardPolicy(), recompute, adapter=chosen.config, values=chosen.values
-    )
+        folder, None, world, ShardPolicy(), recompute, adapter=chosen.config, values=chosen.values,
+        start=chosen.initial,
+    )  # fmt: skip
     for _ in range(2):
         engine.clear_gradients()
         loss = loss_of(model, world.rank, NUM_TOKENS)
@@ -135,13 +157,12 @@ def step_on_rank(world: World, folder: Path, row: str, recompute: str) -> Step:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "base"), CELLS)
 def test_loss_and_gradients_are_the_formula_s(
     folders: Folders, row: str, base: str, world_size: int, recompute: str
 ) -> None:
     losses, expected = folders.expected(base, row, world_size)
-    steps = run_ranks(world_size, step_on_rank, folders.folder(base), row, recompute)
+    steps = run_ranks(world_size, step_on_rank, folders.folder(base), folders.start(base, row), row, recompute)
     for step, loss in zip(steps, losses, strict=True):
         assert step.loss == pytest.approx(loss, rel=TOLERANCE)
         assert step.gradients.keys() == expected.keys()
@@ -160,23 +181,13 @@ def logits_of(model: CausalLM) -> Tensor:
     return model(tokens_T, torch.arange(11), bounds, 11, head=lambda hidden_TD, lm_head: lm_head(hidden_TD))
 
 
-def adapted(folders: Folders, base: str, row: str) -> CausalLM:
-    """With values that are not the initial ones."""
-    model = load_model(folders.folder(base), None, torch.float32).eval()
-    inject(model, ROWS[row].config)
-    for name, parameter in adapter_parameters(model).items():
-        parameter.data.copy_(ROWS[row].values(model, name))
-    return model
-
-
 def assert_close_logits(actual: Tensor, expected: Tensor) -> None:
     assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "base"), CELLS)
 def test_logits_are_the_formula_s_merged_or_not(folders: Folders, row: str, base: str) -> None:
-    model, (oracle, _) = adapted(folders, base, row), folders.formulas(base, row)
+    model, (oracle, _) = folders.row(base, row).adapted(folders.folder(base)), folders.formulas(base, row)
     expected, unmerged = logits_of(oracle), logits_of(model)
     assert_close_logits(unmerged, expected)
     if not ROWS[row].is_dense_weight:
@@ -190,27 +201,30 @@ def test_logits_are_the_formula_s_merged_or_not(folders: Folders, row: str, base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "base"), CELLS)
 def test_nothing_changes_at_the_start_and_what_trains_is_exactly_this(
     folders: Folders, row: str, base: str, dtype: torch.dtype
 ) -> None:
-    model = load_model(folders.folder(base), None, dtype)
-    before = logits_of(model)
-    names = inject(model, ROWS[row].config, dtype=dtype)
-    assert torch.equal(logits_of(model), before) == ROWS[row].is_identity_at_start
-    assert sorted(names) == sorted(ROWS[row].trainable(model))
-    assert sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad) == sorted(names)
+    chosen = folders.row(base, row)
+    before = logits_of(load_model(folders.folder(base), None, dtype))
+    model = chosen.at_start(folders.folder(base), dtype)
+    after = logits_of(model)
+    if chosen.initial is None:
+        assert torch.equal(after, before) == chosen.is_identity_at_start
+    else:
+        assert (after - before).abs().max() <= RESIDUAL_TOLERANCE[dtype] * before.abs().max()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(trained) == sorted(chosen.trainable(model))
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "base"), CELLS)
 def test_saved_and_loaded_it_is_the_same(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, base: str
 ) -> None:
     monkeypatch.setattr(minift.checkpoint.adapters, "METHODS", (*METHODS, README_METHOD))
-    model = adapted(folders, base, row)
-    save_adapter(tmp_path / "adapter", ROWS[row].config, file_tensors(model))
+    chosen = folders.row(base, row)
+    model = chosen.adapted(folders.folder(base))
+    save_adapter(tmp_path / "adapter", chosen.exported, file_tensors(model))
     again = load_model(folders.folder(base), None, torch.float32).eval()
-    assert type(load_adapter(again, tmp_path / "adapter")) is (ROWS[row].stored_as or type(ROWS[row].config))
+    assert type(load_adapter(again, tmp_path / "adapter")) is (chosen.stored_as or type(chosen.config))
     assert_close_logits(logits_of(again), logits_of(model))

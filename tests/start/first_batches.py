@@ -21,11 +21,11 @@ from minift.objectives.sft import SupervisedTokens
 NUM_STEPS = 3
 
 
-def first_steps(world: World) -> list[list[Batch]]:
+def first_steps(world: World, vocab_size: int = 200) -> list[list[Batch]]:
     """Of documents of 3 to 20 tokens, 8 a step, in several microbatches."""
     generator = np.random.default_rng(0)
     documents = [
-        Encoded(generator.integers(0, 200, size, dtype=np.int32), np.arange(size) % 3 > 0)
+        Encoded(generator.integers(0, vocab_size, size, dtype=np.int32), np.arange(size) % 3 > 0)
         for size in generator.integers(3, 21, 40)
     ]
     loader = StepLoader(
