@@ -178,8 +178,8 @@ def combine(options: Namespace) -> None:
 
 def analyze(options: Namespace) -> None:
     from minift.analysis.picture import table, write_analysis
-    from minift.analysis.spectrum import analyze_weight
-    from minift.analysis.weights import adapted_weights, changed_weights, scale_intruders
+    from minift.analysis.spectrum import Intruders, analyze_weight, find_intruders
+    from minift.analysis.weights import IntruderScaling, adapted_weights, changed_weights
     from minift.checkpoint.adapters import CONFIG_FILE, base_model_of
 
     if (options.scale_intruders is None) != (options.adapter_out is None):
@@ -197,21 +197,21 @@ def analyze(options: Namespace) -> None:
         model = base_model_of(tuned)
     if model is None:
         raise ValueError(f"what was {tuned} made from? it does not say; give the base with --model DIR")
-    if options.adapter_out is not None:
-        scaled = scale_intruders(
-            model, tuned, options.adapter_out,
-            factor=options.scale_intruders, quant=quant, top=options.top, threshold=options.threshold,
-        )  # fmt: skip
-        print(f"wrote {options.adapter_out}: {sum(scaled.values())} intruders times {options.scale_intruders:g}")
+    out, factor = options.adapter_out, options.scale_intruders
+    scaling = None if out is None else IntruderScaling(tuned, out, factor)
     weights = adapted_weights(model, tuned, quant) if is_adapter else changed_weights(model, tuned)
+    intruders: dict[str, Intruders] = {}
     analyses = []
-    for weight in weights:
-        analyses.append(analyze_weight(*weight, options.top, options.threshold))
+    for name, before, after in weights:
+        intruders[name] = find_intruders(before, after, options.top, options.threshold)
+        analyses.append(analyze_weight(name, before, after, intruders[name].found))
         print(f"\r{len(analyses)} weights", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(table(analyses))
     for path in write_analysis(Path(options.out or (options.tuned if is_run else "analysis")), analyses):
         print(f"wrote {path}")
+    if scaling is not None:
+        print(f"wrote {out}: {sum(scaling.write(intruders).values())} intruders times {factor:g}")
 
 
 def plot(options: Namespace) -> None:

@@ -20,6 +20,7 @@ Decompositions go through the smaller Gram matrix in fp64, which is faster than 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,15 @@ class Intruder:
     similarity: float
 
 
+@dataclass(frozen=True, eq=False)
+class Intruders:
+    """Those of one weight, the largest first: figures; σ u as columns (out, n) and v as rows (n, in), in fp64."""
+
+    found: tuple[Intruder, ...]
+    columns: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True)
 class WeightAnalysis:
     """Of one weight; see the module docstring. update_ratio: ‖ΔW‖ / ‖W‖, Frobenius norms. amplification: infinite if W
@@ -52,10 +62,9 @@ class WeightAnalysis:
     direction_change: float
 
 
-def analyze_weight(name: str, before: Tensor, after: Tensor, top: int = 10, threshold: float = 0.5) -> WeightAnalysis:
-    """`before` and `after`: (out, in), any float dtype. ValueError unless shapes agree and settings are valid."""
-    if before.shape != after.shape or before.ndim != 2:
-        raise ValueError(f"{name} was {tuple(before.shape)} and is {tuple(after.shape)}; valid: one shape (out, in)")
+def analyze_weight(name: str, before: Tensor, after: Tensor, intruders: Sequence[Intruder]) -> WeightAnalysis:
+    """`before` and `after`: (out, in), any float dtype; `intruders`: what `find_intruders` found."""
+    assert before.shape == after.shape and before.ndim == 2
     before, after = before.double(), after.double()
     update = after - before
     U, S, V = svd(update)
@@ -65,7 +74,7 @@ def analyze_weight(name: str, before: Tensor, after: Tensor, top: int = 10, thre
     cosine_O = F.cosine_similarity(before, after, dim=1)
     return WeightAnalysis(
         name,
-        find_intruders(before, after, top, threshold)[0],
+        tuple(intruders),
         effective_rank(S),
         update_norm / inside if inside > 0.0 else (math.inf if rank else 0.0),
         update_norm / max(before.norm().item(), 1e-300),
@@ -74,10 +83,8 @@ def analyze_weight(name: str, before: Tensor, after: Tensor, top: int = 10, thre
     )
 
 
-def find_intruders(
-    before: Tensor, after: Tensor, top: int = 10, threshold: float = 0.5
-) -> tuple[tuple[Intruder, ...], Tensor, Tensor]:
-    """The intruders of `after`, their σ u as columns (out, n) and their v as rows (n, in), in fp64."""
+def find_intruders(before: Tensor, after: Tensor, top: int = 10, threshold: float = 0.5) -> Intruders:
+    """Those of `after` (out, in). ValueError unless the settings are valid; their defaults are PEFT's, too."""
     if top < 1 or not 0.0 < threshold <= 1.0:
         raise ValueError(f"top is {top}, threshold {threshold}; valid: 1 or more, and above 0 up to 1")
     U_before, _, _ = svd(before)
@@ -85,8 +92,8 @@ def find_intruders(
     top = min(top, int((S > 0).sum()))
     similarity = (U_before.t() @ U[:, :top]).abs().amax(0)
     found = (similarity < threshold).nonzero().flatten()
-    intruders = tuple(Intruder(int(i), S[i].item(), similarity[i].item()) for i in found)
-    return intruders, U[:, found] * S[found], V[:, found].t()
+    figures = tuple(Intruder(int(i), S[i].item(), similarity[i].item()) for i in found)
+    return Intruders(figures, U[:, found] * S[found], V[:, found].t())
 
 
 def effective_rank(singular_values: Tensor) -> float:
@@ -106,7 +113,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = matrix if is_wide else matrix.t()
     squares, vectors = torch.linalg.eigh(wide @ wide.t())
     S, near = squares.flip(0).clamp(min=0.0).sqrt(), vectors.flip(1)
-    kept = S > _SMALLEST * S[0]
-    S, near = S * kept, near * kept
-    far = (wide.t() @ near) / torch.where(kept, S, 1.0)
+    rank = int((S > _SMALLEST * S[0]).sum())
+    S[rank:], near[:, rank:] = 0.0, 0.0
+    far = torch.zeros_like(wide.t())
+    far[:, :rank] = wide.t() @ near[:, :rank] / S[:rank]
     return (near, S, far) if is_wide else (far, S, near)

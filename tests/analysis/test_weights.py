@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from minift.analysis.spectrum import find_intruders
-from minift.analysis.weights import adapted_weights, changed_weights, scale_intruders
+from minift.analysis.weights import IntruderScaling, adapted_weights, changed_weights
 from minift.checkpoint.adapters import file_tensors, save_adapter
 from minift.checkpoint.combine import read_updates
 from minift.checkpoint.merge import merge_adapter
 from minift.cli import main
 from minift.model.hf import load_model
+from minift.peft.combine import nearest_of_rank
 from minift.peft.dora import DoraConfig
 from minift.peft.inject import adapter_parameters, adapters, inject
 from minift.peft.lora import LoraConfig
@@ -47,22 +48,39 @@ def folders(tmp_path):
 @pytest.mark.parametrize("quant", [None, QuantConfig(block_size=32)])
 def test_a_planted_intruder_is_scaled_down_and_the_rest_stays(folders, tmp_path, quant):
     model, adapter = folders
-    before = {name: find_intruders(W, after)[0] for name, W, after in adapted_weights(model, adapter, quant)}
-    assert [name for name, intruders in before.items() if intruders] == [DOWN]
+    intruders = {name: find_intruders(W, after) for name, W, after in adapted_weights(model, adapter, quant)}
+    assert [name for name, of_weight in intruders.items() if of_weight.found] == [DOWN]
     for factor in (0.0, 0.25):
         out = tmp_path / f"scaled {factor}"
-        counts = scale_intruders(model, adapter, out, factor=factor, quant=quant)
+        counts = IntruderScaling(adapter, out, factor).write(intruders)
         assert {name: count for name, count in counts.items() if count} == {DOWN: 1}
         pairs = zip(adapted_weights(model, adapter, quant), adapted_weights(model, out, quant), strict=True)
-        for (name, W, after), (_, _, scaled) in pairs:
-            _, columns, rows = find_intruders(W, after)
-            expected = after + (factor - 1.0) * columns @ rows if name == DOWN else after
+        for (name, _, after), (_, _, scaled) in pairs:
+            expected = after + (factor - 1.0) * intruders[name].columns @ intruders[name].rows
             # The factors are stored in fp32: a rounding of 2⁻²⁴ for each of them, relative to the largest.
             torch.testing.assert_close(scaled, expected, rtol=0, atol=4e-7 * after.abs().max().item())
         ranks = {factors.module: update.rank for factors, update in read_updates(out).items()}
         assert ranks == {name: 3 if name == DOWN else 2 for name in ranks}
     removed = adapted_weights(model, tmp_path / "scaled 0.0", quant)
-    assert not any(find_intruders(W, after)[0] for _, W, after in removed)
+    assert not any(find_intruders(W, after).found for _, W, after in removed)
+
+
+def test_peft_scales_the_same(folders, tmp_path):
+    """Its `reduce_intruder_dimension` then keeps the largest r directions of the update, ours keeps all r + n."""
+    peft, theirs = pytest.importorskip("peft"), pytest.importorskip("peft.tuners.lora.intruders")
+    transformers = pytest.importorskip("transformers")
+    model, adapter = folders
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    wrapped = peft.PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).double()
+    said: list[str] = []
+    theirs.reduce_intruder_dimension(wrapped, mitigation_lambda=0.25, logging_sink=said.append)
+    intruders = {name: find_intruders(W, after) for name, W, after in adapted_weights(model, adapter, None)}
+    counts = IntruderScaling(adapter, tmp_path / "out", 0.25).write(intruders)
+    assert [line for line in said if "Intruders" in line] == [f"base_model.model.{DOWN}: Intruders: {counts[DOWN]}"]
+    for factors, update in read_updates(tmp_path / "out").items():
+        A, B = nearest_of_rank(update.A, update.scale * update.B, 2)
+        expected = wrapped.get_submodule(f"base_model.model.{factors.module}").get_delta_weight("intruder_reduced")
+        torch.testing.assert_close((B @ A).double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
 def test_a_merged_model_is_what_its_adapter_is(folders, tmp_path):
@@ -79,6 +97,9 @@ def test_a_merged_model_is_what_its_adapter_is(folders, tmp_path):
     write_model(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(ValueError, match="are different models: only one of them has model.layers.1"):
         next(changed_weights(model, tmp_path / "other"))
+    write_model(tmp_path / "wider", intermediate_size=44)
+    with pytest.raises(ValueError, match=r"proj.weight is \(.*\) in .*/model and \(.*44.*\) in .*/wider; valid: one"):
+        list(changed_weights(model, tmp_path / "wider"))
 
 
 def test_the_command_writes_figures_pictures_and_an_adapter(folders, tmp_path, capsys, monkeypatch):
@@ -118,9 +139,9 @@ def test_what_cannot_be_is_refused(folders, tmp_path, capsys, monkeypatch):
     inject(model, DoraConfig(r=2))
     save_adapter("dora", DoraConfig(r=2), file_tensors(model))
     with pytest.raises(ValueError, match="dora has dora; valid: lora"):
-        scale_intruders("model", "dora", "out", factor=0.5)
+        IntruderScaling("dora", "out", factor=0.5)
     with pytest.raises(ValueError, match="factor for intruders is 1.0"):
-        scale_intruders("model", "adapter", "out", factor=1.0)
+        IntruderScaling("adapter", "out", factor=1.0)
     scaled = ["analyze", "adapter", "--model", "model", "--scale-intruders"]
     for arguments, sentence in [
         (["analyze", "dora"], "what was dora made from? it does not say; give the base with --model DIR"),
