@@ -20,7 +20,7 @@ CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibilit
 CXX_FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 cpp_sources = ["csrc/registration.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
-cuda_sources = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
+cuda_sources = [str(path) for path in sorted(Path("csrc/cuda").glob("*.c*"))]  # .cu: kernels, .cpp: their ops
 has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
 use_cuda = bool(cuda_sources) and os.environ.get("USE_CUDA", str(int(has_cuda))) == "1"
 

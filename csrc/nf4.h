@@ -10,13 +10,9 @@
 
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
-#if defined(__CUDACC__)
-#define MINIFT_HOST_DEVICE __host__ __device__
-#else
-#define MINIFT_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace minift::nf4 {
 
@@ -56,10 +52,49 @@ constexpr float THRESHOLDS[15] = {
 // Blocks of smaller numbers are divided by this instead of their largest magnitude, whose reciprocal would overflow.
 constexpr float SMALLEST_DIVISOR = 1e-38f;
 
+// The number of thresholds below `normalised`, by bisection. `thresholds` is THRESHOLDS, or a copy of it that is near.
+template <class Thresholds>
+MINIFT_HOST_DEVICE uint32_t code_of(float normalised, const Thresholds& thresholds) {
+  uint32_t code = normalised > thresholds[7] ? 8 : 0;
+  code += normalised > thresholds[code + 3] ? 4 : 0;
+  code += normalised > thresholds[code + 1] ? 2 : 0;
+  code += normalised > thresholds[code] ? 1 : 0;
+  return code;
+}
+
 MINIFT_HOST_DEVICE constexpr uint8_t pack(uint32_t even_code, uint32_t odd_code) {
   return static_cast<uint8_t>(even_code << 4 | odd_code);
 }
 MINIFT_HOST_DEVICE constexpr uint32_t even_code(uint8_t byte) { return byte >> 4; }
 MINIFT_HOST_DEVICE constexpr uint32_t odd_code(uint8_t byte) { return byte & 15; }
+
+// The scales of a weight as kernels read them: fp32, or bytes that are expanded one at a time.
+struct Scales {
+  const float* absmax;          // fp32 per block; null when double-quantised, and then:
+  const uint8_t* bytes;         // per block
+  const float* nested_absmax;   // per NESTED_BLOCK_SIZE blocks
+  const float* map;             // what a byte stands for, 256 numbers
+  const float* offset;          // one number
+
+  MINIFT_HOST_DEVICE float operator[](int64_t block) const {
+    if (absmax != nullptr) return absmax[block];
+    float product = map[bytes[block]] * nested_absmax[block / NESTED_BLOCK_SIZE];
+    // Rounded before the addition, as bitsandbytes does it, and not fused with it.
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(product, *offset);
+#else
+    __asm__("" : "+m"(product));
+    return product + *offset;
+#endif
+  }
+
+  MINIFT_HOST_DEVICE void copy(int64_t first, int64_t count, float* to) const {
+    if (absmax != nullptr) {
+      __builtin_memcpy(to, absmax + first, count * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = (*this)[first + i];
+    }
+  }
+};
 
 }  // namespace minift::nf4

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "rows.h"
+#include "parallel.h"
 
 #include <cstdint>
 #include <optional>

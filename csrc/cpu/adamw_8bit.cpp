@@ -3,7 +3,7 @@
 #include "adamw.h"
 #include "blockwise.h"
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

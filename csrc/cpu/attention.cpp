@@ -17,7 +17,7 @@
 #include "attention.h"
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -3,7 +3,7 @@
 // Every thread goes through its rows one by one: a row and its exponentials in fp32 stay in its second level of cache.
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

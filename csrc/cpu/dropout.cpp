@@ -1,7 +1,7 @@
 // Dropout with a mask made from a seed and the element's index: x of any shape, rows may be strided.
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

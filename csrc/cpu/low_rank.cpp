@@ -5,7 +5,7 @@
 // any number of threads.
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include "low_rank.h"
 

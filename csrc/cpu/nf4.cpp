@@ -1,10 +1,9 @@
 // Quantising to NF4 and back on the CPU; flat contiguous tensors. The format: nf4.h.
 
-#include "../nf4.h"
+#include "../nf4_tensors.h"
 
 #include "instruction_set.h"
-#include "nf4_tensors.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -35,18 +34,13 @@ float incomplete_absmax(const T* elements, int64_t count) {
   return absmax > nf4::SMALLEST_DIVISOR ? absmax : nf4::SMALLEST_DIVISOR;
 }
 
-uint32_t code_of(float normalised) {
-  uint32_t code = 0;
-  for (float threshold : nf4::THRESHOLDS) code += normalised > threshold;
-  return code;
-}
-
 template <class T>
 float quantize_incomplete(const T* elements, int64_t count, uint8_t* codes) {
   float absmax = incomplete_absmax(elements, count);
   for (int64_t i = 0; i < count; i += 2) {
     float odd = i + 1 < count ? to_float(elements[i + 1]) : 0.0f;
-    codes[i / 2] = nf4::pack(code_of(to_float(elements[i]) / absmax), code_of(odd / absmax));
+    codes[i / 2] = nf4::pack(nf4::code_of(to_float(elements[i]) / absmax, nf4::THRESHOLDS),
+                             nf4::code_of(odd / absmax, nf4::THRESHOLDS));
   }
   return absmax;
 }
@@ -100,24 +94,14 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t block_size
   return {codes, absmax};
 }
 
-// Row r of `out` becomes elements [start + r * stride, start + r * stride + width): one row for a range of the flat
-// weight, several for a range of its columns. Rows start and end at the border of a block; a single one may also end
-// with the weight.
 void nf4_dequantize(const Tensor& out, const Tensor& codes, const Tensor& scales,
                     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
                     const std::optional<Tensor>& nested_map, int64_t block_size, int64_t start, int64_t stride) {
-  check_nf4_block_size("nf4_dequantize", block_size);
-  Nf4Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
-  const uint8_t* bytes = elements_of<const uint8_t>(codes, ScalarType::Byte, "nf4: codes must be contiguous uint8");
-  STD_TORCH_CHECK(out.is_contiguous() && out.dim() == 2, "nf4_dequantize: out must be contiguous and 2-D");
+  nf4::Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
+  const uint8_t* bytes = nf4_codes(codes);
+  check_nf4_rows(out, codes, scales, block_size, start, stride);
   int64_t rows = out.size(0), width = out.size(1), blocks_per_row = width / block_size;
   if (rows == 0 || width == 0) return;
-  int64_t last = start + (rows - 1) * stride + width;
-  STD_TORCH_CHECK(start >= 0 && start % block_size == 0, "nf4_dequantize: start must be at the border of a block");
-  STD_TORCH_CHECK(rows == 1 || (stride >= 0 && stride % block_size == 0 && width % block_size == 0),
-                  "nf4_dequantize: stride and the width of out must be multiples of the block size");
-  STD_TORCH_CHECK((last + 1) / 2 <= codes.numel() && (last + block_size - 1) / block_size <= scales.numel(),
-                  "nf4_dequantize: codes or scales end before the last element that was asked for");
   dispatch_dtype(out, "nf4_dequantize", [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(out.data_ptr());

@@ -1,10 +1,9 @@
 // A few tokens times an NF4 matrix on the CPU: x (T, in), W (out, in), y (T, out), and no dequantised copy of W.
 
-#include "../nf4.h"
+#include "../nf4_tensors.h"
 
 #include "instruction_set.h"
-#include "nf4_tensors.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -21,14 +20,9 @@ constexpr int64_t TOKENS_AT_ONCE = 8;   // for which each weight is looked up on
 
 Tensor nf4_gemv(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& nested_absmax,
                 const std::optional<Tensor>& offset, const std::optional<Tensor>& nested_map, int64_t block_size) {
-  check_nf4_block_size("nf4_gemv", block_size);
-  Nf4Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
-  const uint8_t* bytes = elements_of<const uint8_t>(codes, ScalarType::Byte, "nf4: codes must be contiguous uint8");
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.size(1) % block_size == 0,
-                  "nf4_gemv: x must be (tokens, features) with a multiple of the block size as features");
-  int64_t tokens = x.size(0), width = x.size(1), features = 2 * codes.numel() / width;
-  STD_TORCH_CHECK(features * width == 2 * codes.numel() && features * width == block_size * scales.numel(),
-                  "nf4_gemv: codes and scales must be those of a matrix with as many columns as x");
+  nf4::Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
+  const uint8_t* bytes = nf4_codes(codes);
+  int64_t tokens = x.size(0), width = x.size(1), features = check_nf4_gemv(x, codes, scales, block_size);
   Tensor x_rows = with_rows(x), y = torch::stable::new_empty(x, {tokens, features});
   int64_t padded_width = (width + LARGEST_CHUNK - 1) / LARGEST_CHUNK * LARGEST_CHUNK;
   Tensor ordered = torch::stable::new_empty(x, {TOKENS_AT_ONCE, padded_width}, ScalarType::Int);

@@ -66,7 +66,7 @@ static inline __attribute__((always_inline)) void nf4_gemv_chunk(U32 codes, cons
 
 // Rows [begin, end) of W (of `width` elements, whole blocks) for TOKENS tokens, ordered as above, y_stride apart in y.
 template <int TOKENS, class T>
-void nf4_gemv(const uint32_t* x, int64_t width, const uint8_t* codes, Nf4Scales scales, int64_t block_size, T* y,
+void nf4_gemv(const uint32_t* x, int64_t width, const uint8_t* codes, nf4::Scales scales, int64_t block_size, T* y,
               int64_t y_stride, int64_t begin, int64_t end) {
   constexpr int64_t CHUNK = 8 * LANES, X_CHUNK = TOKENS * Nf4Chunk<T>::VECTORS * LANES;
   // A stretch of x, for all tokens, stays in the L1 cache for as many rows: up to 16 KB in bf16, 32 KB in fp32.

@@ -69,7 +69,7 @@ static inline __attribute__((always_inline)) HalfTable nf4_values(const Table& p
 // Writes blocks [begin, end) to `out`, which starts with block `begin`. Only 16 different numbers occur in a block, so
 // only 16 are multiplied and rounded.
 template <class T>
-void nf4_dequantize(const uint8_t* codes, Nf4Scales scales, int64_t block_size, T* out, int64_t begin, int64_t end) {
+void nf4_dequantize(const uint8_t* codes, nf4::Scales scales, int64_t block_size, T* out, int64_t begin, int64_t end) {
   Table codebook = load_table(nf4::CODEBOOK);
   for (int64_t block = begin; block < end; ++block) {
     auto values = nf4_values(codebook * scales[block], (T*)nullptr);

@@ -2,7 +2,7 @@
 
 #include "../nf4.h"
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

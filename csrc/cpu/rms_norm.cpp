@@ -1,7 +1,7 @@
 // RMS normalisation on the CPU: x (..., D) with strided rows allowed, weight (D).
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,7 +1,7 @@
 // Rotary position embedding on the CPU: x (T, H, E), cos and sin (T, E / 2) in fp32.
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

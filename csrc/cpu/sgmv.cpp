@@ -2,7 +2,7 @@
 // (R, out) the factors of all adapters on top of each other, of which a segment uses some rows.
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,7 +1,7 @@
 // SwiGLU on the CPU: gate and up of any shape, rows may be strided (the two halves of a fused projection).
 
 #include "instruction_set.h"
-#include "rows.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 

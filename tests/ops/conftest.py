@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from minift.ops import extension
+from tests.cuda_on_cpu import library as cuda_on_cpu
+from tests.ops.elsewhere import kernels_replaced, on_device
 
 T = TypeVar("T")
 
@@ -29,15 +31,35 @@ def instruction_set(request):
     torch.ops.minift.use_instruction_set("best")
 
 
-@pytest.fixture(params=["reference", *_offered_instruction_sets()])
+def pytest_generate_tests(metafunc):
+    """`implementation` is each way of running the ops of a test file: the references, every instruction set and, if the
+    file says HAS_CUDA_KERNELS, the CUDA kernels on the processor, and on the GPU if there is one."""
+    if "implementation" in metafunc.fixturenames:
+        names = ["reference", *_offered_instruction_sets()]
+        if getattr(metafunc.module, "HAS_CUDA_KERNELS", False) and extension.MISSING_REASON is None:
+            names += ["cuda_on_cpu"] if cuda_on_cpu.compiler() is not None else []
+            names += ["cuda"] if torch.cuda.is_available() else []
+        metafunc.parametrize("implementation", names, indirect=True)
+
+
+@pytest.fixture
 def implementation(request):
-    """ "reference", or the name of the instruction set that the compiled kernels use during the test."""
+    """ "reference", or the name of the kernels that run during the test: an instruction set, cuda_on_cpu or cuda."""
     if request.param == "reference":
         yield "reference"
-        return
-    torch.ops.minift.use_instruction_set(request.param)
-    yield request.param
-    torch.ops.minift.use_instruction_set("best")
+    elif request.param == "cuda_on_cpu":
+        with kernels_replaced(cuda_on_cpu.op_names(), cuda_on_cpu.op):
+            yield "cuda_on_cpu"
+    elif request.param == "cuda":
+        names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+        names = [name.removeprefix("minift::") for name in names if name.startswith("minift::")]
+        device = torch.device("cuda")
+        with kernels_replaced(names, lambda name: on_device(getattr(torch.ops.minift, name).default, device)):
+            yield "cuda"
+    else:
+        torch.ops.minift.use_instruction_set(request.param)
+        yield request.param
+        torch.ops.minift.use_instruction_set("best")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minift.ops import extension, nf4
 
+HAS_CUDA_KERNELS = True
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

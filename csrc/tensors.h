@@ -1,38 +1,17 @@
-// Between torch tensors and kernels on raw pointers: element types, tensors seen as rows, and loops over rows on
-// torch's own thread pool. Compiled for the baseline processor; kernels only read Rows.
+// Between torch tensors and kernels on raw pointers, for every device: dtypes, tensors seen as rows, and checks.
 
 #pragma once
+
+#include "rows.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdint>
-
 namespace minift {
 
 using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
-
-// Bit patterns; arithmetic happens in fp32 (vector.h converts).
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
-
-// Enough elements for one thread to be worth waking: about 10 microseconds of work.
-constexpr int64_t GRAIN_ELEMENTS = 32768;
-
-// `count` rows of `width` adjacent elements. Row i starts at (i / inner) * outer_stride + (i % inner) * inner_stride:
-// two strides describe a slice of a fused projection, and heads inside tokens, without a copy.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t count, width, inner, outer_stride, inner_stride;
-
-  T* operator[](int64_t i) const {
-    return inner == 1 ? data + i * outer_stride : data + (i / inner) * outer_stride + (i % inner) * inner_stride;
-  }
-  bool contiguous() const { return inner == 1 && outer_stride == width; }
-};
 
 // Shape of a tensor's rows with every pair of mergeable dimensions merged; more than two left: not describable.
 struct RowLayout {
@@ -101,13 +80,5 @@ inline void check_same(const Tensor& a, const Tensor& b, const char* message) {
 
 // A new contiguous tensor of `like`'s shape and dtype.
 inline Tensor new_like(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
-
-// function(begin, end) over [0, count) in parallel; each item is `width` elements of work.
-template <class Function>
-void parallel_rows(int64_t count, int64_t width, const Function& function) {
-  if (count == 0 || width == 0) return;
-  int64_t grain = GRAIN_ELEMENTS / width + 1;
-  torch::stable::parallel_for(0, count, grain, function);
-}
 
 }  // namespace minift

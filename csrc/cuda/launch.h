@@ -1,0 +1,39 @@
+// Launching kernels: how many blocks, and an exception with a name if CUDA refuses.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace minift::cuda {
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// More blocks than every multiprocessor can hold at once; kernels go through the rest of their work in a loop.
+constexpr int64_t MAX_BLOCKS = 1 << 16;
+
+inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
+  return static_cast<unsigned>(std::min(MAX_BLOCKS, (items + items_per_block - 1) / items_per_block));
+}
+
+// `op` names the op in the message. Nothing is launched for an empty grid.
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 blocks, unsigned threads, cudaStream_t stream,
+            Arguments... arguments) {
+  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": CUDA could not launch its kernel: " + cudaGetErrorString(error));
+  }
+}
+
+}  // namespace minift::cuda

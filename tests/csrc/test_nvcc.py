@@ -1,0 +1,53 @@
+"""The CUDA sources compile, without a warning, for every GPU they are meant for, and no kernel spills registers.
+
+No GPU is needed. What the kernels compute is held by tests/ops, which run them on the processor (tests/cuda_on_cpu).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+CSRC = Path(__file__).parents[2] / "csrc"
+ARCHITECTURES = ["80", "90", "90a"]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_compiles_without_warnings_and_spills(source, tmp_path):
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+    command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", str(source), *targets]
+    done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads",
+        done.stderr,
+        flags=re.DOTALL,
+    )
+    assert {architecture for _, architecture, *_ in kernels} == {f"sm_{name}" for name in ARCHITECTURES}
+    # A stack frame is an array that the compiler could not keep in registers: as slow as a spill.
+    in_memory = [kernel for kernel in kernels if kernel[2:] != ("0", "0", "0")]
+    assert in_memory == []
+
+
+def test_tensors_h_agrees_with_the_headers_of_cuda(tmp_path):
+    """Where no CUDA build of torch is, its declarations still are."""
+    source = tmp_path / "stream.cpp"
+    source.write_text(
+        '#include "cuda/tensors.h"\n'
+        "cudaStream_t stream_of(minift::Tensor tensor) { return minift::cuda::OnDevice(tensor).stream; }\n"
+    )
+    flags = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_path("include"))]
+    command = [NVCC, *flags, "-x", "c++", "-c", str(source), "-o", str(tmp_path / "stream.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

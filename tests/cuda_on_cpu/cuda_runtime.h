@@ -1,0 +1,266 @@
+// As much of CUDA as minift's kernels use, on the processor: `g++ -x c++ -I tests/cuda_on_cpu csrc/cuda/x_kernels.cu`.
+//
+// A kernel runs block by block; each of its threads is a coroutine that gives way where threads meet: at barriers and in
+// what a warp does together. So every index, tail, shuffle and barrier is what the GPU would execute, and values are
+// bit for bit those of IEEE fp32 arithmetic. Stricter than a GPU: a barrier that a thread never reaches, a lane that is
+// missing in a shuffle, and a misaligned 16-byte access are errors here. Threads take turns in an order drawn anew for
+// every block, so that a forgotten barrier shows in the results. Not here: speed, memory models, atomics on shared
+// memory, dynamic shared memory, and more than one dimension of threads.
+
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+constexpr int WARP = 32;
+constexpr size_t STACK_BYTES = 1 << 17;
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("cuda on cpu: " + what); }
+
+// Where `expected` threads meet, again and again. Two are used in turns: some threads may already be at the next
+// meeting while others have not yet left this one.
+struct Meeting {
+  int64_t number = -1;
+  unsigned arrived = 0;
+  uint64_t shown[WARP] = {};  // by the lanes of a warp
+
+  void arrive(int64_t at) {
+    if (number != at) {
+      number = at;
+      arrived = 0;
+    }
+    ++arrived;
+  }
+};
+
+struct Thread {
+  bool started = false, done = false;
+  ucontext_t start;
+  jmp_buf context;
+  int64_t barriers = 0, shuffles = 0;  // that it has been at
+};
+
+struct Block {
+  std::function<void()> kernel;
+  std::vector<Thread> threads;
+  std::vector<Meeting> shuffles;  // two for each warp
+  Meeting barriers[2];
+  unsigned current = 0;
+  int64_t progress = 0;
+  jmp_buf scheduler;
+  std::string error;
+};
+
+inline Block* block = nullptr;
+
+inline char* stack_of(unsigned thread) {
+  static std::vector<char*> stacks;
+  while (stacks.size() <= thread) {
+    void* memory = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) fail("no memory for a stack");
+    stacks.push_back(static_cast<char*>(memory));
+  }
+  return stacks[thread];
+}
+
+inline void run_thread() {
+  Thread& me = block->threads[block->current];
+  try {
+    block->kernel();
+  } catch (const std::exception& error) {
+    block->error = error.what();
+  }
+  me.done = true;
+  ++block->progress;
+  _longjmp(block->scheduler, 1);
+}
+
+// Runs a thread until it gives way or ends.
+inline void resume(unsigned index) {
+  Thread& thread = block->threads[index];
+  block->current = index;
+  threadIdx = dim3(index, 0, 0);
+  if (_setjmp(block->scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.context, 1);
+  thread.started = true;
+  getcontext(&thread.start);
+  thread.start.uc_stack.ss_sp = stack_of(index);
+  thread.start.uc_stack.ss_size = STACK_BYTES;
+  thread.start.uc_link = nullptr;
+  makecontext(&thread.start, run_thread, 0);
+  setcontext(&thread.start);
+}
+
+// The calling thread goes on when `expected` threads have arrived where it is.
+inline Meeting& meet(Meeting (&two)[2], int64_t& count, unsigned expected, const uint64_t* shows) {
+  Thread& me = block->threads[block->current];
+  unsigned lane = block->current % WARP;
+  int64_t number = count++;
+  Meeting& here = two[number % 2];
+  here.arrive(number);
+  if (shows != nullptr) here.shown[lane] = *shows;
+  ++block->progress;
+  while (here.number == number && here.arrived < expected) {
+    if (_setjmp(me.context) == 0) _longjmp(block->scheduler, 1);
+  }
+  return here;
+}
+
+inline void run_block(const std::function<void()>& kernel, unsigned num_threads, std::mt19937& random) {
+  Block mine;
+  mine.kernel = kernel;
+  mine.threads.resize(num_threads);
+  mine.shuffles.resize(2 * ((num_threads + WARP - 1) / WARP));
+  block = &mine;
+  std::vector<unsigned> order(num_threads);
+  for (unsigned i = 0; i < num_threads; ++i) order[i] = i;
+  for (unsigned i = num_threads; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+  for (bool running = true; running && mine.error.empty();) {
+    int64_t before = mine.progress;
+    running = false;
+    for (unsigned i = 0; i < num_threads && mine.error.empty(); ++i) {
+      if (!mine.threads[order[i]].done) resume(order[i]);
+      running |= !mine.threads[order[i]].done;
+    }
+    if (running && mine.progress == before) {
+      mine.error = "threads wait at a barrier or in a shuffle for others that have ended or wait elsewhere";
+    }
+  }
+  block = nullptr;
+  if (!mine.error.empty()) fail(mine.error);
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned from_lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (mask != 0xffffffffu) fail("a shuffle names a part of the warp");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  auto& two = reinterpret_cast<Meeting(&)[2]>(block->shuffles[block->current / WARP * 2]);
+  Meeting& all = meet(two, block->threads[block->current].shuffles, WARP, &bits);
+  std::memcpy(&value, &all.shown[from_lane % WARP], sizeof value);
+  return value;
+}
+
+inline unsigned lane() { return threadIdx.x % WARP; }
+
+// Ends the calling thread, from where nothing can be thrown.
+[[noreturn]] inline void fail_in_thread(const char* what) {
+  if (block == nullptr) std::abort();
+  block->error = what;
+  ++block->progress;
+  _longjmp(block->scheduler, 1);
+}
+
+}  // namespace cuda_on_cpu
+
+// What the compiler's sanitizer calls, here for -fsanitize=alignment,bounds -fno-sanitize-recover.
+extern "C" {
+__attribute__((weak)) void __ubsan_handle_type_mismatch_v1_abort(void*, uintptr_t) {
+  cuda_on_cpu::fail_in_thread("a misaligned access");
+}
+__attribute__((weak)) void __ubsan_handle_out_of_bounds_abort(void*, uintptr_t) {
+  cuda_on_cpu::fail_in_thread("an index beyond an array");
+}
+}
+
+// ---- on the device ----
+
+inline void __syncthreads() {
+  using namespace cuda_on_cpu;
+  meet(block->barriers, block->threads[block->current].barriers, block->threads.size(), nullptr);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::shuffle(mask, 0, 0); }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int with) {
+  return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ with);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from) { return cuda_on_cpu::shuffle(mask, value, from); }
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  unsigned from = cuda_on_cpu::lane() + by;
+  return cuda_on_cpu::shuffle(mask, value, from < cuda_on_cpu::WARP ? from : cuda_on_cpu::lane());
+}
+
+inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t __float_as_uint(float value) { return __builtin_bit_cast(uint32_t, value); }
+inline int __float_as_int(float value) { return __builtin_bit_cast(int, value); }
+inline float __int_as_float(int bits) { return __builtin_bit_cast(float, bits); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
+inline float __expf(float a) { return expf(a); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
+template <class T>
+T __ldg(const T* from) { return *from; }
+template <class T>
+T __ldcs(const T* from) { return *from; }
+template <class T>
+void __stcs(T* to, T value) { *to = value; }
+
+// ---- on the host ----
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+enum cudaError_t { cudaSuccess = 0 };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  using namespace cuda_on_cpu;
+  static std::mt19937 random(0);
+  if (config->blockDim.x > 1024 || config->blockDim.x % WARP) fail("threads are no multiple of a warp up to 1024");
+  if (config->gridDim.y > 65535 || config->gridDim.z > 65535) fail("a grid has at most 65535 in y and z");
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  for (unsigned z = 0; z < gridDim.z; ++z) {
+    for (unsigned y = 0; y < gridDim.y; ++y) {
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        run_block([&] { kernel(arguments...); }, blockDim.x, random);
+      }
+    }
+  }
+  return cudaSuccess;
+}

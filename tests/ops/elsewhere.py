@@ -1,0 +1,53 @@
+"""Runs ops of minift with other kernels than those of the CPU, while their tensors stay on the CPU.
+
+So a test says once what an op must give, and its tensors, layouts and tolerances serve every device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+@contextmanager
+def kernels_replaced(names: Sequence[str], kernel_of: Callable[[str], Callable]) -> Iterator[None]:
+    """Inside, minift's op `name` on CPU tensors calls kernel_of(name)."""
+    library = torch.library.Library("minift", "IMPL")  # noqa: TOR901
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+            for name in names:
+                library.impl(name, kernel_of(name), "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def on_device(op: torch._ops.OpOverload, device: torch.device) -> Callable:
+    """`op` for tensors on the CPU: they are copied to `device` with all of their memory, so that every stride and
+    every misalignment is the same there; what the op returns comes back, and so does what it changes in place."""
+    writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments)
+
+    def run(*arguments):
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def moved(tensor):
+            if not isinstance(tensor, Tensor):
+                return tensor
+            here = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            _, there = copies.setdefault(here.data_ptr(), (here, here.to(device, copy=True)))
+            view = torch.empty(0, dtype=tensor.dtype, device=device)
+            return view.set_(there.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+        result = op(*tree_map(moved, list(arguments)))
+        if writes:
+            for here, there in copies.values():
+                here.copy_(there)
+        return tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, result)
+
+    return run
