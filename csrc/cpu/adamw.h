@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../random_bits.h"
 #include "parallel.h"
 
 #include <cstdint>

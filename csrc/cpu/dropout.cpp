@@ -1,5 +1,6 @@
 // Dropout with a mask made from a seed and the element's index: x of any shape, rows may be strided.
 
+#include "../random_bits.h"
 #include "instruction_set.h"
 #include "parallel.h"
 

@@ -1,16 +1,15 @@
-// Random bits that are a function of (key, element): SplitMix64, as minift/ops/rounding.py has it. For kernel files.
+// The random bits of ../random_bits.h for LANES elements at a time. For kernel files.
 
 // Four elements share one 64-bit output of SplitMix64, the first its lowest bits.
 typedef uint64_t U64 __attribute__((vector_size(LANES * 2)));
 
 // Outputs number `word`, word + 1, ... of the generator with seed `key`, 16 bits for each of LANES elements.
 static inline __attribute__((always_inline)) U16 random_words(uint64_t key, int64_t word) {
-  constexpr uint64_t GAMMA = 0x9E3779B97F4A7C15;
   U64 words = {};
   for (int i = 0; i < LANES / 4; ++i) words[i] = i;
-  words = (words + uint64_t(word + 1)) * GAMMA + key;
-  words = (words ^ (words >> 30)) * uint64_t(0xBF58476D1CE4E5B9);
-  words = (words ^ (words >> 27)) * uint64_t(0x94D049BB133111EB);
+  words = (words + uint64_t(word + 1)) * SplitMix64::GAMMA + key;
+  words = (words ^ (words >> 30)) * SplitMix64::MIX_1;
+  words = (words ^ (words >> 27)) * SplitMix64::MIX_2;
   return bit_cast<U16>(words ^ (words >> 31));
 }
 
