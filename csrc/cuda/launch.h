@@ -21,6 +21,12 @@ inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
   return static_cast<unsigned>(std::min(MAX_BLOCKS, (items + items_per_block - 1) / items_per_block));
 }
 
+inline int log2_of(int64_t power_of_two) {
+  int log2 = 0;
+  while (int64_t{1} << log2 < power_of_two) ++log2;
+  return log2;
+}
+
 // `op` names the op in the message. Nothing is launched for an empty grid.
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 blocks, unsigned threads, cudaStream_t stream,

@@ -1,33 +1,18 @@
 // Quantising to NF4 and back on the GPU. Both are bound by memory: one pass, 16 bytes an access, nothing in between.
 //
-// Tables of 16 numbers are in shared memory, each number in a bank of its own, so that the lanes of a warp read any 32
-// of them in one cycle. The scale of a block is expanded in registers, double-quantised or not: one launch.
+// The scale of a block is expanded in registers, double-quantised or not: one launch.
 
 #include "nf4_kernels.h"
 
 #include "elements.h"
 #include "launch.h"
+#include "nf4_tables.h"
 #include "reduce.h"
 
 namespace minift::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-
-// Sixteen numbers for a kernel: an argument, for the host's tables do not exist on the GPU.
-struct Table {
-  float at[16];
-
-  template <int COUNT>
-  explicit Table(const float (&numbers)[COUNT]) : at{} {
-    for (int i = 0; i < COUNT; ++i) at[i] = numbers[i];
-  }
-};
-
-__device__ __forceinline__ void fill(float (&shared)[16], const Table& table) {
-  if (threadIdx.x < 16) shared[threadIdx.x] = table.at[threadIdx.x];
-  __syncthreads();
-}
 
 // The largest magnitude as bits: infinity is larger than every number, and a NaN than that.
 __device__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
@@ -130,12 +115,6 @@ __global__ void __launch_bounds__(THREADS)
       store_pack(out + row * width + column, pack, count, vector);
     }
   }
-}
-
-int log2_of(int64_t power_of_two) {
-  int log2 = 0;
-  while (int64_t{1} << log2 < power_of_two) ++log2;
-  return log2;
 }
 
 }  // namespace

@@ -212,6 +212,11 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by) {
   return cuda_on_cpu::shuffle(mask, value, from < cuda_on_cpu::WARP ? from : cuda_on_cpu::lane());
 }
 
+template <class T>
+T min(T a, T b) { return b < a ? b : a; }
+template <class T>
+T max(T a, T b) { return a < b ? b : a; }
+
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t __float_as_uint(float value) { return __builtin_bit_cast(uint32_t, value); }
 inline int __float_as_int(float value) { return __builtin_bit_cast(int, value); }

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.ops import nf4, nf4_linear
 
+HAS_CUDA_KERNELS = True
 U32 = 2.0**-24
 LAYOUTS = ["contiguous", "slice of wider rows", "transposed", "expanded"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
