@@ -3,13 +3,15 @@
 // A kernel runs block by block; each of its threads is a coroutine that gives way where threads meet: at barriers and in
 // what a warp does together. So every index, tail, shuffle and barrier is what the GPU would execute, and values are
 // bit for bit those of IEEE fp32 arithmetic. Stricter than a GPU: a barrier that a thread never reaches, a lane that is
-// missing in a shuffle, and a misaligned 16-byte access are errors here. Threads take turns in an order drawn anew for
+// missing in a shuffle, a misaligned 16-byte access, an index beyond an array in shared memory, and an access to memory
+// that the process has not (library.py puts tensors next to such memory) are errors here. Threads take turns in an order drawn anew for
 // every block, so that a forgotten barrier shows in the results. Not here: speed, memory models, atomics on shared
 // memory, dynamic shared memory, and more than one dimension of threads.
 
 #pragma once
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -180,6 +182,21 @@ inline unsigned lane() { return threadIdx.x % WARP; }
   _longjmp(block->scheduler, 1);
 }
 
+// As long as it lives, an access to memory that does not exist is a thread's error.
+class OnlyExistingMemory {
+ public:
+  OnlyExistingMemory() {
+    struct sigaction action {};
+    action.sa_handler = [](int) { fail_in_thread("an access beyond a tensor"); };
+    action.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &action, &previous_);
+  }
+  ~OnlyExistingMemory() { sigaction(SIGSEGV, &previous_, nullptr); }
+
+ private:
+  struct sigaction previous_;
+};
+
 }  // namespace cuda_on_cpu
 
 // What the compiler's sanitizer calls, here for -fsanitize=alignment,bounds -fno-sanitize-recover.
@@ -257,6 +274,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static std::mt19937 random(0);
   if (config->blockDim.x > 1024 || config->blockDim.x % WARP) fail("threads are no multiple of a warp up to 1024");
   if (config->gridDim.y > 65535 || config->gridDim.z > 65535) fail("a grid has at most 65535 in y and z");
+  OnlyExistingMemory only_existing_memory;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   for (unsigned z = 0; z < gridDim.z; ++z) {

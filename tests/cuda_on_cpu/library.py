@@ -5,8 +5,10 @@ Everything of csrc/cuda is in it, the launchers and the checks as well; only nvc
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +60,20 @@ def op(name: str) -> torch._ops.OpOverload:
     """minift's op `name` with its CUDA kernel, for tensors on the CPU."""
     load()
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def guarded(memory: Tensor) -> Tensor:
+    """A copy of uint8 (n,) that ends, but for less than 16 bytes, where memory ends that may be touched."""
+    if len(memory) == 0:
+        return memory
+    num_pages = -(-(len(memory) + 15) // mmap.PAGESIZE)
+    area = mmap.mmap(-1, (num_pages + 1) * mmap.PAGESIZE)
+    first = ctypes.c_char.from_buffer(area)
+    guard = ctypes.c_void_p(ctypes.addressof(first) + num_pages * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(guard, mmap.PAGESIZE, 0) == 0
+    offset = num_pages * mmap.PAGESIZE - len(memory)
+    offset -= (offset - memory.data_ptr()) % 16  # what was aligned stays so
+    return torch.frombuffer(area, dtype=torch.uint8, count=len(memory), offset=offset).copy_(memory)
 
 
 def _compile(source: Path) -> Path:

@@ -39,6 +39,7 @@ int main() {
         ("if (threadIdx.x != 5) __shfl_xor_sync(0xffffffffu, 1, 1);", "wait at a barrier or in a shuffle"),
         ("__shfl_xor_sync(0xffu, 1, 1);", "a part of the warp"),
         ("*reinterpret_cast<Sixteen*>(memory + 1) = Sixteen{};", "misaligned"),
+        ("memory[1 << 30] = 1;", "beyond a tensor"),
         ("__shared__ float few[8]; few[threadIdx.x] = 1;", "beyond an array"),
     ],
 )

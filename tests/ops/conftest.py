@@ -7,10 +7,11 @@ from typing import TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from minift.ops import extension
 from tests.cuda_on_cpu import library as cuda_on_cpu
-from tests.ops.elsewhere import kernels_replaced, on_device
+from tests.ops.elsewhere import kernels_replaced, on_copies
 
 T = TypeVar("T")
 
@@ -54,13 +55,13 @@ def implementation(request):
     if request.param == "reference":
         yield "reference"
     elif request.param == "cuda_on_cpu":
-        with kernels_replaced(request.getfixturevalue("cuda_on_cpu_ops"), cuda_on_cpu.op):
+        names = request.getfixturevalue("cuda_on_cpu_ops")
+        with kernels_replaced(names, lambda name: on_copies(cuda_on_cpu.op(name), cuda_on_cpu.guarded)):
             yield "cuda_on_cpu"
     elif request.param == "cuda":
         names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
         names = [name.removeprefix("minift::") for name in names if name.startswith("minift::")]
-        device = torch.device("cuda")
-        with kernels_replaced(names, lambda name: on_device(getattr(torch.ops.minift, name).default, device)):
+        with kernels_replaced(names, lambda name: on_copies(getattr(torch.ops.minift, name).default, Tensor.cuda)):
             yield "cuda"
     else:
         torch.ops.minift.use_instruction_set(request.param)

@@ -28,9 +28,10 @@ def kernels_replaced(names: Sequence[str], kernel_of: Callable[[str], Callable])
         library._destroy()
 
 
-def on_device(op: torch._ops.OpOverload, device: torch.device) -> Callable:
-    """`op` for tensors on the CPU: they are copied to `device` with all of their memory, so that every stride and
-    every misalignment is the same there; what the op returns comes back, and so does what it changes in place."""
+def on_copies(op: torch._ops.OpOverload, copy: Callable[[Tensor], Tensor]) -> Callable:
+    """`op` for tensors on the CPU: all of their memory, uint8 (n,), goes through `copy`, perhaps to another device, so
+    that every stride and every misalignment is the same there; what the op returns comes back, and so does what it
+    changes in place."""
     writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments)
 
     def run(*arguments):
@@ -40,9 +41,10 @@ def on_device(op: torch._ops.OpOverload, device: torch.device) -> Callable:
             if not isinstance(tensor, Tensor):
                 return tensor
             here = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-            _, there = copies.setdefault(here.data_ptr(), (here, here.to(device, copy=True)))
-            view = torch.empty(0, dtype=tensor.dtype, device=device)
-            return view.set_(there.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+            _, there = copies.setdefault(here.data_ptr(), (here, copy(here)))
+            offset = there.storage_offset() // tensor.element_size() + tensor.storage_offset()
+            view = torch.empty(0, dtype=tensor.dtype, device=there.device)
+            return view.set_(there.untyped_storage(), offset, tensor.size(), tensor.stride())
 
         result = op(*tree_map(moved, list(arguments)))
         if writes:

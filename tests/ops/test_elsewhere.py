@@ -7,7 +7,7 @@ import torch
 
 from minift.ops import extension, nf4
 from tests.cuda_on_cpu import library as cuda_on_cpu
-from tests.ops.elsewhere import kernels_replaced, on_device
+from tests.ops.elsewhere import kernels_replaced, on_copies
 
 pytestmark = [
     pytest.mark.skipif(extension.MISSING_REASON is not None, reason="needs the extension"),
@@ -36,11 +36,11 @@ def test_the_kernels_are_replaced_and_come_back():
 
 
 def test_what_an_op_changes_in_place_comes_back_from_the_device():
-    """The device is a second copy on the CPU; neighbours in memory stay as they are."""
+    """Neighbours in memory stay as they are."""
     weight = torch.randn(640, generator=torch.Generator().manual_seed(1))
     codes, absmax = nf4.quantize_nf4(weight)
     memory = torch.full((700,), 7.0)
-    dequantize = on_device(cuda_on_cpu.op("nf4_dequantize"), torch.device("cpu"))
+    dequantize = on_copies(cuda_on_cpu.op("nf4_dequantize"), cuda_on_cpu.guarded)
     dequantize(memory[30:670].view(1, -1), codes, absmax, None, None, None, 64, 0, 0)
     matrix = nf4.Nf4(codes=codes, absmax=absmax, shape=(640,), block_size=64)
     assert torch.equal(memory[30:670], nf4.dequantize_nf4(matrix, torch.float32))
@@ -50,5 +50,5 @@ def test_what_an_op_changes_in_place_comes_back_from_the_device():
 def test_what_an_op_returns_comes_back_from_the_device():
     weight = torch.randn(3, 100, generator=torch.Generator().manual_seed(2)).t()
     expected = nf4.quantize_nf4(weight)
-    codes, absmax = on_device(cuda_on_cpu.op("nf4_quantize"), torch.device("cpu"))(weight, 64)
+    codes, absmax = on_copies(cuda_on_cpu.op("nf4_quantize"), cuda_on_cpu.guarded)(weight, 64)
     assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
