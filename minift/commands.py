@@ -190,7 +190,8 @@ def analyze(options: Namespace) -> None:
         from minift.config import RunConfig
 
         config = RunConfig.from_recipe(tuned / "config.yaml")
-        model, quant = model or config.model.path, config.quant
+        own_base, quant = tuned / "export" / "base", config.quant
+        model = model or (own_base if own_base.is_dir() else config.model.path)
         tuned = tuned / "export" / ("model" if config.adapter is None else "adapter")
     is_adapter = (tuned / CONFIG_FILE).is_file()
     if model is None and is_adapter:

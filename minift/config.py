@@ -103,10 +103,15 @@ class RunConfig:
                 "quant is set without adapter, and weights of 4 bits cannot be trained; valid: quant with an adapter "
                 "(--adapter '{}': LoRA), or quant null"
             )
-        if self.quant is not None and isinstance(self.adapter, ResidualLoraConfig):
+        if (
+            self.quant is not None
+            and self.quant.icq
+            and isinstance(self.adapter, ResidualLoraConfig)
+            and self.adapter.quantizes_residual
+        ):
             problems.append(
-                f"quant is set with adapter.method {self.adapter.method}, which starts by changing the base, and 4 "
-                "bits would round the change away; valid: quant null (--quant null), or another method"
+                f"quant.icq is true with adapter.method {self.adapter.method}, whose base is exported beside the "
+                "adapter, and no file format has shifted blocks; valid: quant.icq false, or another method"
             )
         if self.loop.microbatch_tokens < self.data.max_length_tokens:
             problems.append(

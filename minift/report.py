@@ -37,7 +37,8 @@ class RunFacts:
 
     `data`: label -> sentence, e.g. {"training": "320 examples, 74,560 tokens, 9,120 supervised; 2 dropped: too long"}.
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
-    `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None.
+    `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None; `adapter_base`: the
+    model that the adapter is for.
     `template`: data.template of the recipe. `plan`: what the planner said, and what was.
     """
 
@@ -53,6 +54,7 @@ class RunFacts:
     device: str
     seconds_by_phase: dict[str, float]
     adapter_folder: str | None
+    adapter_base: str | None
     model_folder: str | None
     template: str = "auto"
     plan: PlanResult | None = None
@@ -160,11 +162,10 @@ def _files(run_dir: Path) -> str:
 
 
 def _commands(run_dir: Path, facts: RunFacts) -> str:
-    model = shlex.quote(facts.model_path)
     ask = ("" if facts.template == "auto" else f"--template {facts.template} ") + '--prompt "..."'
     blocks = []
     if facts.adapter_folder:
-        adapter = shlex.quote(facts.adapter_folder)
+        model, adapter = shlex.quote(facts.adapter_base), shlex.quote(facts.adapter_folder)
         merged = shlex.quote(str(run_dir / "export" / "merged"))
         blocks += [
             ("Try it", f"minift generate --model {model} --adapter {adapter} {ask}"),

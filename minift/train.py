@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minift.build import BuiltModel, ModelSource, base_fingerprint, build_model
-from minift.checkpoint.export import export_run
+from minift.checkpoint.export import Exported, export_run
 from minift.checkpoint.initial import InitialAdapter
 from minift.checkpoint.manifest import Standing, list_checkpoints
 from minift.checkpoint.saver import Saver
@@ -411,12 +411,12 @@ class Run:
         stopped = self.step < self.total_steps
         if stopped and self.step > self.saved_step:
             self.checkpoint()
-        adapter_folder = model_folder = None
+        exported = Exported()
         if not stopped:
             with self.phase("export"):
-                adapter_folder, model_folder = export_run(
+                exported = export_run(
                     self.built.engine, self.built.config, self.adapter, self.config.model.path,
-                    self.run_dir / "export", self.initial,
+                    self.run_dir / "export", self.initial, self.config.quant,
                 )  # fmt: skip
         with self.phase("checkpoint"):
             self.saver.wait()
@@ -437,8 +437,9 @@ class Run:
                 world_size=self.world.size,
                 device=str(self.world.device),
                 seconds_by_phase=self.seconds,
-                adapter_folder=adapter_folder,
-                model_folder=model_folder,
+                adapter_folder=exported.adapter,
+                adapter_base=exported.base,
+                model_folder=exported.model,
                 template=self.config.data.template,
                 plan=self.plan_check.result(),
             )

@@ -22,6 +22,7 @@ FACTS = RunFacts(
     device="cpu",
     seconds_by_phase={"load model": 1.0, "train": 3.0},
     adapter_folder="runs/a/export/adapter",
+    adapter_base="models/tiny llama",
     model_folder=None,
 )
 

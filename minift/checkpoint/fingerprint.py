@@ -32,18 +32,20 @@ _NF4_ERROR = 0.5 * float((CODEBOOK[1:] - CODEBOOK[:-1]).max()) + 0.01
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one weight: `values` are evenly spaced elements, row by row; `largest`: of all absolute values."""
+    """Of one weight: `values` are evenly spaced elements, row by row; `largest`: of all absolute values. is_exact: it
+    was made for the adapter, and has no other form."""
 
     is_quantized: bool
     shape: tuple[int, ...]
     largest: float
     values: tuple[float, ...]
+    is_exact: bool = False
 
     @classmethod
-    def of(cls, weight: Tensor, is_quantized: bool) -> Sample:
+    def of(cls, weight: Tensor, is_quantized: bool, is_exact: bool = False) -> Sample:
         stride = max(1, weight.numel() // _NUM_SAMPLES)
         values = weight.reshape(-1)[::stride][:_NUM_SAMPLES].float()
-        return cls(is_quantized, tuple(weight.shape), float(weight.abs().max()), tuple(values.tolist()))
+        return cls(is_quantized, tuple(weight.shape), float(weight.abs().max()), tuple(values.tolist()), is_exact)
 
     def could_be(self, other: Sample) -> bool:
         """Whether the two may be one weight in two formats."""
@@ -51,7 +53,7 @@ class Sample:
             return False
         ours, theirs = torch.tensor(self.values), torch.tensor(other.values)
         times_rounded = self.is_quantized + other.is_quantized
-        if times_rounded:
+        if times_rounded and not (self.is_exact or other.is_exact):
             limit = times_rounded * _NF4_ERROR * max(self.largest, other.largest)
             return bool(((ours - theirs).abs() <= limit).all())
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,15 +61,16 @@ class Sample:
 
 
 def take_fingerprint(
-    model: nn.Module, read: Callable[[str], Tensor], is_quantized: Callable[[str], bool]
+    model: nn.Module, read: Callable[[str], Tensor], is_quantized: Callable[[str], bool], is_exact: bool = False
 ) -> dict[str, Sample]:
     """{name of a projection: sample} of some of the frozen projections of a model with an adapter.
 
     read: name of a projection -> its dense weight. is_quantized: likewise, whether that was dequantised.
+    is_exact: see `Sample`.
     """
     names = list(frozen_projections(model))
     chosen = [names[index * len(names) // _NUM_WEIGHTS] for index in range(_NUM_WEIGHTS)] if names else []
-    return {name: Sample.of(read(name), is_quantized(name)) for name in dict.fromkeys(chosen)}
+    return {name: Sample.of(read(name), is_quantized(name), is_exact) for name in dict.fromkeys(chosen)}
 
 
 def write_fingerprint(folder: Path, fingerprint: Mapping[str, Sample]) -> None:
@@ -83,7 +86,7 @@ def read_fingerprint(folder: str | Path) -> dict[str, Sample] | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return {
-            name: Sample(f["is_quantized"], tuple(f["shape"]), f["largest"], tuple(f["values"]))
+            name: Sample(**(f | {"shape": tuple(f["shape"]), "values": tuple(f["values"])}))
             for name, f in fields.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from minift.checkpoint.atomic import atomic_folder
 from minift.peft.lora import LoraConfig
-from minift.peft.residual import FACTORS
+from minift.peft.residual import FACTORS, starts_as
+from minift.quant.linear import NF4Linear
 from minift.quant.weights import QuantWeights
 
 _RANKS, _TENSORS = "ranks.json", "factors.safetensors"
@@ -45,7 +46,7 @@ class InitialAdapter:
     def read(self, name: str) -> Tensor:
         """The initial value of the adapter parameter `name`."""
         with safe_open(self._file, "pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(starts_as(name))
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them."""
@@ -72,11 +73,13 @@ def save_initial(folder: Path, config: LoraConfig, factors: Mapping[str, tuple[T
 
 
 class ResidualWeights(QuantWeights):
-    """The dense weights of a folder, less s B₀ A₀ where an adapter has that: fp32 there, rounded by nobody yet."""
+    """The weights of a folder, less s B₀ A₀ where an adapter has that: fp32 there, rounded by nobody yet. Projections
+    in 4 bits hold that, too, or the weights as they are: as the method says."""
 
     def __init__(self, folder: str | Path, initial: InitialAdapter) -> None:
         super().__init__(folder)
         self._initial = initial
+        self._whole = QuantWeights(folder)
         self._changed = {f"{name.removesuffix(f'.{FACTORS[0]}')}.weight" for name in initial.names()}
 
     def read_range(self, name: str, start: int, stop: int) -> Tensor:
@@ -90,3 +93,8 @@ class ResidualWeights(QuantWeights):
         # In fp64, so that the bits do not depend on which rows a rank happens to ask for.
         taken = (B_OR[first:last] @ A_RI).view(-1)[start - first * A_RI.shape[1] :][: stop - start]
         return (values.double() - self._initial.config.scale(projection) * taken).to(torch.float32)
+
+    def read_bytes(self, linear: NF4Linear, name: str, start: int, stop: int) -> Tensor:
+        if self._initial.config.quantizes_residual:
+            return super().read_bytes(linear, name, start, stop)
+        return self._whole.read_bytes(linear, name, start, stop)

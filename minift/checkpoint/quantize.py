@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minift.checkpoint.atomic import atomic_folder
+from minift.checkpoint.initial import InitialAdapter, ResidualWeights
 from minift.model.decoder import CausalLM
 from minift.model.hf import check_weights, load_config, save_model
 from minift.model.linear import Linear
@@ -20,10 +21,13 @@ from minift.quant.linear import QuantConfig
 from minift.quant.weights import QuantWeights, quantize_for
 
 
-def quantize_folder(base_folder: str | Path, out_folder: str | Path, quant: QuantConfig) -> None:
-    """Write `out_folder`, which must be new or empty; it appears only when complete. ValueError for a folder that does
-    not fit, or is quantised already."""
-    config, weights = load_config(base_folder), QuantWeights(base_folder)
+def quantize_folder(
+    base_folder: str | Path, out_folder: str | Path, quant: QuantConfig, initial: InitialAdapter | None = None
+) -> None:
+    """Write `out_folder`, which must be new or empty; it appears only when complete. initial: what an adapter has taken
+    out of the weights where it started. ValueError for a folder that does not fit, or is quantised already."""
+    config = load_config(base_folder)
+    weights = QuantWeights(base_folder) if initial is None else ResidualWeights(base_folder, initial)
     if weights.stored.projections:
         raise ValueError(f"{base_folder} is quantised already")
     with torch.device("meta"):

@@ -10,6 +10,14 @@ the second. The residual is made while weights are read (`checkpoint.initial`); 
 
 That is what a run exports (`for_original_base`), and PEFT and everybody else can read; PEFT's
 `path_initial_model_for_weight_conversion` writes the same.
+
+A base in 4 bits cannot give up just that. Either it is the residual that is quantised (`quantizes_residual`): then the
+adapter is for another base than the folder has, and that is exported beside it. Or the base keeps its bits, A₀ and B₀
+stay beside A and B, frozen, and
+
+    y = W x + s B A x - s B₀ A₀ x
+
+is the same but for rounding, and r (in + out) more products a token. The export is that of dense bases.
 """
 
 from __future__ import annotations
@@ -23,11 +31,17 @@ from typing import Any, ClassVar, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from minift.model.linear import Linear, LinearBase
+from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.adapter import BaseWeight
-from minift.peft.lora import LoraConfig, LoraLinear
+from minift.peft.lora import LoraConfig, LoraLinear, LowRankFactor
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
+
+
+def starts_as(name: str) -> str:
+    """Of a parameter that keeps A₀ or B₀: the one that starts there. Any other starts as itself."""
+    module, _, local_name = name.rpartition(".initial_")
+    return f"{module}.lora_{local_name}" if module else name
 
 
 @dataclass(frozen=True)
@@ -60,19 +74,18 @@ class ResidualLoraConfig(LoraConfig):
     """Of which matrix of each projection `factors` needs the spectrum."""
     directions_per_rank: ClassVar[int] = 1
     """How many singular vectors it needs for each rank."""
+    quantizes_residual: ClassVar[bool] = False
+    """Where weights are quantised while they are read: whether it is the residual that is quantised."""
 
     @abstractmethod
     def factors(self, name: str, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
         """A₀ (r, in) and B₀ (out, r) of the projection `name`, fp32."""
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> ResidualLoraLinear:
-        if not isinstance(base, Linear):
-            raise ValueError(
-                f"{self.method} starts by changing the base, and {name} is held in 4 bits, which would round the "
-                "change away; valid: quant null with a dense model folder, or method lora"
-            )
         rank = self.fitting_rank(name, base.in_features, base.out_features)
-        return ResidualLoraLinear(base, rank, self.scale(name), self.dropout, dtype, device)
+        gives_up = isinstance(base, Linear) or self.quantizes_residual
+        kind = ResidualLoraLinear if gives_up else SubtractedLoraLinear
+        return kind(base, rank, self.scale(name), self.dropout, dtype, device)
 
     def most_rank(self, in_features: int, out_features: int) -> int:
         """Half of LoRA's: what is exported has twice the rank, and must fit."""
@@ -118,3 +131,24 @@ class ResidualLoraLinear(LoraLinear):
         raise ValueError(
             "this method takes its initial values out of the base, which must be read with them: build_model(initial=)"
         )
+
+
+class SubtractedLoraLinear(ResidualLoraLinear):
+    """On a base that keeps its weight: `initial_A` and `initial_B`, which are frozen, undo the start."""
+
+    def __init__(
+        self, base: LinearBase, rank: int, scale: float, dropout: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(base, rank, scale, dropout, dtype, device)
+        self.initial_A = LowRankFactor(rank, base.in_features, dtype, device).requires_grad_(False)
+        self.initial_B = LowRankFactor(base.out_features, rank, dtype, device).requires_grad_(False)
+
+    def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]]:
+        base, updates = super().parts()
+        if self.merged:
+            return base, ()
+        return base, (*updates, LowRank(self.initial_A.weight, self.initial_B.weight, -self.scale, 0.0))
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        A, B = self.initial_A.weight.to(weight.dtype), self.initial_B.weight.to(weight.dtype)
+        return torch.addmm(super().effective_weight(weight), B, A, alpha=-self.scale)

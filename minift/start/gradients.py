@@ -1,14 +1,17 @@
 """The largest singular values of the gradients of weights, and their vectors, of gradients that never exist.
 
-G (out, in) is the gradient of one weight, summed over batches and ranks. Nobody holds it: as long as a block's gradient
-is reduced, each rank has its shard of it (`step_in_backward`), multiplies that with a thin matrix, and lets it go.
-Products are linear in G, so they add up over batches and ranks, and block power iteration needs nothing else:
+G (out, in) is the gradient of one weight, summed over batches and ranks. Nobody needs it: a LoRA beside the frozen
+weight, W + B A, has the gradients G Aᵀ of B and Bᵀ G of A, and it changes nothing while one of the two is zero. So
+products of G with thin matrices are what training an adapter computes anyway, over any weight that can be trained on,
+dense or in 4 bits; and block power iteration needs nothing else:
 
-    pass 1, 3    Y = G V     (out, k)    U = orth(Y)
-    pass 2, 4    Z = Gᵀ U    (in, k)     V = orth(Z)         after the last: Z = V S Wᵀ, and G ~ (U W) S Vᵀ
+    pass 1, 3    A = Vᵀ, B = 0    Y = G V = dB      (out, k)    U = orth(Y)
+    pass 2, 4    B = U, A = 0     Z = Gᵀ U = dAᵀ    (in, k)     V = orth(Z)
 
-A pass is a forward and a backward for every batch, without updates. What is held for it is k (out + in) fp32 numbers a
-projection, on every rank, and what is sent beside the engine's traffic is half of that, once a pass.
+After the last, Z = V S Wᵀ and G ~ (U W) S Vᵀ.
+
+A pass is a forward and a backward for every batch, without updates. What is held for it is some k (out + in) numbers a
+projection, and what is sent beside the engine's traffic is half of that, once a pass.
 
 Halko, Martinsson, Tropp 2011, algorithm 4.4, with one power iteration: gradients of few documents have few directions
 that matter. Exact, to rounding, for k = min(in, out).
@@ -16,32 +19,31 @@ that matter. Exact, to rounding, for k = min(in, out).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minift.build import ModelSource, build_model
+from minift.build import BuiltModel, ModelSource, build_model
 from minift.data.batch import Batch
 from minift.dist.collectives import sum_over_ranks
 from minift.dist.process import World
-from minift.fsdp import ShardPolicy
+from minift.fsdp import ShardedModel, ShardPolicy
+from minift.model.linear import LinearBase
 from minift.objectives.sft import SupervisedTokens
-from minift.optim.shard import FlatShard
-from minift.peft.inject import named_generator
-from minift.peft.residual import Spectrum
+from minift.peft.adapter import AdapterConfig
+from minift.peft.inject import adapters, named_generator
+from minift.peft.lora import LoraLinear
+from minift.peft.residual import FACTORS, Spectrum
 from minift.precision import Precision
+from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from minift.trace import Recorder
 
-_PASSES = 4
-_PRECISION = {
-    # Weights are not updated, so a master that would need stochastic rounding is what compute reads: 2 bytes, no copy.
-    "bfloat16": Precision(wire="bfloat16", master="bfloat16", stochastic_rounding=True),
-    "float32": Precision(wire="float32"),
-    "float16": Precision(wire="float32"),  # gradients would underflow without a loss scaler
-}
+_NUM_PASSES = 4
+_OVERSAMPLING = 2  # columns looked at for each that is wanted
+_WIRES = {"float16": "float32"}  # its gradients would underflow without a loss scaler
 
 
 def gradient_spectra(
@@ -49,6 +51,7 @@ def gradient_spectra(
     columns: Mapping[str, int],
     steps: Sequence[Sequence[Batch]],
     *,
+    quant: QuantConfig | None,
     objective: SupervisedTokens,
     wire: str,
     recompute: RecomputeConfig,
@@ -58,96 +61,84 @@ def gradient_spectra(
     """{projection: the first columns[projection] singular values and vectors of its gradient}, equal on all ranks.
 
     steps: this rank's microbatches of each optimizer step; G is the mean of the gradients of the steps' mean losses.
-    Every projection has a weight of its own (is no tied LM head). Collective.
+    quant: how the base is held, as for `build_model`; G is the gradient there. Every projection has a weight of its own
+    (is no tied LM head). Collective.
     """
-    patterns = "|".join(re.escape(f"{name}.weight") for name in columns)
     built = build_model(
         source,
-        None,
-        train=(f"^({patterns})$",),
-        precision=_PRECISION[wire],
+        _ProbeConfig(targets=list(columns), columns=columns),
+        quant=quant,
+        precision=Precision(wire=_WIRES.get(wire, wire)),
         recompute=recompute,
-        policy=ShardPolicy(step_in_backward=True),
+        policy=ShardPolicy(),
         recorder=Recorder(world.rank, world.device),
         world=world,
         seed=seed,
     )
-    assert len(built.trainable) == len(columns), "a projection has no weight of its own"
-    linears = {name: built.module.get_submodule(name) for name in columns}
-    sketch = GradientSketch(
-        {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, columns, world, seed
-    )
-    built.engine.update_in_backward(sketch.add)
-    for _ in range(_PASSES):
-        for microbatches in steps:
-            counts = torch.tensor([sum(objective.weight(microbatch) for microbatch in microbatches)])
-            weight = sum_over_ranks(counts, world).item() * len(steps)
-            for microbatch in microbatches:
-                loss_sum = objective(built.module, microbatch.to(world.device)).loss_sum
-                (loss_sum / weight).backward()
-                del loss_sum
-                built.engine.clear_gradients()
-        sketch.end_pass()
-    return sketch.spectra()
+    probes = adapters(built.module)
+    assert probes.keys() == columns.keys()
+    thin = {}  # V (in, k), or U (out, k)
+    for name, probe in probes.items():
+        width, in_features = probe.lora_A.weight.shape
+        thin[name] = torch.randn(in_features, width, generator=named_generator(seed, name)).to(world.device)
+    for number in range(_NUM_PASSES):
+        given, wanted = FACTORS if number % 2 == 0 else reversed(FACTORS)
+        _write(built.engine, {f"{name}.{given}": _as_factor(given, values) for name, values in thin.items()})
+        _backward(built, steps, objective, world)
+        gradients = _gradients(built.engine)
+        last = thin
+        totals = {name: _as_factor(wanted, gradients[f"{name}.{wanted}"]) for name in thin}
+        thin = {name: torch.linalg.qr(total).Q for name, total in totals.items()}
+    spectra = {}
+    for name, count in columns.items():
+        V, S, Wt = torch.linalg.svd(totals[name], full_matrices=False)
+        spectra[name] = Spectrum.first(count, last[name] @ Wt.t(), S, V, float(S.double().square().sum()))
+    return spectra
 
 
-class GradientSketch:
-    """The passes over the gradients of some weights, from what each rank holds of them.
+@dataclass(frozen=True, kw_only=True)
+class _ProbeConfig(AdapterConfig):
+    """A LoRA of scale 1 on each projection, of as many columns as are looked at."""
 
-    shapes: {projection: (out, in)}. columns: {projection: how many singular vectors}.
-    """
+    method: str = "probe"
+    columns: Mapping[str, int]
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], columns: Mapping[str, int], world: World, seed: int
-    ) -> None:
-        self._shapes, self._columns, self._world = shapes, columns, world
-        self._from_right = True  # whether this pass makes Y = G V
-        self._thin: dict[str, Tensor] = {}  # V, or U
-        for name, (out_features, in_features) in shapes.items():
-            width = min(2 * columns[name], out_features, in_features)
-            random = torch.randn(in_features, width, generator=named_generator(seed, name))
-            self._thin[name] = random.to(world.device)
-        self._sums = self._zeros()
-        self._totals: dict[str, Tensor] = {}  # of the pass before this one: Y, or Z
-        self._last: dict[str, Tensor] = {}  # what it multiplied with
+    def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> LoraLinear:
+        rank = min(_OVERSAMPLING * self.columns[name], base.in_features, base.out_features)
+        return LoraLinear(base, rank, 1.0, 0.0, dtype, device)
 
-    def _zeros(self) -> dict[str, Tensor]:
-        side = 0 if self._from_right else 1
-        return {name: thin.new_zeros(self._shapes[name][side], thin.shape[1]) for name, thin in self._thin.items()}
 
-    def add(self, shard: FlatShard) -> None:
-        """The gradient of one microbatch, this rank's piece of it."""
+def _as_factor(local_name: str, thin: Tensor) -> Tensor:
+    """V (in, k) <-> A (k, in), U (out, k) <-> B (out, k)."""
+    return thin.t() if local_name == FACTORS[0] else thin
+
+
+def _write(engine: ShardedModel, values: Mapping[str, Tensor]) -> None:
+    """Make these the trained parameters, and all others zero. Collective."""
+    for shard in engine.trainable_shards():
+        shard.master.zero_()
         for piece in shard.ranges:
-            name = piece.name.removesuffix(".weight")
-            if name in self._thin:
-                self._add(name, shard.grad[piece.start : piece.stop], piece.param_start)
+            if piece.name in values:
+                stop = piece.param_start + piece.stop - piece.start
+                shard.master[piece.start : piece.stop] = values[piece.name].reshape(-1)[piece.param_start : stop]
+    engine.weights_changed()
 
-    def _add(self, name: str, values: Tensor, start: int) -> None:
-        """values: elements of the flattened gradient, from `start` on; rows that are not whole are filled up."""
-        in_features = self._shapes[name][1]
-        first, last = start // in_features, -(-(start + len(values)) // in_features)
-        rows = values.new_zeros(last - first, in_features)
-        rows.view(-1)[start - first * in_features :][: len(values)] = values
-        rows = rows.to(self._world.device)
-        if self._from_right:
-            self._sums[name][first:last].addmm_(rows, self._thin[name])
-        else:
-            self._sums[name].addmm_(rows.t(), self._thin[name][first:last])
 
-    def end_pass(self) -> None:
-        """All batches have been seen once more. Collective."""
-        self._totals = {name: sum_over_ranks(part, self._world).float() for name, part in self._sums.items()}
-        self._last = self._thin
-        self._thin = {name: torch.linalg.qr(total).Q for name, total in self._totals.items()}
-        self._from_right = not self._from_right
-        self._sums = self._zeros()
+def _backward(built: BuiltModel, steps: Sequence[Sequence[Batch]], objective: SupervisedTokens, world: World) -> None:
+    """Gradients of the mean over `steps` of their mean losses. Collective."""
+    built.engine.clear_gradients()
+    for microbatches in steps:
+        counts = torch.tensor([sum(objective.weight(microbatch) for microbatch in microbatches)])
+        weight = sum_over_ranks(counts, world).item() * len(steps)
+        for microbatch in microbatches:
+            loss_sum = objective(built.module, microbatch.to(world.device)).loss_sum
+            (loss_sum / weight).backward()
+            del loss_sum
 
-    def spectra(self) -> dict[str, Spectrum]:
-        """After an even number of passes."""
-        assert self._from_right, "the last pass must have been one with U"
-        found = {}
-        for name, count in self._columns.items():
-            V, S, Wt = torch.linalg.svd(self._totals[name], full_matrices=False)
-            square_norm = float(S.double().square().sum())
-            found[name] = Spectrum.first(count, self._last[name] @ Wt.t(), S, V, square_norm)
-        return found
+
+def _gradients(engine: ShardedModel) -> dict[str, Tensor]:
+    """All of them, whole; the parameters are gone. Collective."""
+    for shard in engine.trainable_shards():
+        shard.master.copy_(shard.grad)
+    engine.weights_changed()
+    return {name: gradient.clone() for name, gradient in engine.full_tensors(trainable_only=True)}

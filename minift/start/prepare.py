@@ -76,6 +76,7 @@ def prepare_start(
             source,
             columns,
             steps,
+            quant=quant,
             objective=objective,
             wire=precision.wire,
             recompute=recompute,
@@ -125,10 +126,10 @@ def _projections(source: ModelSource, adapter: LoraConfig, quant: QuantConfig | 
     """What gets an adapter, on the meta device. ValueError for what building will refuse."""
     weights = QuantWeights(source.path)
     model = construct(load_config(source.path), weights, adapter, quant=quant).module
-    if weights.stored.projections and needs_gradients(adapter):
+    if weights.stored.projections and isinstance(adapter, ResidualLoraConfig) and adapter.quantizes_residual:
         raise ValueError(
-            f"{source.path} is stored in 4 bits, whose weights have no gradient to go by; valid: the folder of the "
-            "original model (with quant, if it is to be held in 4 bits), or allocate weights"
+            f"{source.path} is stored in 4 bits, and {adapter.method} is to quantise what its start leaves of the "
+            "weights from before; valid: the folder of the original model, with quant, or method lora_ga or lora"
         )
     projections = {name: module.base for name, module in adapters(model).items()}
     tied = projections.keys() - frozen_projections(model).keys()

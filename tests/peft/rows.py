@@ -28,6 +28,7 @@ from minift.peft.ia3 import IA3Config
 from minift.peft.iec import IecConfig
 from minift.peft.inject import adapter_parameters, init_tensor, inject
 from minift.peft.lora import LoraConfig
+from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 
 Formula = Callable[[Tensor, Tensor, Tensor | None, dict[str, Tensor]], Tensor]
@@ -54,6 +55,10 @@ class Row:
     """Of which method its files are; None: of its own."""
     spread: float = field(default=0.1)
     """Standard deviation of what is added to initial values before anything is compared."""
+    quant: QuantConfig | None = None
+    """How a dense base is quantised on the way."""
+    initial: InitialAdapter | None = None
+    """What was found out about the start, once that is prepared."""
 
     def trainable(self, model: CausalLM) -> list[str]:
         """The exact names, in any order."""
@@ -63,14 +68,13 @@ class Row:
             for local_name in self.own.get(name.rpartition(".")[2], ())
         ]
 
-    @property
-    def initial(self) -> InitialAdapter | None:
-        """What was found out about the start."""
-        return None
-
-    def started(self, base: Path, start: Path) -> Row:
-        """This row over the model in `base`. What there is to find out about the start is left in `start`, or read."""
+    def started(self, folder: Path, start: Path) -> Row:
+        """This row over the model in `folder`. What there is to find out about its start is in `start` then."""
         return self
+
+    def base(self, folder: Path, start: Path) -> Path:
+        """The folder of the model that the exported adapter is for."""
+        return folder
 
     def values(self, model: CausalLM, name: str) -> Tensor:
         """Of the adapter parameter `name`: initial ones and noise, so that no gradient is zero. The same everywhere."""
@@ -95,7 +99,7 @@ class Row:
         return self.config
 
     def adapted(self, folder: Path) -> CausalLM:
-        """The model in `folder`, whole, with `values`: fp32."""
+        """The model in `folder`, the adapter's base, whole, with `values`: fp32."""
         model = load_model(folder, None, torch.float32).eval()
         inject(model, self.config)
         for name, parameter in adapter_parameters(model).items():

@@ -32,7 +32,7 @@ from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
 from minift.quant.weights import QuantWeights
 from tests.integration.assembly import QWEN2, VOCAB_SIZE, assemble, loss_of, write_model
-from tests.peft.residual_rows import ResidualRow, residual_row
+from tests.peft.residual_rows import residual_row
 from tests.peft.rows import ALL, README_METHOD, Row
 from tests.peft.rows import ROWS as ROWS_OF_PROJECTIONS
 from tests.peft.virtual_rows import PrefixRow, PromptRow
@@ -44,7 +44,6 @@ NUM_TOKENS = 23
 TOLERANCE = 1e-5
 # W - s B A and s B A are rounded one by one, in each projection of a block and in what adds them up.
 RESIDUAL_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 2.0**-5}
-BASES = ["dense", "nf4"]
 VIRTUAL = {"is_identity_at_start": False, "is_dense_weight": False}
 ROWS = ROWS_OF_PROJECTIONS | {
     "prefix": PrefixRow(
@@ -65,11 +64,12 @@ ROWS = ROWS_OF_PROJECTIONS | {
         PissaConfig(r=4, alpha=6, rslora=True, rank_pattern={"q_proj": 9}, targets=["q_proj", "down_proj"]),
         {"q_proj": 2.0, "down_proj": 3.0},
     ),
+    "pissa, nf4": residual_row(PissaConfig(r=3, alpha=6), dict.fromkeys(ALL, 2.0), QuantConfig()),
     "lora_ga": residual_row(LoraGaConfig(r=3, alpha=6), dict.fromkeys(ALL, 2.0)),
 }
-CELLS = [
-    (name, base) for name, row in ROWS.items() for base in BASES if base == "dense" or not isinstance(row, ResidualRow)
-]
+BASES = {name: ["dense"] if name.startswith("pissa") else ["dense", "nf4"] for name in ROWS}
+"""The folders. PiSSA's are dense, also where it computes in 4 bits."""
+CELLS = [(name, base) for name in ROWS for base in BASES[name]]
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,16 @@ class Folders:
     def row(self, base: str, row: str) -> Row:
         return ROWS[row].started(self.folder(base), self.start(base, row))
 
+    def exported(self, base: str, row: str) -> Path:
+        """The folder of the model that the exported adapter is for."""
+        return self.row(base, row).base(self.folder(base), self.start(base, row))
+
     def formulas(self, base: str, row: str) -> tuple[CausalLM, dict[str, Tensor]]:
         """The model in fp64 that computes the formulas, and what is trained in it."""
         folder, chosen = self.folder(base), self.row(base, row)
         with torch.device("meta"):
             model, adapted = CausalLM(load_config(folder)), CausalLM(load_config(folder))
-        weights = QuantWeights(folder)
+        weights = QuantWeights(self.exported(base, row))
         fill_parameters(model, lambda name: weights.read(name).double())
         model.requires_grad_(False)
         names = inject(adapted, chosen.config)
@@ -136,11 +140,13 @@ class Step:
     not_reached: list[str]
 
 
-def step_on_rank(world: World, folder: Path, start: Path, row: str, recompute: str) -> Step:
+def step_on_rank(
+    world: World, folder: Path, start: Path, row: str, recompute: str, strategy: str = "zero3"
+) -> Step:
     chosen = ROWS[row].started(folder, start)
     model, engine = assemble(
-        folder, None, world, ShardPolicy(), recompute, adapter=chosen.config, values=chosen.values,
-        start=chosen.initial,
+        folder, chosen.quant, world, ShardPolicy(strategy=strategy), recompute, adapter=chosen.config,
+        values=chosen.values, start=chosen.initial,
     )  # fmt: skip
     for _ in range(2):
         engine.clear_gradients()
@@ -161,8 +167,18 @@ def step_on_rank(world: World, folder: Path, start: Path, row: str, recompute: s
 def test_loss_and_gradients_are_the_formula_s(
     folders: Folders, row: str, base: str, world_size: int, recompute: str
 ) -> None:
+    check_steps(folders, row, base, world_size, recompute)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero1", "ddp"])
+@pytest.mark.parametrize("row", ROWS)
+def test_under_every_other_strategy(folders: Folders, row: str, strategy: str) -> None:
+    check_steps(folders, row, BASES[row][-1], 2, "none", strategy)
+
+
+def check_steps(folders: Folders, row: str, base: str, world_size: int, *how: str) -> None:
     losses, expected = folders.expected(base, row, world_size)
-    steps = run_ranks(world_size, step_on_rank, folders.folder(base), folders.start(base, row), row, recompute)
+    steps = run_ranks(world_size, step_on_rank, folders.folder(base), folders.start(base, row), row, *how)
     for step, loss in zip(steps, losses, strict=True):
         assert step.loss == pytest.approx(loss, rel=TOLERANCE)
         assert step.gradients.keys() == expected.keys()
@@ -187,7 +203,7 @@ def assert_close_logits(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(("row", "base"), CELLS)
 def test_logits_are_the_formula_s_merged_or_not(folders: Folders, row: str, base: str) -> None:
-    model, (oracle, _) = folders.row(base, row).adapted(folders.folder(base)), folders.formulas(base, row)
+    model, (oracle, _) = folders.row(base, row).adapted(folders.exported(base, row)), folders.formulas(base, row)
     expected, unmerged = logits_of(oracle), logits_of(model)
     assert_close_logits(unmerged, expected)
     if not ROWS[row].is_dense_weight:
@@ -211,7 +227,7 @@ def test_nothing_changes_at_the_start_and_what_trains_is_exactly_this(
     after = logits_of(model)
     if chosen.initial is None:
         assert torch.equal(after, before) == chosen.is_identity_at_start
-    else:
+    elif chosen.quant is None:
         assert (after - before).abs().max() <= RESIDUAL_TOLERANCE[dtype] * before.abs().max()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(trained) == sorted(chosen.trainable(model))
@@ -223,8 +239,8 @@ def test_saved_and_loaded_it_is_the_same(
 ) -> None:
     monkeypatch.setattr(minift.checkpoint.adapters, "METHODS", (*METHODS, README_METHOD))
     chosen = folders.row(base, row)
-    model = chosen.adapted(folders.folder(base))
+    model = chosen.adapted(folders.exported(base, row))
     save_adapter(tmp_path / "adapter", chosen.exported, file_tensors(model))
-    again = load_model(folders.folder(base), None, torch.float32).eval()
+    again = load_model(folders.exported(base, row), None, torch.float32).eval()
     assert type(load_adapter(again, tmp_path / "adapter")) is (chosen.stored_as or type(chosen.config))
     assert_close_logits(logits_of(again), logits_of(model))

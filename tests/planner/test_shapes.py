@@ -17,6 +17,7 @@ from minift.fsdp.shared_memory import SharedMemory
 from minift.fsdp.transport import PairedSends, Transport
 from minift.model.config import ModelConfig
 from minift.peft.lora import LoraConfig
+from minift.peft.lora_ga import LoraGaConfig
 from minift.planner.shapes import RunShape, Workload, describe
 from minift.planner.trial import TrialSetup as Setup
 from minift.precision import Precision
@@ -104,6 +105,7 @@ METHODS = st.sampled_from(
         Setup(LoraConfig(r=3)),
         Setup(LoraConfig(r=2, targets=["v_proj", "lm_head"])),
         Setup(LoraConfig(r=4), QuantConfig(block_size=32)),
+        Setup(LoraGaConfig(r=2), QuantConfig(block_size=32)),
         Setup(LoraConfig(r=4), QuantConfig(double_quant=False, skip=("q_proj",))),
     ]
 )

@@ -15,8 +15,8 @@ from minift.data.loader import StepLoader
 from minift.dist.process import World
 from minift.model.decoder import CausalLM
 from minift.model.hf import fill_parameters, load_config
-from minift.model.weights import WeightReader
 from minift.objectives.sft import SupervisedTokens
+from minift.quant.weights import QuantWeights
 
 NUM_STEPS = 3
 
@@ -35,10 +35,11 @@ def first_steps(world: World, vocab_size: int = 200) -> list[list[Batch]]:
 
 
 def whole_gradients(folder: Path) -> dict[str, Tensor]:
-    """{parameter: mean over the steps of the gradient of their mean losses}, by autograd, all of it."""
+    """{parameter: mean over the steps of the gradient of their mean losses}, by autograd, all of it. What is stored in
+    NF4 is taken dequantised."""
     with torch.device("meta"):
         model = CausalLM(load_config(folder))
-    fill_parameters(model, WeightReader(folder).read)
+    fill_parameters(model, QuantWeights(folder).read)
     objective = SupervisedTokens()
     for microbatches in first_steps(World(0, 1, 0, torch.device("cpu"), "gloo", None)):
         weight = sum(batch.num_targets for batch in microbatches)
