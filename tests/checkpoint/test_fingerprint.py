@@ -115,3 +115,14 @@ def test_samples_find_small_changes_and_forgive_nf4():
     for block_size in (32, 64, 4096):
         kind = NF4Linear(128, 96, False, block_size, True, torch.float32, torch.device("meta"))
         assert Sample.of(kind.storing(weight).dense_weight(), True).could_be(sample)
+
+
+def test_a_base_that_was_made_for_the_adapter_is_no_other():
+    """A change that NF4's rounding could be is none that it was. In 16 bits it is still the same."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    other = weight + 0.05 * weight.flip(0)
+    assert Sample.of(weight, True).could_be(Sample.of(other, True))
+    exact = Sample.of(weight, True, is_exact=True)
+    assert not exact.could_be(Sample.of(other, True))
+    assert not Sample.of(other, True).could_be(exact)
+    assert exact.could_be(Sample.of(weight.bfloat16(), True))
