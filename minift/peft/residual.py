@@ -82,6 +82,11 @@ class ResidualLoraConfig(LoraConfig):
         """A₀ (r, in) and B₀ (out, r) of the projection `name`, fp32."""
 
     def wrap(self, name: str, base: LinearBase, dtype: torch.dtype, device: torch.device) -> ResidualLoraLinear:
+        if device.type != "meta":
+            raise ValueError(
+                f"{self.method} takes its initial values out of the base, and {name} is in memory already; valid: lora "
+                "here, or a run of its own, which reads the base anew and exports a lora that can be added"
+            )
         rank = self.fitting_rank(name, base.in_features, base.out_features)
         gives_up = isinstance(base, Linear) or self.quantizes_residual
         kind = ResidualLoraLinear if gives_up else SubtractedLoraLinear

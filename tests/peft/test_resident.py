@@ -14,7 +14,9 @@ from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.inject import adapter_modules, inject, stored_parameters
 from minift.peft.lora import LoraConfig
+from minift.peft.lora_ga import LoraGaConfig
 from minift.peft.manage import merge_all, unmerge_all
+from minift.peft.pissa import PissaConfig
 from minift.peft.prefix import PrefixConfig
 from minift.peft.resident import Residents
 from minift.quant.linear import NF4Linear
@@ -187,6 +189,8 @@ def test_what_cannot_be_is_refused_by_name_and_changes_nothing(tiny_model, logit
         (lambda: residents.remove("x"), "no adapter 'x'"),
         (lambda: residents.add("a", CONFIGS["a"]), "'a' is taken"),
         (lambda: residents.add("y", LoraConfig(targets=["nowhere"])), "'nowhere' matches none"),
+        (lambda: residents.add("y", PissaConfig(r=2)), "pissa takes its initial values out of .* valid: lora here, or"),
+        (lambda: residents.add("y", LoraGaConfig(r=2)), "lora_ga takes its initial values out of the base"),
         (lambda: load_resident(residents, "y", folders["a"] / "gone"), "not a PEFT adapter folder"),
         (lambda: Residents(model), "has an adapter already"),
     ]:

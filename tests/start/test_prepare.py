@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minift.build import ModelSource, build_model
-from minift.checkpoint.adapters import load_adapter, read_config
+from minift.checkpoint.adapters import load_adapter, load_resident, read_config
 from minift.checkpoint.initial import InitialAdapter, ResidualWeights
 from minift.checkpoint.quantize import quantize_folder
 from minift.config import RunConfig
@@ -37,6 +37,7 @@ from minift.peft.inject import adapters, inject
 from minift.peft.lora import LoraConfig
 from minift.peft.lora_ga import LoraGaConfig
 from minift.peft.pissa import PissaConfig
+from minift.peft.resident import Residents
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.quant.model import load_model
@@ -413,8 +414,11 @@ def test_pissa_over_what_cannot_be_quantised_anew_or_written_is_refused(inputs: 
 
 def test_a_model_that_is_in_memory_already_is_refused(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "base"), None, torch.float32)
-    with pytest.raises(ValueError, match="takes its initial values out of the base"):
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match="pissa takes its initial values out of the base, and .* valid: lora here, or"):
         inject(model, PissaConfig(r=2))
+    assert list(model.modules()) == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_run_whose_start_is_gone_does_not_go_on(inputs: Path, tmp_path: Path) -> None:
@@ -431,3 +435,6 @@ def test_what_is_exported_is_lora_of_twice_the_rank(inputs: Path, tmp_path: Path
     fields = json.loads((folder / "adapter_config.json").read_text())
     assert fields["r"] == 6 and fields["rank_pattern"] == {"q_proj": 10}
     assert fields["lora_alpha"] == pytest.approx(5.0 * 2**0.5) and fields["init_lora_weights"] is True
+    residents = Residents(load_model(inputs / "model", None, torch.float32))
+    load_resident(residents, "pissa", folder)
+    residents.activate("pissa")
