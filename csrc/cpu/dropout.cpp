@@ -1,5 +1,6 @@
 // Dropout with a mask made from a seed and the element's index: x of any shape, rows may be strided.
 
+#include "../dropout_tensors.h"
 #include "../random_bits.h"
 #include "instruction_set.h"
 #include "parallel.h"
@@ -13,8 +14,7 @@ namespace minift {
 namespace {
 
 Tensor dropout(const Tensor& x, int64_t seed, int64_t num_dropped) {
-  STD_TORCH_CHECK(x.dim() >= 1, "dropout: x must have at least one dimension");
-  STD_TORCH_CHECK(num_dropped >= 0 && num_dropped < 65536, "dropout: num_dropped must be in [0, 2^16)");
+  check_dropout(x, num_dropped);
   Tensor x_rows = with_rows(x), y = new_like(x);
   dispatch_dtype(x, "dropout", [&](auto element) {
     using T = decltype(element);

@@ -1,5 +1,6 @@
 // SwiGLU on the CPU: gate and up of any shape, rows may be strided (the two halves of a fused projection).
 
+#include "../swiglu_tensors.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -26,8 +27,7 @@ void parallel_spans(bool contiguous, int64_t count, int64_t width, const Functio
 }
 
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
-  check_same(gate, up, "swiglu: gate and up must have one shape and dtype");
-  STD_TORCH_CHECK(gate.dim() >= 1, "swiglu: gate must have at least one dimension");
+  check_swiglu(gate, up);
   Tensor gate_rows = with_rows(gate), up_rows = with_rows(up), y = new_like(gate);
   dispatch_dtype(gate, "swiglu", [&](auto element) {
     using T = decltype(element);
@@ -42,8 +42,7 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
 }
 
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  check_same(gate, up, "swiglu_backward: gate and up must have one shape and dtype");
-  check_same(dy, gate, "swiglu_backward: dy must have the shape and dtype of gate");
+  check_swiglu_backward(dy, gate, up);
   Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up);
   Tensor dgate = new_like(gate), dup = new_like(gate);
   dispatch_dtype(gate, "swiglu_backward", [&](auto element) {

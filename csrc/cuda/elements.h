@@ -49,24 +49,28 @@ __host__ inline bool aligned(const Rows<T>& rows) {
   return aligned(rows.data) && strides && rows.width % PACK == 0;
 }
 
-// The first `count` elements, and zeros. `vector`: `from` is aligned (the same for all threads of a kernel).
-template <class T>
-__device__ inline Pack load_pack(const T* from, int64_t count, bool vector) {
-  Pack pack;
-  if (vector && count >= PACK) {
-    PackOf<T> elements = *reinterpret_cast<const PackOf<T>*>(from);
+// The first `count` elements, and zeros, as they are in memory. A kernel first loads everything that it can: loads that
+// nothing waits for are in flight together. VECTOR: `from` is aligned.
+template <bool VECTOR, class T>
+__device__ inline PackOf<T> load_elements(const T* from, int64_t count) {
+  if (VECTOR && count >= PACK) return *reinterpret_cast<const PackOf<T>*>(from);
+  PackOf<T> elements;
 #pragma unroll
-    for (int i = 0; i < PACK; ++i) pack.at[i] = to_float(elements.at[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < PACK; ++i) pack.at[i] = i < count ? to_float(from[i]) : 0.0f;
-  }
-  return pack;
+  for (int i = 0; i < PACK; ++i) elements.at[i] = i < count ? from[i] : T{};
+  return elements;
 }
 
 template <class T>
-__device__ inline void store_pack(T* to, const Pack& pack, int64_t count, bool vector) {
-  if (vector && count >= PACK) {
+__device__ inline Pack to_floats(const PackOf<T>& elements) {
+  Pack pack;
+#pragma unroll
+  for (int i = 0; i < PACK; ++i) pack.at[i] = to_float(elements.at[i]);
+  return pack;
+}
+
+template <bool VECTOR, class T>
+__device__ inline void store_pack(T* to, const Pack& pack, int64_t count) {
+  if (VECTOR && count >= PACK) {
     PackOf<T> elements;
 #pragma unroll
     for (int i = 0; i < PACK; ++i) elements.at[i] = from_float<T>(pack.at[i]);
@@ -77,6 +81,17 @@ __device__ inline void store_pack(T* to, const Pack& pack, int64_t count, bool v
       if (i < count) to[i] = from_float<T>(pack.at[i]);
     }
   }
+}
+
+// As above, where being aligned is no constant of the kernel; it is the same for all of its threads.
+template <class T>
+__device__ inline Pack load_pack(const T* from, int64_t count, bool vector) {
+  return to_floats(vector ? load_elements<true>(from, count) : load_elements<false>(from, count));
+}
+
+template <class T>
+__device__ inline void store_pack(T* to, const Pack& pack, int64_t count, bool vector) {
+  vector ? store_pack<true>(to, pack, count) : store_pack<false>(to, pack, count);
 }
 
 }  // namespace minift::cuda

@@ -14,8 +14,12 @@ namespace minift::cuda {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// More blocks than every multiprocessor can hold at once; kernels go through the rest of their work in a loop.
-constexpr int64_t MAX_BLOCKS = 1 << 16;
+// More blocks than every multiprocessor can hold at once; kernels go through the rest of their work in a loop. Tests
+// build with a few, so that small tensors go through it as well.
+#if !defined(MINIFT_MAX_BLOCKS)
+#define MINIFT_MAX_BLOCKS (1 << 16)
+#endif
+constexpr int64_t MAX_BLOCKS = MINIFT_MAX_BLOCKS;
 
 inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
   return static_cast<unsigned>(std::min(MAX_BLOCKS, (items + items_per_block - 1) / items_per_block));

@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_on_cpu"
 NAMESPACE = "minift_cuda_on_cpu"
 
-# The macro renames the C++ namespace and that of the ops, which exist twice in one process.
+# The first macro renames the C++ namespace and that of the ops, which exist twice in one process.
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
-FLAGS += [f"-Dminift={NAMESPACE}", "-DMINIFT_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS += [f"-Dminift={NAMESPACE}", "-DMINIFT_CUDA_KEY=CPU", "-DMINIFT_MAX_BLOCKS=3"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
 def compiler() -> str | None:

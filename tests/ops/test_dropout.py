@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from minift.ops import dropout as module
 from minift.ops.dropout import DROPOUT_STEPS, draw_seed, dropout, dropout_steps
 
+HAS_CUDA_KERNELS = True
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "slice of wider rows", "every second row", "slice of a fused projection", "transposed"]
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -32,6 +33,7 @@ def bits_by_definition(seed: int, element: int) -> int:
     shape=st.one_of(
         st.tuples(st.integers(0, 70)),
         st.tuples(st.integers(1, 5), st.integers(0, 70)),
+        st.tuples(st.integers(1, 3), st.integers(1000, 6000)),
         st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
     ),
     layout=st.sampled_from(LAYOUTS),

@@ -26,6 +26,7 @@ LAYOUTS = [
 ]
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 150)),
+    st.tuples(st.integers(1, 3), st.integers(1000, 6000)),
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
 )
 # The fixtures hold no state between examples.

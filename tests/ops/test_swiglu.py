@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from minift.ops import swiglu as module
 from minift.ops.swiglu import swiglu
 
+HAS_CUDA_KERNELS = True
 U32 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "slice of wider rows", "every second row", "slice of a fused projection", "transposed"]
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 150)),
+    st.tuples(st.integers(1, 3), st.integers(1000, 6000)),
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
 )
 # The fixtures hold no state between examples.

@@ -1,0 +1,19 @@
+// What SwiGLU demands of its tensors on every device.
+
+#pragma once
+
+#include "tensors.h"
+
+namespace minift {
+
+inline void check_swiglu(const Tensor& gate, const Tensor& up) {
+  check_same(gate, up, "swiglu: gate and up must have one shape and dtype");
+  STD_TORCH_CHECK(gate.dim() >= 1, "swiglu: gate must have at least one dimension");
+}
+
+inline void check_swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  check_swiglu(gate, up);
+  check_same(dy, gate, "swiglu_backward: dy must have the shape and dtype of gate");
+}
+
+}  // namespace minift
