@@ -8,7 +8,7 @@ The order is not a matter of taste:
 4. recompute: replaces the forward of blocks, adapters included, and adds or renames no parameter;
 5. shard: cuts whatever parameters there are now, so it comes last;
 6. load: each rank reads only the byte ranges of its shards, and quantises what is to be quantised on the way; adapter
-   parameters are drawn from seed and name, or taken from the base weights.
+   parameters are drawn from seed and name, or taken from the base weights, or from what the base computes.
 
 No process ever holds the whole model, and nothing depends on the number of processes.
 """
@@ -128,6 +128,11 @@ def build_model(
         return drawn[name][start:stop]
 
     engine.load(read)
+    computed = {} if adapter is None else adapter.computed_values(model, seed)
+    if computed:
+        for shard_of_bucket in engine.trainable_shards():
+            shard_of_bucket.write(computed)
+        engine.weights_changed()
     return BuiltModel(
         model, engine, config, on_paper.trainable, on_paper.num_parameters, on_paper.num_trainable_parameters
     )

@@ -155,7 +155,7 @@ def test_resume_on_another_world_size(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "adapter",
     [
-        PrefixConfig(num_virtual_tokens=5),
+        PrefixConfig(num_virtual_tokens=5, init="sample_vocab"),
         PrefixConfig(num_virtual_tokens=5, projection=True),
         PromptConfig(num_virtual_tokens=5, init="text", text="yes"),
     ],

@@ -137,6 +137,16 @@ class CausalLM(nn.Module):
         return cache
 
     @torch.no_grad()
+    def keys_and_values(self, tokens_T: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each block those of one document without virtual tokens, as attention sees them: (T, K, E) both."""
+        weight, count = self.model.norm.weight, len(tokens_T)
+        row = KVCache.allocate(self.config, 1, count, weight.dtype, weight.device)
+        positions_T = torch.arange(count, device=weight.device)
+        bounds = torch.tensor([0, count], dtype=torch.int32, device=weight.device)
+        self(tokens_T.to(weight.device), positions_T, bounds, count, head=lambda hidden_TD, lm_head: None, cache=row)
+        return [(keys[0], values[0]) for keys, values in zip(row.keys, row.values, strict=True)]
+
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Random weights as transformers draws them: matrices normal with `initializer_range`, norms 1, biases 0.
 

@@ -8,6 +8,7 @@ replicas (DDP, HSDP) several ranks hold equal shards, and each updates its own, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +58,10 @@ class FlatShard:
         for piece in self.ranges:
             assert end <= piece.start < piece.stop <= self.master.numel(), f"{self.name}: bad range {piece}"
             end = piece.stop
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Let the parameters in `values`, whole, be these. Its owner is to be told: `ShardedModel.weights_changed`."""
+        for piece in self.ranges:
+            if piece.name in values:
+                stop = piece.param_start + piece.stop - piece.start
+                self.master[piece.start : piece.stop] = values[piece.name].reshape(-1)[piece.param_start : stop]

@@ -85,6 +85,11 @@ class AdapterConfig(ABC):
             wrapped[name] = self.wrap(name, base, dtype, device).train(base.training)
         return wrapped
 
+    def computed_values(self, model: nn.Module, seed: int) -> dict[str, Tensor]:
+        """{full name: values} of own parameters that start as what the base computes, which has to be loaded for that;
+        the adapters are in place in `model`. Collective if it is sharded."""
+        return {}
+
     def check(self, names: Sequence[str]) -> None:  # noqa: B027 (most methods have no such setting)
         """ValueError if a setting speaks of a module that is not among the wrapped ones, `names`."""
 

@@ -42,6 +42,9 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0, dtype: tor
     for name, parameter in adapter_parameters(model).items():
         if not parameter.is_meta:
             parameter.data.copy_(init_tensor(model, name, seed))
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        for name, values in config.computed_values(model, seed).items():
+            model.get_parameter(name).data.copy_(values)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

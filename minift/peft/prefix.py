@@ -6,7 +6,8 @@ Papers: Li and Liang 2021, arXiv 2101.00190, section 4; without an MLP by defaul
 arXiv 2110.07602. What they leave open is as in PEFT: keys are used as they are, neither normed nor rotated; the tokens
 of a document have the positions P, P+1, ..., and a sliding window counts the prefix among what came before; initial
 values are normal with deviation 1. No initial value gives the model without a prefix, as keys of zero have their shares
-of the softmax, too.
+of the softmax, too. But where they are what the base computes of words, as in section 7.4 of the first paper, the start
+is the base that has read these words; a random one is a base that has lost its, and takes long to come back.
 
 `projection`: one MLP makes the prefixes of all blocks from a small matrix (section 4.3 of the first paper):
 
@@ -31,6 +32,7 @@ from minift.model.attention import Attention, Packing
 from minift.model.embedding import Embedding
 from minift.model.linear import Linear
 from minift.peft.adapter import AdapterModule
+from minift.peft.inject import adapter_modules, named_generator
 from minift.peft.virtual_tokens import STORED_KEY, VirtualTokensConfig, attentions
 
 
@@ -39,12 +41,13 @@ class PrefixConfig(VirtualTokensConfig):
     """Settings of prefix tuning.
 
     init: normal: keys and values with deviation 1. zero: keys and values of zero; with projection, its last layer.
+        sample_vocab: those that the base computes for tokens drawn from its vocabulary. text: for those of `text`.
     projection: train an MLP that makes the prefixes, and store what it makes.
     encoder_hidden_size: width of that MLP; null: that of a block's keys.
     """
 
     method: Literal["prefix"] = "prefix"
-    init: Literal["normal", "zero"] = "normal"
+    init: Literal["normal", "zero", "sample_vocab", "text"] = "normal"
     projection: bool = False
     encoder_hidden_size: int | None = None
 
@@ -60,6 +63,26 @@ class PrefixConfig(VirtualTokensConfig):
                 f"encoder_hidden_size is {self.encoder_hidden_size} and projection is {self.projection}; valid: 1 or "
                 "more, with projection; or null"
             )
+        if self.projection and self.starts_as_words:
+            raise ValueError(
+                f"init is {self.init!r} and projection is True, which makes prefixes that the base did not compute; "
+                "valid: init normal or zero, or projection false"
+            )
+
+    @property
+    def starts_as_words(self) -> bool:
+        return self.init in ("sample_vocab", "text")
+
+    def computed_values(self, model: nn.Module, seed: int) -> dict[str, Tensor]:
+        if not self.starts_as_words:
+            return {}
+        ids = self.token_ids(model.config.vocab_size, named_generator(seed, "prefix"))
+        blocks = model.keys_and_values(torch.tensor(ids))
+        return {
+            f"{name}.{local_name}": values
+            for name, adapter in adapter_modules(model).items()
+            for local_name, values in zip(self.parameter_names, blocks[adapter.base.layer], strict=True)
+        }
 
     def wrap(self, name: str, base: Attention, dtype: torch.dtype, device: torch.device) -> PrefixAttention:
         return (ProjectedPrefixAttention if self.projection else PrefixAttention)(base, self, dtype, device)
@@ -91,7 +114,7 @@ class PrefixConfig(VirtualTokensConfig):
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**cls.checked_fields(fields))
+        return cls(init="normal", **cls.checked_fields(fields))
 
     @property
     def parameter_sets(self) -> tuple[tuple[str, ...], ...]:
@@ -116,7 +139,7 @@ class PrefixAttention(AdapterModule):
         super().__init__()
         self.base = base
         self.num_virtual_tokens = config.num_virtual_tokens
-        self.starts_at_zero = config.init == "zero"
+        self.init = config.init
         self.make_parameters(config, dtype, device)
 
     def make_parameters(self, config: PrefixConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -134,7 +157,7 @@ class PrefixAttention(AdapterModule):
 
     def init_parameter(self, local_name: str, generator: torch.Generator) -> Tensor:
         shape = self.get_parameter(local_name).shape
-        return torch.zeros(shape) if self.starts_at_zero else torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator) if self.init == "normal" else torch.zeros(shape)
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.num_virtual_tokens}"
@@ -158,7 +181,7 @@ class ProjectedPrefixAttention(PrefixAttention):
         shape = self.get_parameter(local_name).shape
         if local_name == "encoder.embedding.weight":
             return torch.randn(shape, generator=generator)
-        if local_name.startswith("prefix_proj.") and self.starts_at_zero:
+        if local_name.startswith("prefix_proj.") and self.init == "zero":
             return torch.zeros(shape)
         projection, _, _ = local_name.rpartition(".")
         bound = 1.0 / math.sqrt(self.get_submodule(projection).in_features)

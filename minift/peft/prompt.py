@@ -11,15 +11,13 @@ model was trained for.)
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from minift.data.tokenizer import Tokenizer
 from minift.model.embedding import Embedding
 from minift.peft.adapter import AdapterModule, BaseWeight
 from minift.peft.virtual_tokens import STORED_KEY, VirtualTokensConfig, attentions
@@ -30,14 +28,10 @@ class PromptConfig(VirtualTokensConfig):
     """Settings of prompt tuning.
 
     init: random: normal values. sample_vocab: embeddings of tokens drawn from the vocabulary. text: those of `text`.
-    text: for init text: its first tokens, repeated if they are too few.
-    tokenizer: for init text: folder with the tokenizer that cuts it; null: the model's.
     """
 
     method: Literal["prompt"] = "prompt"
     init: Literal["random", "sample_vocab", "text"] = "sample_vocab"
-    text: str | None = None
-    tokenizer: str | None = None
 
     peft_type = "PROMPT_TUNING"
     parameter_names = ("prompt_embeddings",)
@@ -48,18 +42,6 @@ class PromptConfig(VirtualTokensConfig):
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.init == "text") != bool(self.text):
-            raise ValueError(
-                f"init is {self.init!r} and text is {self.text!r}; valid: a text with init text, and only then"
-            )
-        if self.tokenizer is not None and self.init != "text":
-            raise ValueError(f"tokenizer is {self.tokenizer!r}, but init is {self.init!r}; valid: with init text")
-
-    def for_base(self, folder: str) -> Self:
-        return replace(self, tokenizer=folder) if self.init == "text" and self.tokenizer is None else self
 
     def wrap(self, name: str, base: Embedding, dtype: torch.dtype, device: torch.device) -> PromptedEmbedding:
         return PromptedEmbedding(base, self, dtype, device)
@@ -88,17 +70,6 @@ class PromptConfig(VirtualTokensConfig):
         (module,) = self.adapted_modules(tensors)
         return {STORED_KEY: tensors[f"{module}.prompt_embeddings"]}
 
-    def token_ids(self) -> list[int]:
-        """P tokens of `text`, as PEFT takes them: with BOS, if that is what the tokenizer begins a text with."""
-        assert self.text is not None
-        if self.tokenizer is None:
-            raise ValueError("init is 'text' and tokenizer is null, and there is no model folder; give the tokenizer's")
-        tokenizer = Tokenizer.from_folder(self.tokenizer)
-        ids = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + tokenizer.encode(self.text)
-        if not ids:
-            raise ValueError(f"text is {self.text!r}, of which the tokenizer makes no token")
-        return list(itertools.islice(itertools.cycle(ids), self.num_virtual_tokens))
-
 
 class PromptedEmbedding(AdapterModule):
     """tokens (T) -> (P + T, D), virtual tokens first."""
@@ -118,10 +89,7 @@ class PromptedEmbedding(AdapterModule):
     def init_from_base(self, local_name: str, generator: torch.Generator, base_weight: BaseWeight) -> Tensor:
         if self.config.init == "random":
             return torch.randn(self.prompt_embeddings.shape, generator=generator)
-        if self.config.init == "text":
-            ids = self.config.token_ids()
-        else:
-            ids = torch.randint(self.base.num_embeddings, (self.num_virtual_tokens,), generator=generator).tolist()
+        ids = self.config.token_ids(self.base.num_embeddings, generator)
         width = self.base.embedding_dim
         return torch.stack([base_weight(index * width, (index + 1) * width).float().cpu() for index in ids])
 

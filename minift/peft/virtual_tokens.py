@@ -7,13 +7,16 @@ other tensors' names begin with, and writes the base's sizes into `adapter_confi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
+from minift.data.tokenizer import Tokenizer
 from minift.model.attention import Attention
 from minift.peft.adapter import AdapterConfig
 from minift.peft.patterns import ALL_LINEAR
@@ -27,9 +30,14 @@ class VirtualTokensConfig(AdapterConfig):
     """Settings of both.
 
     num_virtual_tokens: how many stand before every document, P; each takes a position of the model's.
+    text: for init text: its first tokens, repeated if they are too few.
+    tokenizer: for init text: folder with the tokenizer that cuts it; null: the model's.
     """
 
     num_virtual_tokens: int = 20
+    init: str
+    text: str | None = None
+    tokenizer: str | None = None
 
     peft_defaults: ClassVar[dict[str, Any]]
     """Keys of `adapter_config.json` that only this method has."""
@@ -41,6 +49,28 @@ class VirtualTokensConfig(AdapterConfig):
         for name, value in selection.items():
             if value and value != ALL_LINEAR:
                 raise ValueError(f"{name} is {value!r}, but {self.method} tuning chooses no modules; leave it out")
+        if (self.init == "text") != bool(self.text):
+            raise ValueError(
+                f"init is {self.init!r} and text is {self.text!r}; valid: a text with init text, and only then"
+            )
+        if self.tokenizer is not None and self.init != "text":
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, but init is {self.init!r}; valid: with init text")
+
+    def for_base(self, folder: str) -> Self:
+        return replace(self, tokenizer=folder) if self.init == "text" and self.tokenizer is None else self
+
+    def token_ids(self, vocab_size: int, generator: torch.Generator) -> list[int]:
+        """P tokens: of `text`, as PEFT takes them, with BOS, if that is what the tokenizer begins a text with; or drawn
+        from the vocabulary."""
+        if self.init != "text":
+            return torch.randint(vocab_size, (self.num_virtual_tokens,), generator=generator).tolist()
+        if self.tokenizer is None:
+            raise ValueError("init is 'text' and tokenizer is null, and there is no model folder; give the tokenizer's")
+        tokenizer = Tokenizer.from_folder(self.tokenizer)
+        ids = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + tokenizer.encode(self.text)
+        if not ids:
+            raise ValueError(f"text is {self.text!r}, of which the tokenizer makes no token")
+        return list(itertools.islice(itertools.cycle(ids), self.num_virtual_tokens))
 
     def to_peft(self) -> dict[str, Any]:
         return COMMON | self.peft_defaults | {

@@ -117,10 +117,7 @@ def _write(engine: ShardedModel, values: Mapping[str, Tensor]) -> None:
     """Make these the trained parameters, and all others zero. Collective."""
     for shard in engine.trainable_shards():
         shard.master.zero_()
-        for piece in shard.ranges:
-            if piece.name in values:
-                stop = piece.param_start + piece.stop - piece.start
-                shard.master[piece.start : piece.stop] = values[piece.name].reshape(-1)[piece.param_start : stop]
+        shard.write(values)
     engine.weights_changed()
 
 

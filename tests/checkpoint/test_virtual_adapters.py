@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from minift.checkpoint.adapters import file_tensors, load_adapter, read_config, save_adapter
@@ -35,6 +36,7 @@ SIZES = {
 CONFIGS: dict[str, VirtualTokensConfig] = {
     "prefix": PrefixConfig(num_virtual_tokens=3),
     "prefix, zero": PrefixConfig(num_virtual_tokens=9, init="zero"),
+    "prefix, words": PrefixConfig(num_virtual_tokens=6, init="sample_vocab"),
     "prefix, projection": PrefixConfig(num_virtual_tokens=3, projection=True, encoder_hidden_size=5),
     "prefix, projection, zero": PrefixConfig(num_virtual_tokens=2, projection=True, init="zero"),
     "prompt": PromptConfig(num_virtual_tokens=4, init="random"),
@@ -55,7 +57,6 @@ def minift_model() -> CausalLM:
     return model.eval()
 
 
-@torch.no_grad()
 def logits_of(model: CausalLM | peft.PeftModel) -> Tensor:
     """Of the tokens; PEFT gives those of virtual tokens, too, if they are embedded."""
     if not isinstance(model, CausalLM):
@@ -108,6 +109,32 @@ def test_minift_loads_what_peft_wrote(tmp_path: Path, config: VirtualTokensConfi
     read = load_adapter(model, tmp_path)
     assert type(read) is type(config) and read.num_virtual_tokens == config.num_virtual_tokens
     assert_close_logits(logits_of(model.eval()), logits_of(theirs))
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix, words", "prompt"])
+def test_training_goes_as_in_peft(tmp_path: Path, name: str) -> None:
+    """Twenty steps from the same start have the same losses. Adam divides roundings by their own size where a gradient
+    is next to nothing, so they may differ by 1e-4."""
+    config, model = CONFIGS[name], minift_model()
+    inject(model, config)
+    save_adapter(tmp_path / "start", config, file_tensors(model))
+    theirs = peft.PeftModel.from_pretrained(hf_model(), tmp_path / "start").eval()
+    theirs.prompt_encoder.requires_grad_(True)
+    ours, others = losses_of_training(model), losses_of_training(theirs)
+    assert ours == pytest.approx(others, rel=1e-4)
+    assert ours[-1] < 0.9 * ours[0]
+
+
+def losses_of_training(model: CausalLM | peft.PeftModel) -> list[float]:
+    losses = []
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.02)
+    for _ in range(20):
+        loss = cross_entropy(logits_of(model)[:-1], TOKENS[1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -19,12 +19,13 @@ from minift.generate import generate
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.hf import load_config
-from minift.peft.inject import adapter_parameters, init_tensor, inject
+from minift.peft.inject import adapter_parameters, init_tensor, inject, named_generator
 from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 from minift.peft.virtual_tokens import VirtualTokensConfig
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
+from minift.quant.model import load_model
 from minift.recompute import RecomputeConfig
 from minift.trace import Recorder
 from tests.ranks import run_ranks
@@ -152,6 +153,8 @@ def test_virtual_tokens_take_positions(config: VirtualTokensConfig) -> None:
         (PromptConfig, {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         (PrefixConfig, {"encoder_hidden_size": 4}, "encoder_hidden_size is 4 and projection is False"),
         (PrefixConfig, {"encoder_hidden_size": 0, "projection": True}, "encoder_hidden_size is 0"),
+        (PrefixConfig, {"init": "text", "text": "a", "projection": True}, "init is 'text' and projection is True"),
+        (PrefixConfig, {"text": "abc"}, "init is 'normal' and text is 'abc'"),
         (PromptConfig, {"init": "text"}, "init is 'text' and text is None; valid: a text with init text"),
         (PromptConfig, {"text": "abc"}, "init is 'sample_vocab' and text is 'abc'"),
         (PromptConfig, {"tokenizer": "folder"}, "tokenizer is 'folder', but init is 'sample_vocab'"),
@@ -169,3 +172,50 @@ def test_a_text_without_tokenizer_or_tokens_is_refused(tmp_path: Path) -> None:
     assert PromptConfig(init="text", text="a").for_base(str(tmp_path)).tokenizer == str(tmp_path)
     assert PromptConfig(init="text", text="a", tokenizer="mine").for_base(str(tmp_path)).tokenizer == "mine"
     assert PromptConfig().for_base(str(tmp_path)) == PromptConfig()
+
+
+def logits_on_rank(
+    world: World, folder: Path, config: PrefixConfig, quant: QuantConfig | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    built = build_model(
+        ModelSource(str(folder)), config, quant=quant, precision=Precision(wire="float32"), policy=ShardPolicy(),
+        recompute=RecomputeConfig(), recorder=Recorder(world.rank, world.device), world=world, seed=5,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = logits_of(built.module, DOCUMENT)
+    return logits, {name: values.clone() for name, values in built.engine.full_tensors(trainable_only=True)}
+
+
+DOCUMENT = [7, 3, 90, 41, 5, 5, 12]
+
+
+def logits_of(model: CausalLM, tokens: list[int]) -> Tensor:
+    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    return model(
+        torch.tensor(tokens), torch.arange(len(tokens)), bounds, len(tokens),
+        head=lambda hidden_TD, lm_head: lm_head(hidden_TD),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("quant", [None, QuantConfig()])
+@pytest.mark.parametrize("init", [{"init": "sample_vocab"}, {"init": "text", "text": "abcdef"}])
+@torch.no_grad()
+def test_prefixes_of_words_are_the_base_that_has_read_them(
+    tmp_path: Path, init: dict[str, str], quant: QuantConfig | None
+) -> None:
+    """Whole in memory, and sharded. 1e-5 of the largest logit: sums in fp32, in another order."""
+    folder = write_model(tmp_path / "model", model_type="qwen3", head_dim=8)
+    config = PrefixConfig(num_virtual_tokens=9, **init).for_base(str(folder))
+    model = load_model(folder, quant, torch.float32)
+    words = config.token_ids(model.config.vocab_size, named_generator(5, "prefix"))
+    assert len(words) == 9 and len(set(words)) > 5
+    expected = logits_of(model, words + DOCUMENT)[9:]
+    inject(model, config, seed=5)
+    own = adapter_parameters(model)
+    assert all(parameter.any() for parameter in own.values())
+    ranks = [run_ranks(world_size, logits_on_rank, folder, config, quant) for world_size in (1, 2)]
+    for logits in [logits_of(model, DOCUMENT)] + [logits for on_ranks in ranks for logits, _ in on_ranks]:
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for _, values in [of_rank for on_ranks in ranks for of_rank in on_ranks]:
+        assert values.keys() == own.keys()
+        assert all((values[name] - own[name]).abs().max() <= 1e-5 * own[name].abs().max() for name in own)
