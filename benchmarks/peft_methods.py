@@ -8,7 +8,7 @@ The task is the quickstart's: SmolLM2-135M learns function calls (BFCL). Every m
 sees the same `--examples` conversations once, in the same order, `EXAMPLES_PER_STEP` a step, in bf16 on two ranks; only
 the adapter, its learning rate and, for QLoRA, the weights' format are its own. Learning rates are those of the recipes
 in launch/recipes/, times what a model this small needs; none was searched for (those of prefix and prompt tuning were
-lowered once, when the first diverged), so a few correct answers more or less say nothing. Then the model answers the 80
+tried at 3e-3, too), so a few correct answers more or less say nothing. Then the model answers the 80
 questions that were held out, which counts those calls that are right in every argument. What was trained and graded
 stays in `--runs` and is not done again.
 
@@ -73,6 +73,7 @@ class Variant:
 
 
 NF4 = {"format": "nf4", "double_quant": True}
+WORDS = {"init": "text", "text": "Answer with a function call."}
 VARIANTS = {
     "LoRA": Variant(1e-3, {"r": 16, "alpha": 32}),
     "QLoRA": Variant(1e-3, {"r": 16, "alpha": 32}, NF4),
@@ -85,10 +86,8 @@ VARIANTS = {
     "bottleneck": Variant(1e-3, {"method": "bottleneck", "targets": ATTENTION_AND_MLP, "size": 64}),
     "IA3": Variant(2e-2, {"method": "ia3", "targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]}),
     "BitFit": Variant(1e-2, {"method": "bitfit"}),
-    "prefix tuning": Variant(3e-3, {"method": "prefix", "num_virtual_tokens": 20}),
-    "prompt tuning": Variant(
-        1e-2, {"method": "prompt", "num_virtual_tokens": 20, "init": "text", "text": "Answer with a function call."}
-    ),
+    "prefix tuning": Variant(1e-2, {"method": "prefix", "num_virtual_tokens": 20} | WORDS),
+    "prompt tuning": Variant(1e-2, {"method": "prompt", "num_virtual_tokens": 20} | WORDS),
     "full": Variant(2e-4, None),
     "IR-QLoRA": Variant(1e-3, {"method": "iec", "r": 16, "alpha": 32}, NF4 | {"icq": True}),
 }
@@ -175,8 +174,8 @@ def numel_in(file: Path) -> int:
 def make_step(world: World, args: argparse.Namespace, folder: str, name: str) -> Turn:
     """Takes a step, on tokens of its own: built, sharded and stepped as minift's trainer does."""
     variant = VARIANTS[name]
-    of_words = ("init", "text")  # the model has no tokenizer
-    adapter = variant.adapter and {key: value for key, value in variant.adapter.items() if key not in of_words}
+    # The model has no tokenizer.
+    adapter = variant.adapter and {key: value for key, value in variant.adapter.items() if key not in WORDS}
     path = Path(folder) / "recipe.yaml"
     plain = {
         "run_dir": folder,
