@@ -39,6 +39,7 @@ from tests.peft.virtual_rows import PrefixRow, PromptRow
 from tests.ranks import run_ranks
 
 NUM_TOKENS = 23
+ZERO3 = ShardPolicy()
 # fp32 against fp64 through two blocks, relative to the norm of a whole gradient, or to the largest logit: some dozens
 # of roundings of 6e-8 one after another, each of random sign.
 TOLERANCE = 1e-5
@@ -141,11 +142,11 @@ class Step:
 
 
 def step_on_rank(
-    world: World, folder: Path, start: Path, row: str, recompute: str, strategy: str = "zero3"
+    world: World, folder: Path, start: Path, row: str, recompute: str, policy: ShardPolicy = ZERO3
 ) -> Step:
     chosen = ROWS[row].started(folder, start)
     model, engine = assemble(
-        folder, chosen.quant, world, ShardPolicy(strategy=strategy), recompute, adapter=chosen.config,
+        folder, chosen.quant, world, policy, recompute, adapter=chosen.config,
         values=chosen.values, start=chosen.initial,
     )  # fmt: skip
     for _ in range(2):
@@ -170,13 +171,22 @@ def test_loss_and_gradients_are_the_formula_s(
     check_steps(folders, row, base, world_size, recompute)
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero1", "ddp"])
+STRATEGIES = {
+    "zero2": (2, ShardPolicy(strategy="zero2")),
+    "zero1": (2, ShardPolicy(strategy="zero1")),
+    "ddp": (2, ShardPolicy(strategy="ddp")),
+    "hsdp": (4, ShardPolicy(replicas=2)),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("row", ROWS)
 def test_under_every_other_strategy(folders: Folders, row: str, strategy: str) -> None:
-    check_steps(folders, row, BASES[row][-1], 2, "none", strategy)
+    world_size, policy = STRATEGIES[strategy]
+    check_steps(folders, row, BASES[row][-1], world_size, "none", policy)
 
 
-def check_steps(folders: Folders, row: str, base: str, world_size: int, *how: str) -> None:
+def check_steps(folders: Folders, row: str, base: str, world_size: int, *how: str | ShardPolicy) -> None:
     losses, expected = folders.expected(base, row, world_size)
     steps = run_ranks(world_size, step_on_rank, folders.folder(base), folders.start(base, row), row, *how)
     for step, loss in zip(steps, losses, strict=True):
