@@ -38,10 +38,10 @@ static inline __attribute__((always_inline)) F32 load_up_to(const T* from, int64
 
 // `count` <= LANES weights from i on, and their moments, which become those of this step.
 template <class T, class Wire>
-static inline __attribute__((always_inline)) void adamw_lanes(const AdamwStep& step, Weights<T, Wire> weights,
-                                                              int64_t i, int64_t count, F32& exp_avg,
-                                                              F32& exp_avg_sq) {
-  F32 grad = step.grad_factor * load_up_to(weights.grad + i, count);
+static inline __attribute__((always_inline)) void adamw_lanes(const AdamwStep& step, float factor,
+                                                              Weights<T, Wire> weights, int64_t i, int64_t count,
+                                                              F32& exp_avg, F32& exp_avg_sq) {
+  F32 grad = factor * load_up_to(weights.grad + i, count);
   exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * grad;
   exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * grad * grad;
   F32 old = load_up_to(weights.master + i, count);
@@ -63,16 +63,17 @@ static inline __attribute__((always_inline)) void adamw_lanes(const AdamwStep& s
 // Elements [begin, end); W is a Weights<T, Wire>. `step.first` is the number of element 0.
 template <class W>
 void adamw(const AdamwStep& step, W weights, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end) {
+  float factor = step.factor();
   int64_t i = begin;
   for (; i + LANES <= end; i += LANES) {
     F32 m = load(exp_avg + i), v = load(exp_avg_sq + i);
-    adamw_lanes(step, weights, i, LANES, m, v);
+    adamw_lanes(step, factor, weights, i, LANES, m, v);
     store(exp_avg + i, m);
     store(exp_avg_sq + i, v);
   }
   if (int64_t left = end - i; left > 0) {
     F32 m = load(exp_avg + i, left), v = load(exp_avg_sq + i, left);
-    adamw_lanes(step, weights, i, left, m, v);
+    adamw_lanes(step, factor, weights, i, left, m, v);
     store(exp_avg + i, m, left);
     store(exp_avg_sq + i, v, left);
   }

@@ -38,17 +38,15 @@ static inline __attribute__((always_inline)) F32 dequantize(const uint8_t* codes
 // Codes of LANES values between -1 or 0 and 1.
 template <bool SIGNED>
 static inline __attribute__((always_inline)) U32 quantize(F32 normed, DynamicMap map) {
-  constexpr int LOW_BITS = SIGNED ? 17 : 16, CODE_SHIFT = 17;
-  constexpr uint32_t SMALLEST = 0x34000000, ONE = 0x3f800000;  // 2^-23 and 1
-  constexpr uint32_t BUCKETS = ((ONE - SMALLEST) >> LOW_BITS) + 1;
+  using Map = Buckets<SIGNED>;
   U32 bits = bit_cast<U32>(normed) & 0x7fffffffu;
-  bits = bits > SMALLEST ? bits : U32{} + SMALLEST;
-  bits = bits < ONE ? bits : U32{} + ONE;  // a NaN must not look beyond the table
+  bits = bits > Map::SMALLEST ? bits : U32{} + Map::SMALLEST;
+  bits = bits < Map::ONE ? bits : U32{} + Map::ONE;  // a NaN must not look beyond the table
   U32 negative = SIGNED ? bit_cast<U32>(bit_cast<I32>(normed) >> 31) : U32{};
-  U32 entry = gather(map.buckets, ((bits - SMALLEST) >> LOW_BITS) + (negative & BUCKETS));
-  U32 beyond = bit_cast<U32>((bits & ((1u << LOW_BITS) - 1)) > (entry & ((1u << CODE_SHIFT) - 1)));  // -1 or 0
+  U32 entry = gather(map.buckets, ((bits - Map::SMALLEST) >> Map::LOW_BITS) + (negative & Map::OF_ONE_SIGN));
+  U32 beyond = bit_cast<U32>((bits & ((1u << Map::LOW_BITS) - 1)) > (entry & ((1u << Map::CODE_SHIFT) - 1)));  // -1 or 0
   // One further away from zero: up, or below zero down.
-  U32 code = (entry >> CODE_SHIFT) - ((beyond ^ negative) - negative);
+  U32 code = (entry >> Map::CODE_SHIFT) - ((beyond ^ negative) - negative);
   if (!SIGNED) code &= bit_cast<U32>(normed > 0.0f);
   return code;
 }

@@ -1,5 +1,6 @@
 // Elements on the GPU: arithmetic is fp32, memory fp32, bf16 or fp16, rounded to nearest even. A thread moves packs of
 // PACK elements: one 16-byte access in 16-bit types, two in fp32, where addresses allow it, else one element at a time.
+// Kernels whose memory is mostly fp32 move packs of QUAD, one access of 16 bytes: a store then fills whole sectors.
 
 #pragma once
 
@@ -11,7 +12,7 @@
 
 namespace minift::cuda {
 
-constexpr int PACK = 8;
+constexpr int PACK = 8, QUAD = 4;
 
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(Bf16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
@@ -29,18 +30,21 @@ __device__ inline Fp16 from_float<Fp16>(float value) { return {__half_as_ushort(
 template <class T>
 __device__ float round_to(float value) { return to_float(from_float<T>(value)); }
 
-struct Pack {
-  float at[PACK];
+template <int SIZE>
+struct Floats {
+  float at[SIZE];
+};
+using Pack = Floats<PACK>;
+using Quad = Floats<QUAD>;
+
+template <class T, int SIZE = PACK>
+struct alignas(SIZE * sizeof(T) < 16 ? SIZE * sizeof(T) : 16) PackOf {
+  T at[SIZE];
 };
 
-template <class T>
-struct alignas(16) PackOf {
-  T at[PACK];
-};
-
-// Whether packs may start at every multiple of PACK elements from `data`.
-template <class T>
-__host__ inline bool aligned(const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+// Whether packs may start at every multiple of SIZE elements from `data`.
+template <int SIZE = PACK, class T>
+__host__ inline bool aligned(const T* data) { return reinterpret_cast<uintptr_t>(data) % alignof(PackOf<T, SIZE>) == 0; }
 
 // Whether this is so in every row, and rows are whole packs.
 template <class T>
@@ -51,33 +55,33 @@ __host__ inline bool aligned(const Rows<T>& rows) {
 
 // The first `count` elements, and zeros, as they are in memory. A kernel first loads everything that it can: loads that
 // nothing waits for are in flight together. VECTOR: `from` is aligned.
-template <bool VECTOR, class T>
-__device__ inline PackOf<T> load_elements(const T* from, int64_t count) {
-  if (VECTOR && count >= PACK) return *reinterpret_cast<const PackOf<T>*>(from);
-  PackOf<T> elements;
+template <bool VECTOR, int SIZE = PACK, class T>
+__device__ inline PackOf<T, SIZE> load_elements(const T* from, int64_t count) {
+  if (VECTOR && count >= SIZE) return *reinterpret_cast<const PackOf<T, SIZE>*>(from);
+  PackOf<T, SIZE> elements;
 #pragma unroll
-  for (int i = 0; i < PACK; ++i) elements.at[i] = i < count ? from[i] : T{};
+  for (int i = 0; i < SIZE; ++i) elements.at[i] = i < count ? from[i] : T{};
   return elements;
 }
 
-template <class T>
-__device__ inline Pack to_floats(const PackOf<T>& elements) {
-  Pack pack;
+template <class T, int SIZE>
+__device__ inline Floats<SIZE> to_floats(const PackOf<T, SIZE>& elements) {
+  Floats<SIZE> pack;
 #pragma unroll
-  for (int i = 0; i < PACK; ++i) pack.at[i] = to_float(elements.at[i]);
+  for (int i = 0; i < SIZE; ++i) pack.at[i] = to_float(elements.at[i]);
   return pack;
 }
 
-template <bool VECTOR, class T>
-__device__ inline void store_pack(T* to, const Pack& pack, int64_t count) {
-  if (VECTOR && count >= PACK) {
-    PackOf<T> elements;
+template <bool VECTOR, class T, int SIZE>
+__device__ inline void store_pack(T* to, const Floats<SIZE>& pack, int64_t count) {
+  if (VECTOR && count >= SIZE) {
+    PackOf<T, SIZE> elements;
 #pragma unroll
-    for (int i = 0; i < PACK; ++i) elements.at[i] = from_float<T>(pack.at[i]);
-    *reinterpret_cast<PackOf<T>*>(to) = elements;
+    for (int i = 0; i < SIZE; ++i) elements.at[i] = from_float<T>(pack.at[i]);
+    *reinterpret_cast<PackOf<T, SIZE>*>(to) = elements;
   } else {
 #pragma unroll
-    for (int i = 0; i < PACK; ++i) {
+    for (int i = 0; i < SIZE; ++i) {
       if (i < count) to[i] = from_float<T>(pack.at[i]);
     }
   }

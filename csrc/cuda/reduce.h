@@ -26,6 +26,25 @@ __device__ inline T reduce_warp(T value, int lanes = WARP) {
   return value;
 }
 
+// The sums of COUNT values of each lane, a power of two up to the warp: a lane gets that of value lane / (WARP / COUNT).
+// Half of the values go to the other half of the lanes at each step, which takes a quarter of the shuffles of COUNT sums.
+template <int COUNT>
+__device__ __forceinline__ float sum_warp_each(float (&values)[COUNT]) {
+  static_assert(COUNT <= WARP && (COUNT & (COUNT - 1)) == 0);
+#pragma unroll
+  for (int half = COUNT / 2; half > 0; half /= 2) {
+    int distance = half * (WARP / COUNT);
+    bool upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) {
+      if (i >= half) continue;
+      float kept = upper ? values[half + i] : values[i], given = upper ? values[i] : values[half + i];
+      values[i] = kept + __shfl_xor_sync(ALL_LANES, given, distance);
+    }
+  }
+  return reduce_warp<Sum>(values[0], WARP / COUNT);
+}
+
 // Over a block of THREADS, a multiple of the warp; every thread gets the result.
 template <class Operation, int THREADS, class T>
 __device__ inline T reduce_block(T value) {

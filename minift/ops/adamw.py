@@ -8,7 +8,7 @@ new weights may go to a second place too, in the dtype in which they are sent: t
 
 Bytes per element that go over the bus: 28 (fp32 master) or 24 (bf16) and those of the second place, each of them once.
 That is all the time it takes, as long as nobody goes over the same memory twice: the reference, seven element-wise
-operations, works on blocks that stay in the cache for this reason. On a GPU the reference is also what runs.
+operations, works on blocks that stay in the cache for this reason.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 The factors of all adapters stand on top of each other, so ranks may differ, and an adapter of rank 0 changes nothing.
 Chen et al. 2023 (Punica), arXiv 2310.18547, section 4, call it SGMV. For inference, so it is not differentiable: the
-compiled kernel reads a weight once for four tokens and keeps x Aᵀ in fp32; y is rounded once.
+compiled kernels read a weight once for four tokens and keep x Aᵀ in fp32; y is rounded once. The numbers of segments
+stay on the host for a GPU too: its kernels take them as an argument, and nobody waits.
 """
 
 from __future__ import annotations

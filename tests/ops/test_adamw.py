@@ -17,6 +17,7 @@ from minift.ops import adamw as module
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.rounding import random_bits, round_stochastically_
 
+HAS_CUDA_KERNELS = True
 U = 2.0**-24
 STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-6, step_size=2e-3, keep=1.0 - 3e-4, key=-(2**60) + 7)
 MASTERS = [torch.float32, torch.bfloat16]
@@ -41,14 +42,23 @@ def draw(n, seed, master_dtype):
     return master.to(master_dtype), grad * scale, exp_avg * scale, exp_avg_sq
 
 
-def update(implementation, tensors, factor=None, step=STEP, first=0, wire=None):
-    """The new master, exp_avg and exp_avg_sq."""
-    master, grad, exp_avg, exp_avg_sq = (tensor.clone() for tensor in tensors)
+def placed(tensor, offset):
+    """A copy that begins `offset` elements behind an aligned address, and the memory in which it is."""
+    memory = torch.cat([tensor.new_full((offset,), 7), tensor, tensor.new_full((4,), 7)])
+    return memory[offset : offset + len(tensor)], memory
+
+
+def update(implementation, tensors, factor=None, step=STEP, first=0, wire=None, offsets=(0, 0, 0, 0)):
+    """The new master, exp_avg and exp_avg_sq; nothing beside them changes."""
+    pairs = [placed(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
+    master, grad, exp_avg, exp_avg_sq = (view for view, _ in pairs)
     if implementation == "reference":
         module.adamw_reference(master, grad, exp_avg, exp_avg_sq, wire, factor, *astuple(step), first)
     else:
         adamw_(Weights(master, grad, first, wire), exp_avg, exp_avg_sq, factor, step)
     assert torch.equal(grad.view(torch.int32), tensors[1].view(torch.int32))
+    for (_, memory), offset in zip(pairs, offsets, strict=True):
+        assert (memory[:offset] == 7).all() and (memory[-4:] == 7).all()
     return master, exp_avg, exp_avg_sq
 
 
@@ -85,6 +95,16 @@ def test_where_it_is_cut_changes_no_bit(implementation, master_dtype, n, seed, f
     right = update(implementation, [tensor[cut:] for tensor in tensors], first=first + cut)
     for one, *two in zip(whole, left, right, strict=True):
         assert torch.equal(one, torch.cat(two))
+
+
+@pytest.mark.parametrize("master_dtype", MASTERS)
+@property_test
+@given(n=SIZES, seed=st.integers(0, 999), offsets=st.tuples(*[st.sampled_from([0, 0, 0, 1, 2])] * 4))
+def test_where_memory_begins_changes_no_bit(implementation, master_dtype, n, seed, offsets):
+    tensors = draw(n, seed, master_dtype)
+    moved = update(implementation, tensors, offsets=offsets)
+    for ours, expected in zip(moved, update(implementation, tensors), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @property_test
@@ -132,13 +152,16 @@ def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, mast
 
 @pytest.mark.parametrize("master_dtype", MASTERS)
 def test_a_non_finite_gradient_shows(implementation, master_dtype):
-    """Nothing hides it. (An infinite weight is stored as NaN in bf16, see `round_stochastically_`.)"""
+    """Nothing hides it. An infinite weight is stored as NaN in bf16, see `round_stochastically_`."""
     master, grad, exp_avg, exp_avg_sq = draw(40, 0, master_dtype)
     grad[3], grad[39] = torch.nan, torch.inf
     new = update(implementation, (master, grad, exp_avg, exp_avg_sq))
     bad = torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 39]), True)
     for tensor in new:
         assert torch.equal(~tensor.isfinite(), bad)
+    master[7] = torch.inf
+    new_master, *_ = update(implementation, (master, grad, exp_avg, exp_avg_sq))
+    assert new_master[7].isnan() if master_dtype == torch.bfloat16 else new_master[7].isinf()
 
 
 def test_many_threads_give_the_same_bits(instruction_set, in_threads):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minift.ops.sgmv import sgmv_, sgmv_reference
 
+HAS_CUDA_KERNELS = True
 U32 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "slice of wider rows", "every second row"]
@@ -62,17 +63,30 @@ def test_every_segment_has_its_own_update(
     assert ((y.double() - exact).abs() <= limit).all()
 
 
-def test_many_threads_and_other_segments_give_the_same_bits(instruction_set, in_threads):
-    """A row's result depends on itself and its adapter, not on the batch: within blocks of four tokens, too."""
-    torch.manual_seed(0)
-    x, A, B = torch.randn(301, 65), torch.randn(24, 65), torch.randn(24, 600)
-    ranks, bounds, choice = int32([0, 8, 8, 24], 2, 2), int32([0, 7, 90, 301], -1), int32([0, 1, 0], -1)
-    y = torch.randn(301, 600)
-    one, two, three = in_threads(lambda: sgmv_(y.clone(), x, A, B, ranks, bounds, choice))
+def two_adapters():
+    """y, x, A, B, ranks, bounds, choice; the documents are longer than what kernels take at a time."""
+    generator = torch.Generator().manual_seed(0)
+    y, x, A, B = (torch.randn(shape, generator=generator) for shape in ((301, 600), (301, 65), (24, 65), (24, 600)))
+    return y, x, A, B, int32([0, 8, 8, 24], 2, 2), int32([0, 7, 90, 301], -1), int32([0, 1, 0], -1)
+
+
+def test_many_threads_give_the_same_bits(instruction_set, in_threads):
+    y, *others = two_adapters()
+    one, two, three = in_threads(lambda: sgmv_(y.clone(), *others))
     assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_other_segments_give_the_same_bits(implementation):
+    """A row's result depends on itself and its adapter, not on the batch: alone, and as one of many documents."""
+    if implementation == "reference":
+        pytest.skip("BLAS computes a row alone differently")
+    y, x, A, B, ranks, bounds, choice = two_adapters()
+    together = sgmv_(y.clone(), x, A, B, ranks, bounds, choice)
+    each = choice.repeat_interleave(bounds.diff())
+    assert torch.equal(sgmv_(y.clone(), x, A, B, ranks, int32(list(range(302)), -1), each), together)
     for t in (0, 5, 300):
-        alone = sgmv_(y[t : t + 1].clone(), x[t : t + 1], A, B, ranks, int32([0, 1], -1), int32([0], -1))
-        assert torch.equal(alone[0], one[t])
+        alone = sgmv_(y[t : t + 1].clone(), x[t : t + 1], A, B, ranks, int32([0, 1], -1), each[t : t + 1])
+        assert torch.equal(alone[0], together[t])
 
 
 def test_float64_is_exact_to_float64():

@@ -1,0 +1,32 @@
+// What AdamW updates and one step's constants, for the kernels with fp32 and with 8-bit moments, on every device.
+
+#pragma once
+
+#include "rows.h"
+
+#include <cstdint>
+
+namespace minift {
+
+struct AdamwStep {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  float eps;                 // already times sqrt(1 - beta2^t)
+  float step_size;           // lr sqrt(1 - beta2^t) / (1 - beta1^t)
+  float keep;                // 1 - lr * decay
+  const float* grad_factor;  // in the memory of the device, where kernels read it; null: 1
+  // Stochastic rounding: where the parameter's random bits begin, and the number of the first element in it.
+  uint64_t key;
+  int64_t first;
+
+  MINIFT_HOST_DEVICE float factor() const { return grad_factor == nullptr ? 1.0f : *grad_factor; }
+};
+
+// T: fp32 or bf16. wire: where the new weights also go, in the dtype in which they are gathered, or null.
+template <class T, class Wire>
+struct Weights {
+  T* master;
+  const float* grad;
+  Wire* wire;
+};
+
+}  // namespace minift
