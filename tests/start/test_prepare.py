@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from minift.build import ModelSource, build_model
 from minift.checkpoint.adapters import load_adapter, load_resident, read_config
 from minift.checkpoint.initial import InitialAdapter, ResidualWeights
+from minift.checkpoint.merge import merge_adapter
 from minift.checkpoint.quantize import quantize_folder
 from minift.config import RunConfig
 from minift.dist.process import World
@@ -251,6 +252,8 @@ def test_runs_over_a_base_in_4_bits(inputs: Path, tmp_path: Path, method: str) -
         return
     assert loss_of(config, inputs, base, adapter) == pytest.approx(after, rel=1e-5)
     assert f"--model {base} --adapter {adapter}" in report
+    merge_adapter(base, adapter, tmp_path / "merged")
+    assert loss_of(config, inputs, tmp_path / "merged") == pytest.approx(after, rel=1e-5)
     theirs = peft.PeftModel.from_pretrained(hf_model(base), adapter).train()  # eval: bitsandbytes wants larger weights
     ours = load_assistant(str(base), [str(adapter)], template="chatml", dtype=torch.float32).model
     assert_close_logits(logits_of(ours), logits_of(theirs))
