@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minift.data.batch import Batch
-from minift.dist.collectives import sum_over_ranks
+from minift.dist.collectives import scalars, sum_over_ranks
 from minift.fsdp import ShardedModel
 from minift.fsdp.clip import clip_factor, local_square_sum
 from minift.objectives.sft import SupervisedTokens
@@ -56,17 +56,15 @@ def train_step(
 
     scaler: with fp16 on the wire (`Precision.needs_loss_scaling`), else None.
 
-    Raises on all ranks alike: ValueError if there is nothing to predict; `NonFiniteError` before anything is updated
-    (with policy.step_in_backward: after); `LossScaleError`.
+    Raises on all ranks alike, before anything is updated (with policy.step_in_backward: after): ValueError if there is
+    nothing to predict; `NonFiniteError`; `LossScaleError`.
     """
     world = engine.world
     local_weight = sum(objective.weight(microbatch) for microbatch in microbatches)
     local_tokens = sum(microbatch.num_tokens for microbatch in microbatches)
-    counts = sum_over_ranks(torch.tensor([local_weight, local_tokens], dtype=torch.float64), world)
-    weight, tokens = counts.tolist()
-    if weight == 0:
-        raise ValueError("this step's examples have nothing to predict; the loss would be 0/0")
+    counts = sum_over_ranks(scalars([local_weight, local_tokens], world.device), world)
     scale = 1.0 if scaler is None else scaler.scale
+    factor = scale / counts[0].clamp(min=1e-300)  # a weight of 0 is refused below: here the host would have to wait
     early = None
     if engine.policy.step_in_backward:
         early = _UpdateInBackward(engine, optimizer, lr_scale, microbatches, recorder)
@@ -75,14 +73,18 @@ def train_step(
     for number, microbatch in enumerate(microbatches, start=1):
         engine.expect_microbatch(is_last=number == len(microbatches))
         loss_sum = objective(model, microbatch.to(world.device)).loss_sum
-        (loss_sum * (scale / weight)).backward()
+        (loss_sum * factor.to(loss_sum.dtype)).backward()
         local_loss_sum += loss_sum.detach()
         del loss_sum  # and with it what is left of the graph, before the next forward makes another
 
     # Every replica has the same shards, so a sum over all ranks counts each square that often.
     squares = early.square_sum if early else local_square_sum(optimizer.shards, world.device)
     totals = sum_over_ranks(torch.stack([local_loss_sum, squares / engine.replica_world.size]), world)
-    loss, square_sum = totals.tolist()
+    loss, square_sum, weight, tokens = torch.cat([totals, counts]).tolist()  # where the host waits, once a step
+    if weight == 0:
+        engine.weights_changed()
+        engine.clear_gradients()
+        raise ValueError("this step's examples have nothing to predict; the loss would be 0/0")
     norm = math.sqrt(square_sum) / scale if math.isfinite(square_sum) else math.inf
     was_skipped = scaler is not None and not math.isfinite(norm)
     result = StepResult(loss / weight, norm, weight, int(tokens), was_skipped)

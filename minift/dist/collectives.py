@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minift.dist.process import World
+
+
+def scalars(values: Sequence[float], device: torch.device) -> Tensor:
+    """fp64 (n,) on `device`, for which the host does not wait, as it would for a copy of its own memory."""
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
 
 
 def sum_over_ranks(value: Tensor | float | int, world: World) -> Tensor:

@@ -16,7 +16,9 @@ from minift.optim.shard import FlatShard
 def local_square_sum(shards: list[FlatShard], device: torch.device) -> Tensor:
     """Sum of the squares of all gradients in these shards, fp64; not finite if a gradient is not."""
     squares = [torch.linalg.vector_norm(shard.grad, dtype=torch.float32).double().square() for shard in shards]
-    return torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
+    if not squares:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(squares).sum().to(device, non_blocking=True)
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

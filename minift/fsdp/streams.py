@@ -1,8 +1,8 @@
 """A lane: work beside the computation. On CUDA a stream of its own; on a CPU, where lanes are processes' own business,
 nothing.
 
-Nothing here makes the host wait. Buffers that lanes touch are allocated once and never freed, so the caching allocator,
-which only knows the stream that allocated, has no chance to hand them out too early.
+Nothing here makes the host wait that is not asked to. Buffers that lanes touch are allocated once and never freed, so
+the caching allocator, which only knows the stream that allocated, has no chance to hand them out too early.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Lane:
         return None if self._stream is None else self._stream.record_event()
 
 
-def wait_for(mark: torch.cuda.Event | None) -> None:
-    """The current stream goes on only after `mark`."""
+def wait_for(mark: torch.cuda.Event | None, *, on_host: bool = False) -> None:
+    """The current stream goes on only after `mark`; so does, if `on_host`, the host."""
     if mark is not None:
-        torch.cuda.current_stream().wait_event(mark)
+        mark.synchronize() if on_host else torch.cuda.current_stream().wait_event(mark)

@@ -209,7 +209,8 @@ class PairedSends(Transport):
 def sum_chunks_(out: Tensor, own: Tensor, others: list[Tensor], accumulate: bool) -> None:
     """out (+)= own + others, in out's dtype and in this order, so that the result does not depend on who arrived first.
 
-    `out` may be `own`: then it is summed up in place.
+    `out` may be `own`: then it is summed up in place. Where it is in host memory and `own` is not, the sum arrives with
+    the stream's work.
     """
     in_place = out.data_ptr() == own.data_ptr()
     adds_at_once = not in_place and not accumulate and len(others) > 0 and own.dtype == out.dtype
@@ -218,8 +219,13 @@ def sum_chunks_(out: Tensor, own: Tensor, others: list[Tensor], accumulate: bool
         here = slice(start, start + block)
         if adds_at_once:
             torch.add(own[here], others[0][here], out=out[here])
+        elif accumulate and not in_place and out.device != own.device:
+            # Offloaded: the sum is formed on the device, for the host would have to wait for its part of it.
+            total = out[here].to(own.device, non_blocking=True).add_(own[here])
+            out[here].copy_(total, non_blocking=True)
+        elif accumulate and not in_place:
+            out[here].add_(own[here])
         elif not in_place:
-            # With offloading, `out` is in host memory.
-            out[here].add_(own[here].to(out.device)) if accumulate else out[here].copy_(own[here])
+            out[here].copy_(own[here], non_blocking=True)
         for other in others[1:] if adds_at_once else others:
             out[here].add_(other[here])

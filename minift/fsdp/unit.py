@@ -264,7 +264,8 @@ class Unit:
         """The gradient shards are readable, and the buffer is free again."""
         assert self.grad_state is GradState.REDUCING
         self._reducing.wait()
-        wait_for(self._reduce_mark)
+        is_on_host = self.trainable[0].grad.device.type == "cpu"  # offloaded, where they are read by the host
+        wait_for(self._reduce_mark, on_host=is_on_host)
         self._reducing = DONE
         self._links.recorder.span("reduce-scatter", "reduce-scatter", self.name, *self._reduce_time)
         self._give_buffer_back()

@@ -41,6 +41,7 @@ def linear_cross_entropy(
     lm_head: nn.Module,
     targets_N: Tensor,
     chunk_tokens: int | None = None,
+    num_targets: int | None = None,
 ) -> Tensor:
     """Sum over the supervised rows n of -log softmax(lm_head(hidden_ND[n]))[targets_N[n]].
 
@@ -51,11 +52,15 @@ def linear_cross_entropy(
         targets_N: (N,) int64, in [0, V) or IGNORE.
         chunk_tokens: at most so many rows have their logits in memory; None: `default_chunk_tokens`, which reads
             `lm_head.out_features`.
+        num_targets: how many of targets_N are not IGNORE, if the host knows; else, on a GPU, it waits to hear it.
 
     Returns:
         0-dim fp32 tensor (fp64 for fp64 input). With M = 0 it is 0, and backward still reaches hidden and head.
     """
-    rows_M = (targets_N != IGNORE).nonzero().squeeze(1)  # on CUDA the host waits here, because M is a shape
+    if num_targets is None:
+        rows_M = (targets_N != IGNORE).nonzero().squeeze(1)
+    else:
+        rows_M = (targets_N == IGNORE).argsort(stable=True)[:num_targets]
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
     if chunk_tokens is None:
         is_small = hidden_ND.device.type == "cpu" and not trainable

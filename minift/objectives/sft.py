@@ -47,7 +47,7 @@ class SupervisedTokens:
             batch.cu_seqlens,
             batch.max_seqlen,
             head=lambda hidden_TD, lm_head: linear_cross_entropy(
-                hidden_TD, lm_head, batch.targets_T, self.chunk_tokens
+                hidden_TD, lm_head, batch.targets_T, self.chunk_tokens, batch.num_targets
             ),
         )
         return LossSum(loss_sum, self.weight(batch))

@@ -13,6 +13,7 @@ What is not here: matrix products with such weights (nf4_linear.py), modules and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -186,7 +187,13 @@ def scale_tensors(nf4: Nf4) -> tuple[Tensor, Tensor | None, Tensor | None, Tenso
     """What the ops take as scales: (absmax, None, None, None) or (scales, nested_absmax, offset, nested_map)."""
     if nf4.absmax is not None:
         return nf4.absmax, None, None, None
-    return nf4.scales, nf4.nested_absmax, nf4.offset, DYNAMIC_MAP.to(nf4.codes.device)
+    return nf4.scales, nf4.nested_absmax, nf4.offset, _dynamic_map(nf4.codes.device)
+
+
+@functools.cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """DYNAMIC_MAP, copied to a device once: the host waits for a copy."""
+    return DYNAMIC_MAP.to(device)
 
 
 def quantize_nf4_reference(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

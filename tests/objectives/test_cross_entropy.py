@@ -248,6 +248,17 @@ def test_chunks_are_added_up_in_fp32(kind):
         torch.testing.assert_close(total, single * 1024, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("supervised", [0.0, 0.5, 1.0])
+def test_whether_the_host_knows_the_number_of_targets_does_not_matter(supervised):
+    """The same rows in the same order, so the same bits."""
+    hidden, head, targets = make("frozen", torch.float32, 23, 5, supervised)
+    found = []
+    for num_targets in (None, int((targets != IGNORE).sum())):
+        loss = linear_cross_entropy(hidden, head, targets, 4, num_targets)
+        found.append((loss, *torch.autograd.grad(loss, hidden)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_default_chunk_is_a_byte_budget_with_a_floor():
     assert default_chunk_tokens(32_768, 2, is_small=False) == 4096
     assert default_chunk_tokens(32_768, 2, is_small=True) == 384

@@ -1,0 +1,128 @@
+"""A CUDA device that is not there: tensors on it have a shape and a device, and no memory.
+
+What runs on it takes every turn that Python code takes on a GPU: devices must agree, and whoever would wait for the
+device is told on. Not here: values, kernels, and when a stream is done with what.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from minift.ops import nf4
+from minift.ops.blockwise import dynamic_map
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_with_device(folder: Path, module: str) -> str:
+    """What `python -m module` prints in a process that believes in the device."""
+    library = folder / "pretended_cuda.so"
+    directories = [f"-I{path}" for path in include_paths()]
+    for path in library_paths():
+        directories += [f"-L{path}", f"-Wl,-rpath,{path}"]
+    source = str(Path(__file__).with_name("device.cpp"))
+    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", source, *directories, "-lc10", "-ltorch_cpu"]
+    subprocess.run([shutil.which("c++"), *flags, "-o", str(library)], check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Waits(TorchDispatchMode):
+    """Where minift's code made the host wait for the device: "file:function", in order. It does so when it reads a
+    tensor, of which all values are 5, and when it copies between device and host unless with non_blocking."""
+
+    current: Waits
+
+    def __init__(self) -> None:
+        super().__init__()
+        Waits.current = self
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        source = target = None
+        if function is torch.ops.aten._to_copy.default:
+            source, target, unwaited = args[0].device, kwargs.get("device"), kwargs.get("non_blocking", False)
+        elif function is torch.ops.aten.copy_.default:
+            source, target, unwaited = args[1].device, args[0].device, len(args) > 2 and args[2]
+        if target is not None and torch.device(target).type != source.type and not unwaited:
+            self.places.append(place())
+        return function(*args, **kwargs)
+
+    def tolist(self, tensor: Tensor) -> list[float]:
+        if tensor.is_cuda:
+            self.places.append(place())
+        return [5.0] * tensor.numel()
+
+
+def place() -> str:
+    """The innermost line of minift that is running."""
+    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT / "minift")]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "elsewhere"
+
+
+class Stream:
+    """Of torch.cuda's, what minift uses."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Stream) -> None: ...
+
+    def wait_event(self, _: Event) -> None: ...
+
+    def record_event(self, event: Event | None = None) -> Event:
+        return event or Event()
+
+
+class Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        Waits.current.places.append(place())
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[Waits]:
+    """Inside, tensors on cuda:0 can be made, in a process that believes in it. A tensor's address is that of what
+    describes its memory, and seeds, which tensors without values cannot give, are 7."""
+    with (
+        mock.patch.object(fake_tensor, "init_gpu_context", lambda _: None),
+        mock.patch.object(torch.cuda, "Stream", Stream),
+        mock.patch.object(torch.cuda, "Event", Event),
+        mock.patch.object(torch.cuda, "current_stream", Stream),
+        mock.patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+        mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata, create=True),
+        mock.patch.object(fake_tensor.FakeTensor, "data_ptr", address, create=True),
+        mock.patch("minift.model.low_rank.draw_seed", lambda: 7),
+        mock.patch("minift.optim.moments.dynamic_map", {signed: dynamic_map(signed) for signed in (True, False)}.get),
+        fake_tensor.FakeTensorMode(allow_non_fake_inputs=True),
+        Waits() as waits,
+        mock.patch.object(fake_tensor.FakeTensor, "tolist", lambda tensor: waits.tolist(tensor)),
+    ):
+        nf4._dynamic_map.cache_clear()
+        yield waits
+    nf4._dynamic_map.cache_clear()

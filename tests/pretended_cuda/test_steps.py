@@ -1,0 +1,34 @@
+"""A training step on a GPU, as far as no GPU is needed to see it: devices agree, nothing asks for values, and the host
+waits once, when the step's loss and norm are known, before anything is updated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from tests.pretended_cuda.device import run_with_device
+from tests.pretended_cuda.steps import CASES
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None, reason="preloads a library that it compiles"
+)
+
+
+@pytest.fixture(scope="module")
+def waits(tmp_path_factory) -> dict[str, list[str] | str]:
+    """Of each case, where its step waits; or why it failed."""
+    return json.loads(run_with_device(tmp_path_factory.mktemp("device"), "tests.pretended_cuda.steps"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_waits_once_a_step(waits, name):
+    """Where gradients are kept in host memory, the host also waits for those of each unit in each microbatch, but not
+    before the next unit's work was given to the device."""
+    found = waits[name]
+    assert isinstance(found, list), found
+    num_units, num_microbatches = 4, 2
+    offloads = num_units * num_microbatches if CASES[name].policy.offload else 0
+    assert found == ["streams.py:wait_for"] * offloads + ["step.py:train_step"]
