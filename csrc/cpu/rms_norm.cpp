@@ -1,5 +1,6 @@
 // RMS normalisation on the CPU: x (..., D) with strided rows allowed, weight (D).
 
+#include "../rms_norm_tensors.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -18,18 +19,9 @@ namespace {
 // result is then bitwise the same with any number of threads.
 constexpr int64_t MAX_DWEIGHT_BLOCKS = 64, MIN_DWEIGHT_BLOCK_ROWS = 32;
 
-void check_arguments(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() >= 1, "rms_norm: x must have at least one dimension");
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1),
-                  "rms_norm: weight must be one-dimensional and as long as the last dimension of x");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "rms_norm: weight must have the dtype of x");
-}
-
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  check_arguments(x, weight);
-  Tensor x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight), y = new_like(x);
-  torch::headeronly::IntHeaderOnlyArrayRef leading(x.sizes().data(), x.dim() - 1);
-  Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
+  check_rms_norm(x, weight);
+  Tensor x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight), y = new_like(x), rstd = new_rstd(x);
   dispatch_dtype(x, "rms_norm", [&](auto element) {
     using T = decltype(element);
     Rows<const T> in = rows<const T>(x_rows);
@@ -46,13 +38,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                              const Tensor& rstd, bool need_dweight) {
-  check_arguments(x, weight);
-  check_same(dy, x, "rms_norm_backward: dy must have the shape and dtype of x");
-  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(),
-                  "rms_norm_backward: rstd must be contiguous float32, as rms_norm returns it");
+  check_rms_norm_backward(dy, x, weight, rstd);
   Tensor dy_rows = with_rows(dy), x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight);
-  int64_t width = x.size(x.dim() - 1), count = row_layout(x).count;
-  STD_TORCH_CHECK(rstd.numel() == count, "rms_norm_backward: rstd must have one element for every row of x");
+  int64_t width = weight.size(0), count = rstd.numel();
   int64_t block_rows = std::max(MIN_DWEIGHT_BLOCK_ROWS, (count + MAX_DWEIGHT_BLOCKS - 1) / MAX_DWEIGHT_BLOCKS);
   int64_t num_blocks = need_dweight ? (count + block_rows - 1) / block_rows : 0;
   Tensor dx = new_like(x);

@@ -33,7 +33,7 @@ def bits_by_definition(seed: int, element: int) -> int:
     shape=st.one_of(
         st.tuples(st.integers(0, 70)),
         st.tuples(st.integers(1, 5), st.integers(0, 70)),
-        st.tuples(st.integers(1, 3), st.integers(1000, 6000)),
+        st.tuples(st.integers(1, 3), st.integers(100, 700).map(lambda packs: 8 * packs)),
         st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
     ),
     layout=st.sampled_from(LAYOUTS),

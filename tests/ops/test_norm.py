@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minift.ops import norm
 
+HAS_CUDA_KERNELS = True
 U32 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [
@@ -26,7 +27,8 @@ LAYOUTS = [
 ]
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 150)),
-    st.tuples(st.integers(1, 3), st.integers(1000, 6000)),
+    st.tuples(st.integers(1, 7), st.integers(1, 700).map(lambda packs: 8 * packs)),
+    st.tuples(st.integers(200, 900), st.sampled_from([8, 15, 40])),
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
 )
 # The fixtures hold no state between examples.
