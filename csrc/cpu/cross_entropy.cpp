@@ -2,6 +2,7 @@
 //
 // Every thread goes through its rows one by one: a row and its exponentials in fp32 stay in its second level of cache.
 
+#include "../cross_entropy_tensors.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -16,10 +17,7 @@ namespace minift {
 namespace {
 
 Tensor cross_entropy_(const Tensor& logits, const Tensor& targets, bool need_gradient) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.is_contiguous(),
-                  "cross_entropy_: logits must be contiguous (rows, vocabulary)");
-  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 && targets.is_contiguous() &&
-                      targets.size(0) == logits.size(0), "cross_entropy_: targets must be int64, one for each row");
+  check_cross_entropy(logits, targets);
   int64_t count = logits.size(0), width = logits.size(1);
   const int64_t* target = static_cast<const int64_t*>(targets.data_ptr());
   for (int64_t row = 0; row < count; ++row) {

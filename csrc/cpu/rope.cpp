@@ -1,5 +1,6 @@
 // Rotary position embedding on the CPU: x (T, H, E), cos and sin (T, E / 2) in fp32.
 
+#include "../rope_tensors.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -12,11 +13,7 @@ namespace minift {
 namespace {
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) % 2 == 0, "rope: x must be (tokens, heads, an even head dimension)");
-  check_same(cos, sin, "rope: cos and sin must have one shape and dtype");
-  STD_TORCH_CHECK(cos.scalar_type() == ScalarType::Float && cos.dim() == 2 && cos.size(0) == x.size(0) &&
-                      cos.size(1) == x.size(2) / 2,
-                  "rope: cos and sin must be float32 of shape (tokens, head dimension / 2)");
+  check_rope(x, cos, sin);
   Tensor x_rows = with_rows(x), cos_rows = torch::stable::contiguous(cos), sin_rows = torch::stable::contiguous(sin);
   Tensor y = new_like(x);
   dispatch_dtype(x, "rope", [&](auto element) {

@@ -1,7 +1,7 @@
-// RMS normalisation on the GPU. A row is the work of a team of threads: of a few lanes of a warp if their registers hold
-// it, else of a block. It is loaded once, and kept as it was in memory until its sum is known; what a row has beyond
-// HELD packs for each thread of a block is read a second time, from cache, and so are rows that are not aligned. The
-// weight stays in the first level of cache.
+// RMS normalisation on the GPU. A row is the work of a team of threads: lanes of a warp if their registers hold it, else
+// a block. It is loaded once, and kept as it was in memory until its sum is known; what a row has beyond HELD packs for
+// each thread of a block is read a second time, from cache, and so are rows that are not aligned. The weight stays in
+// the first level of cache.
 //
 // The sum over rows for dweight is made without atomics, so that its bits are the same in every run: every thread sums
 // its columns in registers over the rows of its team, every block its teams, and a second kernel the blocks.
@@ -20,7 +20,7 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int64_t MAX_DWEIGHT_PARTS = 512, MIN_DWEIGHT_ROWS = 4;  // rows: of each team in a part
 
-// How a block works: `lanes` neighbours are a team, and each holds up to HELD packs of its row. BLOCK: all are one team.
+// How a block works: `lanes` neighbours are a team, and each holds up to HELD packs of its row. BLOCK: all are one.
 // VECTOR: all rows are aligned and made of whole packs.
 template <bool BLOCK, bool VECTOR>
 struct Team {
@@ -92,7 +92,9 @@ __global__ void __launch_bounds__(THREADS)
     forward(Rows<const T> x, const T* weight, float eps, T* y, float* rstd, int lanes) {
   Team<BLOCK, VECTOR> team(lanes);
   int width = static_cast<int>(x.width);
-  auto load = [&](const T* row, int i) { return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i)); };
+  auto load = [&](const T* row, int i) {
+    return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i));
+  };
   // Every team of a warp goes through the loop equally often, for all lanes shuffle together.
   for (int64_t row_of_first = int64_t{blockIdx.x} * team.teams(); row_of_first < x.count;
        row_of_first += int64_t{gridDim.x} * team.teams()) {
@@ -103,10 +105,11 @@ __global__ void __launch_bounds__(THREADS)
     team.for_each_held(width, [&](int, int k) { sum += sum_of_squares(to_floats(held.at[k])); });
     team.for_each_other(width, [&](int i) { sum += sum_of_squares(load(x_row, i)); });
     float scale = 1.0f / sqrtf(team.sum(sum) / static_cast<float>(width) + eps);
-    if (row_of_first + team.index > row) continue;
+    if (row_of_first + team.index > row) continue;  // there is no such row
     if (team.first == 0) rstd[row] = scale;
     auto finish = [&](int i, const Pack& elements) {
-      store_pack<VECTOR>(y + row * width + i, normalised<T>(elements, load(weight, i), scale), VECTOR ? PACK : width - i);
+      Pack y_pack = normalised<T>(elements, load(weight, i), scale);
+      store_pack<VECTOR>(y + row * width + i, y_pack, VECTOR ? PACK : width - i);
     };
     team.for_each_held(width, [&](int i, int k) { finish(i, to_floats(held.at[k])); });
     team.for_each_other(width, [&](int i) { finish(i, load(x_row, i)); });
@@ -133,17 +136,18 @@ __device__ void add_dweight(Pack& dweight, const Pack& dy, const Pack& x, float 
 }
 
 // With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n.
-// Block b writes its part of dweight to parts + b * width. Without a number of blocks in its bounds the compiler spills a
-// register or two, for an occupancy of its own choice.
+// Block b writes its part of dweight to parts + b * width. Without a number of blocks in its bounds the compiler spills
+// a register or two, for an occupancy of its own choice.
 template <class T, bool BLOCK, bool VECTOR, bool NEED_DWEIGHT>
 __global__ void __launch_bounds__(THREADS, NEED_DWEIGHT ? 1 : 2)
-    backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, T* dx, float* parts,
-             int lanes) {
+    backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, T* dx, float* parts, int lanes) {
   Team<BLOCK, VECTOR> team(lanes);
   int width = static_cast<int>(x.width);
   float* part = parts + int64_t{blockIdx.x} * width;
   Pack sums[team.HELD + !team.HELD] = {};
-  auto load = [&](const T* row, int i) { return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i)); };
+  auto load = [&](const T* row, int i) {
+    return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i));
+  };
   for (int64_t row_of_first = int64_t{blockIdx.x} * team.teams(); row_of_first < x.count;
        row_of_first += int64_t{gridDim.x} * team.teams()) {
     int64_t row = min(row_of_first + team.index, x.count - 1);
@@ -241,7 +245,9 @@ void rms_norm(Rows<const T> x, const T* weight, float eps, T* y, float* rstd, cu
   check_width(x.width);
   bool vector = aligned(x) && aligned(y) && aligned(weight);
   int lanes = vector ? lanes_for(x.width) : THREADS;
-  auto* kernel = !vector ? &forward<T, true, false> : lanes <= WARP ? &forward<T, false, true> : &forward<T, true, true>;
+  auto* kernel = !vector         ? &forward<T, true, false>
+                 : lanes <= WARP ? &forward<T, false, true>
+                                 : &forward<T, true, true>;
   launch("rms_norm", kernel, blocks_for(x.count, THREADS / lanes), THREADS, stream, x, weight, eps, y, rstd, lanes);
 }
 

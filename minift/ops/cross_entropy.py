@@ -19,7 +19,8 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, need_gradient: bool) ->
 
     Args:
         logits_NV: contiguous; overwritten by the gradient of the losses' sum if needed, else left in any state.
-        targets_N: int64, in [0, V).
+        targets_N: int64, in [0, V). Others are refused; CUDA's kernel, for which nobody waits, makes the loss and the
+            gradient of such a row NaN.
     """
     if logits_NV.dim() != 2 or targets_N.shape != logits_NV.shape[:1] or targets_N.dtype != torch.int64:
         raise ValueError(

@@ -3,7 +3,8 @@
 Tolerances, with u = 2^-24 and r the range of a row's logits: an exponent x - max is off by r u, exp by 4 u, the sum of
 the exponentials (32 in a lane, tails of 31, then 4 * LANES at a time) by another 80 + V / 256 of them. So a probability
 is within (2 r + V / 256 + 91) u of itself, and the target's minus one by another u. The loss is as near, and off by
-2 u of the logarithm and of itself besides.
+2 u of the logarithm and of itself besides. A thread of the CUDA kernel sums V / 512, and when a larger logit comes it
+scales what it has: by exponents off by r u all together, and another 5 u each time, for each of its V / 4096 packs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from minift.ops import cross_entropy as module
 from minift.ops.cross_entropy import cross_entropy_
 
+HAS_CUDA_KERNELS = True
 U = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The fixtures hold no state between examples.
@@ -32,7 +34,7 @@ def run(implementation, logits, targets, need_gradient):
 @property_test
 @given(
     num_rows=st.integers(1, 5),
-    vocab_size=st.one_of(st.integers(1, 150), st.integers(1000, 3000)),
+    vocab_size=st.one_of(st.integers(1, 150), st.integers(1000, 3000), st.integers(20_000, 40_000)),
     scale=st.sampled_from([0.1, 3.0, 60.0]),
     shift=st.sampled_from([0.0, -500.0, 500.0]),
     seed=st.integers(0, 999),
@@ -91,8 +93,19 @@ def test_float64_stays_float64():
 def test_wrong_targets_are_refused():
     with pytest.raises(ValueError, match=r"logits are \(2, 5\) but targets \(3,\)"):
         cross_entropy_(torch.randn(2, 5), torch.zeros(3, dtype=torch.int64), True)
-    with pytest.raises(RuntimeError):
-        cross_entropy_(torch.randn(2, 5), torch.tensor([0, 5]), True)
+
+
+@pytest.mark.parametrize("outside", [-1, 70, 2**40])
+def test_a_target_outside_the_vocabulary(implementation, outside):
+    """Is refused; on CUDA, for which nobody waits, it makes its loss and its row NaN, and no other."""
+    logits, targets = torch.randn(3, 70), torch.tensor([0, outside, 69])
+    if not implementation.startswith("cuda"):
+        with pytest.raises(RuntimeError):
+            run(implementation, logits, targets, True)
+        return
+    losses = run(implementation, logits, targets, True)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

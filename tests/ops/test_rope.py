@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minift.ops.rope import apply_rope, rope_reference
 
+HAS_CUDA_KERNELS = True
 U32 = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "slice of wider rows", "every second row", "slice of a fused projection", "transposed"]
@@ -30,7 +31,10 @@ def rotation(x: torch.Tensor, angle_TR: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @property_test
 @given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 70).map(lambda half: 2 * half)),
+    shape=st.one_of(
+        st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 70).map(lambda half: 2 * half)),
+        st.tuples(st.integers(1, 40), st.integers(1, 9), st.sampled_from([16, 64, 96, 128])),
+    ),
     layout=st.sampled_from(LAYOUTS),
     dy_layout=st.sampled_from([*LAYOUTS, "expanded"]),
     seed=st.integers(0, 999),
