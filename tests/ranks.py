@@ -1,5 +1,7 @@
 """Run a function on n gloo processes that are started once and shared by all tests.
 
+With MINIFT_TEST_DEVICE=cuda they all compute on the first GPU.
+
 `run_ranks(n, fn, *args)` calls `fn(world, *args)` on ranks 0 … n - 1 of a pool of MAX_RANKS processes and returns the
 list of results; an exception on any rank is raised here with that rank's traceback. Starting a process costs seconds
 (importing torch), a call costs milliseconds, so hypothesis can afford hundreds of examples.
@@ -11,12 +13,18 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda", 0) if os.environ.get("MINIFT_TEST_DEVICE") == "cuda" else torch.device("cpu")
+"""Where ranks compute."""
 
 MAX_RANKS = 4
 TIMEOUT_S = 120
@@ -73,7 +81,6 @@ def _stop_pool() -> None:
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
-    import torch
     import torch.distributed as dist
 
     from minift.dist.process import World
@@ -93,7 +100,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            world = World(rank, n, rank, torch.device("cpu"), "gloo", groups[n - 1])
+            world = World(rank, n, rank, DEVICE, "gloo", groups[n - 1])
             pipe.send((True, fn(world, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

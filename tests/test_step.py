@@ -67,7 +67,7 @@ def steps_on_rank(
             )
         )  # fmt: skip
         scales.append(scaler.scale if scaler else 1.0)
-    return results, {name: tensor.clone() for name, tensor in engine.full_tensors()}, scales
+    return results, {name: tensor.cpu().clone() for name, tensor in engine.full_tensors()}, scales
 
 
 FP32 = Precision(wire="float32")

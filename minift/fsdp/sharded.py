@@ -42,7 +42,7 @@ def connect(world: World) -> Transport:
     """The fastest transport that works between the ranks of `world`. Collective."""
     if world.size == 1:
         return Transport(world)
-    if world.backend == "nccl":
+    if world.device.type == "cuda":
         return NcclTransport(world)
     return SharedMemory.connect(world) or PairedSends(world)
 

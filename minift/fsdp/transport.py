@@ -118,7 +118,7 @@ class Transport:
 
 
 class NcclTransport(Transport):
-    """Collectives on the current stream; the host never waits."""
+    """Collectives on the current stream; the host never waits. (GPU tensors may go over gloo too: slow, for tests.)"""
 
     sums_in_fp32 = False
 

@@ -205,7 +205,7 @@ class _Maker:
     def stored(self, I: int, O: int) -> Iterator[Callable[[], Sample]]:  # noqa: E741
         one = NF4Linear(I, O, False, 64, True, self._torch_dtype, self.device)
         for name, parameter in one.named_parameters():
-            parameter.data.copy_(random_weights(name, 0, parameter.numel()))
+            parameter.data.copy_(random_weights(name, 0, parameter.numel(), parameter.device))
         copies = [one, *(copy.deepcopy(one) for _ in range(_others(I * O // 2)))]
         weight = itertools.cycle([projection.nf4() for projection in copies]).__next__
         out = self.random(O, I)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Trial:
         units = self.module.shard_units()
         apply_recompute(self.module, units, setup.recompute, self.recorder)
         self.engine = shard(self.module, units, world, setup.fsdp, setup.precision, self.recorder, connect)
-        self.engine.load(random_weights)
+        self.engine.load(partial(random_weights, device=world.device))
         self.optimizer = AdamW(self.engine.trainable_shards(), setup.optim)
         self.microbatches = [
             random_batch(config.vocab_size, workload, seed=number).to(world.device)
@@ -103,20 +104,21 @@ class Trial:
         return self.recorder.stop()
 
 
-def random_weights(name: str, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a parameter, flattened: matrices small and normal, norms 1. Of packed weights: random
+def random_weights(name: str, start: int, stop: int, device: torch.device) -> Tensor:
+    """Elements [start, stop) of a parameter, flattened, on `device`: matrices small and normal, norms 1. Of packed
+    weights: random
     codes, and scales that make the weights about as large."""
-    generator = torch.Generator().manual_seed(start)
+    generator = torch.Generator(device).manual_seed(start)
     part = name.rpartition(".")[2]
     if part == "codes":
-        return torch.randint(256, (stop - start,), generator=generator, dtype=torch.uint8)
+        return torch.randint(256, (stop - start,), generator=generator, dtype=torch.uint8, device=device)
     if part == "shifts":
-        return torch.zeros(stop - start, dtype=torch.uint8)
+        return torch.zeros(stop - start, dtype=torch.uint8, device=device)
     if part in ("scales", "nested"):  # scales in 8 bits may be any bytes
-        return torch.full((stop // 4 + 1,), _SCALE).view(torch.uint8)[start:stop]
+        return torch.full((stop // 4 + 1,), _SCALE, device=device).view(torch.uint8)[start:stop]
     if "norm" in name:
-        return torch.ones(stop - start)
-    return torch.randn(stop - start, generator=generator) * _SCALE
+        return torch.ones(stop - start, device=device)
+    return torch.randn(stop - start, generator=generator, device=device) * _SCALE
 
 
 def random_batch(vocab_size: int, workload: Workload, seed: int) -> Batch:

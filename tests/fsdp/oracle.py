@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.fsdp.trees import Case, Tree, loss_of, set_path
+from tests.ranks import DEVICE
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def unsharded(case: Case, masters: Tree | None = None) -> Tree:
     model = Tree(case) if masters is None else copy.deepcopy(masters)
     for parameter in model.parameters():
         stored = parameter.data.to(case.precision.master_dtype) if parameter.requires_grad else parameter.data
-        parameter.grad, parameter.data = None, stored.to(case.precision.wire_dtype)
+        parameter.grad, parameter.data = None, stored.to(DEVICE, case.precision.wire_dtype)
     return model
 
 
@@ -65,7 +66,7 @@ def reference_gradients(case: Case, masters: Tree | None = None) -> dict[str, Te
         for index in range(case.microbatches):
             loss_of(model, case, rank, index).backward()
     return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
+        name: torch.zeros(p.shape) if p.grad is None else p.grad.cpu()
         for name, p in model.named_parameters()
         if p.requires_grad
     }
@@ -108,5 +109,5 @@ def addends_of(model: Tree, case: Case, rank: int, index: int) -> dict[str, list
     for prefix, module in uses:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                addends.setdefault(f"{prefix}.{name}", []).append(parameter.grad)
+                addends.setdefault(f"{prefix}.{name}", []).append(parameter.grad.cpu())
     return addends

@@ -108,12 +108,13 @@ def loss_of(model: Tree, case: Case, rank: int, index: int) -> Tensor:
     """Of a microbatch. What dropout drops is a function of (rank, index) too."""
     set_path(model, case, index)
     torch.manual_seed(1000 * rank + index)
-    return model(microbatch(case, rank, index))
+    return model(microbatch(case, rank, index).to(next(model.parameters()).device))
 
 
 def connect_by(transport: str, world: World) -> Transport:
-    """Shared memory, or paired sends although shared memory would work; nothing for a group of one."""
-    if world.size == 1:
+    """Shared memory, or paired sends although shared memory would work; nothing for a group of one, and on a GPU what
+    there is."""
+    if world.size == 1 or world.device.type == "cuda":
         return connect(world)
     if transport == "paired":
         return PairedSends(world)
@@ -148,7 +149,7 @@ def gathered_gradients(engine: ShardedModel) -> dict[str, Tensor]:
     gradients = {}
     for bucket in engine.buckets:
         if bucket.trainable:
-            full = torch.cat(gather_objects(bucket.grad.clone(), engine.shard_world))
+            full = torch.cat(gather_objects(bucket.grad.cpu().clone(), engine.shard_world))
             views = zip(bucket.layout.spans, bucket.layout.views(full), strict=True)
             gradients |= {span.name: view for span, view in views}
     return gradients
