@@ -4,6 +4,7 @@
 // of a wide matrix, are each computed by one thread, in the same way whichever it is: results have the same bits with
 // any number of threads.
 
+#include "../low_rank_tensors.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -19,8 +20,6 @@
 
 namespace minift {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 // A matrix (length, width) that rows of `length` elements are multiplied by; see low_rank_kernels.h.
 class Panel {
@@ -39,30 +38,6 @@ class Panel {
  private:
   std::vector<uint32_t> pairs_;
 };
-
-const Tensor& of_factor(const Tensors& wides, size_t i) { return wides[wides.size() == 1 ? 0 : i]; }
-
-bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
-  return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
-}
-
-void check_wides(const Tensors& wides, size_t num_factors) {
-  STD_TORCH_CHECK(num_factors > 0 && (wides.size() == num_factors || wides.size() == 1),
-                  "low rank: there must be one wide matrix for each factor, or one for all");
-  for (const Tensor& wide : wides) {
-    STD_TORCH_CHECK(wide.dim() == 2 && wide.size(0) == wides[0].size(0) && wide.scalar_type() == ScalarType::BFloat16,
-                    "low rank: wide matrices must be bfloat16 (tokens, width)");
-  }
-}
-
-void check_factor(const Tensor& factor, const Tensor& wide) {
-  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == wide.size(1) && factor.scalar_type() == ScalarType::BFloat16,
-                  "low rank: factors must be bfloat16 (width, rank)");
-}
-
-Tensor with_adjacent_columns(const Tensor& tensor) {
-  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
 
 LowRankProduct product_of(const Tensor& rows, const Panel& panel) {
   return {static_cast<const Bf16*>(rows.data_ptr()), rows.stride(0), rows.size(1), panel.pairs()};
@@ -83,13 +58,11 @@ void compute(const std::vector<LowRankSum>& sums, int64_t tokens, Kernel* kernel
 
 // [scale_0 wide_0 F_0, scale_1 wide_1 F_1, ..] side by side.
 Tensor to_rank(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales) {
-  check_wides(wides, factors.size());
-  STD_TORCH_CHECK(scales.size() == factors.size(), "to_rank: there must be a scale for each factor");
+  check_to_rank(wides, factors, scales);
   int64_t tokens = wides[0].size(0), rank = 0;
   Tensors inputs;
   std::vector<Panel> panels;
   for (size_t i = 0; i < factors.size(); ++i) {
-    check_factor(factors[i], of_factor(wides, i));
     inputs.push_back(with_adjacent_columns(of_factor(wides, i)));
     panels.emplace_back(factors[i], 0);
     rank += factors[i].size(1);
@@ -108,16 +81,11 @@ Tensor to_rank(const Tensors& wides, const Tensors& factors, const std::vector<d
 
 // wide_i += narrow_i F_i^T; or wide += the sum of all.
 void add_from_rank_(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
-  check_wides(wides, factors.size());
-  STD_TORCH_CHECK(narrows.size() == factors.size(), "add_from_rank_: there must be a narrow matrix for each factor");
+  check_add_from_rank(wides, narrows, factors);
   int64_t tokens = wides[0].size(0);
   Tensors inputs;
   std::vector<Panel> panels;
   for (size_t i = 0; i < factors.size(); ++i) {
-    check_factor(factors[i], of_factor(wides, i));
-    STD_TORCH_CHECK(is_matrix(narrows[i], tokens, factors[i].size(1)) &&
-                        narrows[i].scalar_type() == ScalarType::BFloat16,
-                    "add_from_rank_: narrow matrices must be bfloat16 (tokens, rank)");
     inputs.push_back(with_adjacent_columns(narrows[i]));
     panels.emplace_back(factors[i], 1);
   }
@@ -126,7 +94,6 @@ void add_from_rank_(const Tensors& wides, const Tensors& narrows, const Tensors&
   for (size_t i = 0; i < factors.size(); ++i) products.push_back(product_of(inputs[i], panels[i]));
   int64_t products_each = wides.size() == 1 ? products.size() : 1;
   for (size_t i = 0; i < wides.size(); ++i) {
-    STD_TORCH_CHECK(wides[i].stride(1) == 1, "add_from_rank_: the elements of a row must be adjacent");
     sums.push_back({&products[i], products_each, panels[i].width, wides[i].size(1), 1.0f,
                     static_cast<Bf16*>(wides[i].data_ptr()), wides[i].stride(0)});
   }
@@ -135,8 +102,7 @@ void add_from_rank_(const Tensors& wides, const Tensors& narrows, const Tensors&
 
 // gradient_i = wide_i^T narrow_i, (width, rank).
 void factor_gradients_(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
-  check_wides(wides, gradients.size());
-  STD_TORCH_CHECK(narrows.size() == gradients.size(), "factor_gradients_: one narrow matrix for each gradient");
+  check_factor_gradients(gradients, wides, narrows);
   int64_t tokens = wides[0].size(0);
   struct Strip { size_t factor; int64_t begin; };
   std::vector<Strip> strips;
@@ -145,12 +111,6 @@ void factor_gradients_(const Tensors& gradients, const Tensors& wides, const Ten
   int64_t most_sums = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
     int64_t width = of_factor(wides, i).size(1);
-    STD_TORCH_CHECK(is_matrix(narrows[i], tokens, gradients[i].size(1)) &&
-                        narrows[i].scalar_type() == ScalarType::BFloat16,
-                    "factor_gradients_: narrow matrices must be bfloat16 (tokens, rank)");
-    STD_TORCH_CHECK(is_matrix(gradients[i], width, narrows[i].size(1)) &&
-                        (gradients[i].stride(0) == 1 || gradients[i].stride(1) == 1),
-                    "factor_gradients_: gradients must be (width, rank), contiguous or the transpose of what is");
     inputs.push_back(with_adjacent_columns(of_factor(wides, i)));
     panels.emplace_back(narrows[i], 0);
     most_sums = std::max(most_sums, panels[i].width * GRADIENT_STRIP);

@@ -6,9 +6,10 @@ With factors F (W, R), which for LoRA are Aᵀ and B:
     add_from_rank_     wide  += narrow Fᵀ
     factor_gradients_  dF     = wideᵀ narrow
 
-Each does several at once, because one is over before a thread has woken up for it. In bf16 on a CPU these are compiled
-kernels; general GEMMs are slow where one side of a matrix is 16. Everything else is products by PyTorch. Sums are fp32,
-results are rounded once (in PyTorch, factors of one wide matrix also after they were scaled). Not here: autograd.
+Each does several at once, because one is over before a thread has woken up for it, or a GPU's next kernel has begun. In
+bf16 these are compiled kernels; general GEMMs are slow where one side of a matrix is 16. Everything else is products by
+PyTorch: other dtypes, and on a GPU ranks with which a wide matrix would be read twice. Sums are fp32, and results are
+rounded once (in PyTorch, factors of one wide matrix also after they were scaled). Not here: autograd.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from torch import Tensor
 from minift.ops import extension
 from minift.ops.matmul import addmm_, mm
 
+MOST_RANKS_ON_GPU = 64
+"""Of one wide matrix, that its kernels take at once (csrc/cuda/low_rank_tiles.h: GROUP tiles of TILE)."""
+
 
 def to_rank(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """[s_0 wide_0 F_0, s_1 wide_1 F_1, ..] side by side: (T, sum of ranks).
@@ -29,21 +33,21 @@ def to_rank(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence
     cast to that of wides.
     """
     _check("to_rank", wides, factors)
-    run = _to_rank if _is_compiled(wides) else to_rank_reference
+    run = _to_rank if _is_compiled(wides, factors) else to_rank_reference
     return run(wides, _like(wides[0], factors), scales)
 
 
 def add_from_rank_(wides: Sequence[Tensor], narrows: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """wide_i += narrow_i F_iᵀ in place; if there is one wide for all, the sum of all products is added to it."""
     _check("add_from_rank_", wides, factors)
-    run = _add_from_rank_ if _is_compiled(wides) else add_from_rank_reference
+    run = _add_from_rank_ if _is_compiled(wides, factors) else add_from_rank_reference
     run(wides, narrows, _like(wides[0], factors))
 
 
 def factor_gradients_(gradients: Sequence[Tensor], wides: Sequence[Tensor], narrows: Sequence[Tensor]) -> None:
     """gradient_i = wide_iᵀ narrow_i, (W, R): contiguous or the transpose of what is, in any float dtype."""
     _check("factor_gradients_", wides, gradients)
-    run = _factor_gradients_ if _is_compiled(wides) else factor_gradients_reference
+    run = _factor_gradients_ if _is_compiled(wides, gradients) else factor_gradients_reference
     run(gradients, wides, narrows)
 
 
@@ -82,8 +86,11 @@ def factor_gradients_reference(gradients: Sequence[Tensor], wides: Sequence[Tens
             gradient.copy_(mm(wide.t(), narrow))
 
 
-def _is_compiled(wides: Sequence[Tensor]) -> bool:
-    return wides[0].dtype == torch.bfloat16
+def _is_compiled(wides: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
+    if wides[0].dtype != torch.bfloat16 or wides[0].device.type == "cpu":
+        return wides[0].dtype == torch.bfloat16
+    ranks = [factor.shape[1] for factor in factors]
+    return (sum(ranks) if len(wides) == 1 else max(ranks)) <= MOST_RANKS_ON_GPU
 
 
 def _like(wide: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,13 +15,21 @@ from hypothesis import strategies as st
 from minift.ops import low_rank as module
 from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
 
+HAS_CUDA_KERNELS = True
 U = 2.0**-24
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def sizes_in(unit):
+    """Up to three widths and three ranks, multiples of `unit`: of eight, so that kernels can take eight at a time."""
+    of_unit = [st.integers(1, largest // unit).map(lambda count: unit * count) for largest in (150, 40)]
+    return st.tuples(st.lists(of_unit[0], min_size=1, max_size=3), st.lists(of_unit[1], min_size=3, max_size=3))
+
+
 CASES = {
     "tokens": st.integers(1, 150),
-    "widths": st.lists(st.integers(1, 150), min_size=1, max_size=3),
-    "ranks": st.lists(st.integers(1, 40), min_size=3, max_size=3),
+    "sizes": st.one_of(sizes_in(1), sizes_in(8)),
     "is_shared": st.booleans(),
     "layout": st.sampled_from(["contiguous", "slice of wider rows", "transposed"]),
     "seed": st.integers(0, 999),
@@ -44,9 +52,9 @@ def shapes_of(widths, ranks, is_shared):
 
 @property_test
 @given(**CASES, scale=st.sampled_from([1.0, -2.5]))
-def test_to_rank(implementation, run, draw_tensor, rounding, tokens, widths, ranks, is_shared, layout, scale, seed):
+def test_to_rank(implementation, run, draw_tensor, rounding, tokens, sizes, is_shared, layout, scale, seed):
     generator = torch.Generator().manual_seed(seed)
-    wide_widths, factor_widths, ranks = shapes_of(widths, ranks, is_shared)
+    wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
     wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, layout) for width in wide_widths]
     factors = [
         draw_tensor(generator, (width, rank), torch.bfloat16, layout)
@@ -64,9 +72,9 @@ def test_to_rank(implementation, run, draw_tensor, rounding, tokens, widths, ran
 
 @property_test
 @given(**CASES)
-def test_add_from_rank(run, draw_tensor, rounding, tokens, widths, ranks, is_shared, layout, seed):
+def test_add_from_rank(run, draw_tensor, rounding, tokens, sizes, is_shared, layout, seed):
     generator = torch.Generator().manual_seed(seed)
-    wide_widths, factor_widths, ranks = shapes_of(widths, ranks, is_shared)
+    wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
     row_layout = "contiguous" if layout == "transposed" else layout
     wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, row_layout) for width in wide_widths]
     narrows = [draw_tensor(generator, (tokens, rank), torch.bfloat16, layout) for rank in ranks]
@@ -87,10 +95,10 @@ def test_add_from_rank(run, draw_tensor, rounding, tokens, widths, ranks, is_sha
 @property_test
 @given(**CASES, dtype=st.sampled_from([torch.bfloat16, torch.float32]), is_transposed=st.booleans())
 def test_factor_gradients(
-    implementation, run, draw_tensor, rounding, tokens, widths, ranks, is_shared, layout, dtype, is_transposed, seed
+    implementation, run, draw_tensor, rounding, tokens, sizes, is_shared, layout, dtype, is_transposed, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    wide_widths, factor_widths, ranks = shapes_of(widths, ranks, is_shared)
+    wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
     wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, layout) for width in wide_widths]
     narrows = [draw_tensor(generator, (tokens, rank), torch.bfloat16, layout) for rank in ranks]
     gradients = [
@@ -107,8 +115,30 @@ def test_factor_gradients(
         assert ((gradient.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("width, rank", [(33, 5), (32, 6)])
-def test_neighbours_in_memory_are_not_read(instruction_set, width, rank):
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("tokens", [0, 600, 1100])
+def test_gradients_of_many_tokens_and_of_none(run, rounding, tokens, is_shared):
+    """Sums of parts of the tokens, where a GPU would have nothing to do otherwise."""
+    generator = torch.Generator().manual_seed(tokens)
+    wides = [torch.randn(tokens, 200, generator=generator).bfloat16() for _ in range(2 - is_shared)]
+    narrows = [torch.randn(tokens, rank, generator=generator).bfloat16() for rank in (16, 24)]
+    gradients = [torch.full((200, 16), torch.nan), torch.full((24, 200), torch.nan, dtype=torch.bfloat16).t()]
+    run["factor_gradients_"](gradients, wides, narrows)
+    for i, (gradient, narrow) in enumerate(zip(gradients, narrows, strict=True)):
+        wide = wides[0 if is_shared else i].double()
+        exact, size = wide.t() @ narrow.double(), wide.abs().t() @ narrow.double().abs()
+        bound = (tokens + 1) * U * size + 1.01 * rounding(exact, torch.bfloat16)
+        assert ((gradient.double() - exact).abs() <= bound).all()
+
+
+def test_many_ranks_of_one_wide_matrix_are_left_to_pytorch_on_a_gpu():
+    wide, factor = (torch.empty(4, 40, dtype=torch.bfloat16, device=device) for device in ("meta", "cpu"))
+    assert module._is_compiled([wide], [factor]) and module._is_compiled([wide, wide], [factor, factor])
+    assert not module._is_compiled([wide], [factor, factor]) and module._is_compiled([factor], [factor, factor])
+
+
+@pytest.mark.parametrize("width, rank", [(33, 5), (32, 6), (32, 8)])
+def test_neighbours_in_memory_are_not_read(implementation, width, rank):
     """Elements go in pairs; where their number is odd, the last one's partner belongs to somebody else."""
     wide = torch.full((9, width + 1), torch.nan, dtype=torch.bfloat16)[:, :width].fill_(1.0)
     narrow = torch.full((9, rank + 1), torch.nan, dtype=torch.bfloat16)[:, :rank].fill_(1.0)

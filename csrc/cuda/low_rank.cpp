@@ -1,0 +1,106 @@
+// Low-rank updates on the GPU, in bf16: wide matrices (T, W), narrow ones (T, R), factors (W, R).
+
+#include "../low_rank_tensors.h"
+
+#include "low_rank_gradient_kernels.h"
+#include "low_rank_kernels.h"
+#include "tensors.h"
+
+namespace minift::cuda {
+namespace {
+
+Bf16* elements(const Tensor& tensor) { return static_cast<Bf16*>(tensor.data_ptr()); }
+
+Wide wide_of(const Tensor& tensor) { return {elements(tensor), tensor.stride(0), tensor.size(1)}; }
+
+// What kernels read: the tensors, or copies of those whose layout they do not know, which live as long as this.
+class Operands {
+ public:
+  void add_wide(const Tensor& wide) {
+    kept_.push_back(with_adjacent_columns(wide));
+    wides.push_back(wide_of(kept_.back()));
+  }
+
+  void add_term(Bf16* narrow, int64_t narrow_stride, const Tensor& factor, double scale) {
+    bool adjacent_rows = factor.stride(0) == 1 || factor.size(0) == 1;
+    kept_.push_back(adjacent_rows ? factor : with_adjacent_columns(factor));
+    const Tensor& kept = kept_.back();
+    bool ranks_adjacent = kept.stride(1) == 1;
+    terms.push_back({narrow, narrow_stride, factor.size(1), elements(kept), kept.stride(ranks_adjacent ? 0 : 1),
+                     ranks_adjacent, static_cast<float>(scale)});
+  }
+
+  void add_term(const Tensor& narrow, const Tensor& factor) {
+    kept_.push_back(with_adjacent_columns(narrow));
+    Bf16* data = elements(kept_.back());
+    int64_t stride = kept_.back().stride(0);
+    add_term(data, stride, factor, 1.0);
+  }
+
+  std::vector<Wide> wides;
+  std::vector<LowRankTerm> terms;
+
+ private:
+  Tensors kept_;
+};
+
+Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales) {
+  check_to_rank(wides, factors, scales);
+  int64_t tokens = wides[0].size(0), rank = 0, column = 0;
+  for (const Tensor& factor : factors) rank += factor.size(1);
+  OnDevice on(wides[0]);
+  Tensor narrow = torch::stable::new_empty(wides[0], {tokens, rank});
+  Operands operands;
+  for (const Tensor& wide : wides) operands.add_wide(wide);
+  for (size_t i = 0; i < factors.size(); column += factors[i++].size(1)) {
+    operands.add_term(elements(narrow) + column, rank, factors[i], scales[i]);
+  }
+  to_rank(operands.wides, operands.terms, tokens, on.stream);
+  return narrow;
+}
+
+void add_from_rank_op(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
+  check_add_from_rank(wides, narrows, factors);
+  OnDevice on(wides[0]);
+  Operands operands;
+  for (const Tensor& wide : wides) operands.wides.push_back(wide_of(wide));
+  for (size_t i = 0; i < factors.size(); ++i) operands.add_term(narrows[i], factors[i]);
+  add_from_rank(operands.wides, operands.terms, wides[0].size(0), on.stream);
+}
+
+GradientType type_of(const Tensor& gradient) {
+  return dispatch_dtype(gradient, "factor_gradients_", [](auto element) {
+    using T = decltype(element);
+    if (std::is_same_v<T, float>) return GradientType::FLOAT;
+    return std::is_same_v<T, Bf16> ? GradientType::BF16 : GradientType::FP16;
+  });
+}
+
+void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
+  check_factor_gradients(gradients, wides, narrows);
+  OnDevice on(wides[0]);
+  Tensors wide_rows, narrow_rows;
+  for (const Tensor& wide : wides) wide_rows.push_back(with_adjacent_columns(wide));
+  for (const Tensor& narrow : narrows) narrow_rows.push_back(with_adjacent_columns(narrow));
+  std::vector<FactorGradient> terms;
+  int64_t tokens = wides[0].size(0), numel = 0;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Tensor& narrow = narrow_rows[i];
+    terms.push_back({wide_of(of_factor(wide_rows, i)), elements(narrow), narrow.stride(0), narrow.size(1), gradients[i].data_ptr(),
+                     type_of(gradients[i]), gradients[i].stride(0), gradients[i].stride(1)});
+    numel += gradients[i].numel();
+  }
+  int64_t splits = gradient_splits(terms, tokens);
+  Tensor sums = torch::stable::new_empty(wides[0], {splits * numel}, ScalarType::Float);
+  factor_gradients(terms, tokens, splits, static_cast<float*>(sums.data_ptr()), on.stream);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minift, MINIFT_CUDA_KEY, m) {
+  m.impl("to_rank", TORCH_BOX(&to_rank_op));
+  m.impl("add_from_rank_", TORCH_BOX(&add_from_rank_op));
+  m.impl("factor_gradients_", TORCH_BOX(&factor_gradients_op));
+}
+
+}  // namespace minift::cuda

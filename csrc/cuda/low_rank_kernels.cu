@@ -1,0 +1,215 @@
+// Products of wide bf16 matrices with narrow ones on the tensor cores: one launch for all of an op's terms.
+//
+// Bound by memory: rank 16 does 16 FMA for an element of a wide matrix, and an H100 could do 150 while it is read.
+// to_rank reads each wide matrix once, 2 T W bytes, add_from_rank_ reads and writes it, 4 T W: as cuBLAS does, so what
+// is won are launches, and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks them,
+// multiplies: five launches for one (add_from_rank_: two stacks and a product). A launch costs the GPU about 2
+// microseconds, reading x (8192, 4096) 20. Factors and narrow matrices are read again by every block, from the L2 cache:
+// with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond 64 are better left to cuBLAS,
+// and minift/ops/low_rank.py does so.
+
+#include "low_rank_kernels.h"
+
+#include "low_rank_tiles.h"
+
+namespace minift::cuda {
+namespace {
+
+using namespace low_rank;
+
+template <bool VECTOR>
+__global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) to_rank_kernel(const __grid_constant__ Work work) {
+  struct Tiles {
+    Bf16 wide[ROWS * STRIDE];
+    Bf16 factors[GROUP][TILE * STRIDE];
+  };
+  union alignas(32) Memory {
+    Tiles tiles;
+    float sums[2][ROWS * GROUP * TILE];
+  };
+  __shared__ Memory memory;
+  // Warps share the rows, and the columns between two of them.
+  int warp = threadIdx.x / WARP, row_tile = warp % (ROWS / TILE), half = warp / (ROWS / TILE);
+  int64_t row_blocks = (work.tokens + ROWS - 1) / ROWS;
+  for (int64_t item = blockIdx.x; item < row_blocks * work.num_groups; item += gridDim.x) {
+    const Group& group = work.groups[item / row_blocks];
+    const RankTile* tiles = work.tiles + group.first_tile;
+    int64_t first_row = item % row_blocks * ROWS;
+    Sum sums[GROUP];
+#pragma unroll
+    for (int t = 0; t < GROUP; ++t) wmma::fill_fragment(sums[t], 0.0f);
+    WideTile<VECTOR> wide;
+    FactorTiles<VECTOR> factors;
+    wide.load(group.wide, first_row, work.tokens, 0);
+    factors.load(tiles, group.num_tiles, group.wide.width, 0);
+    for (int64_t column = 0; column < group.wide.width; column += COLUMNS) {
+      __syncthreads();  // what was here has been multiplied, or read
+      wide.store(memory.tiles.wide);
+      factors.store(tiles, group.num_tiles, memory.tiles.factors);
+      if (column + COLUMNS < group.wide.width) {
+        wide.load(group.wide, first_row, work.tokens, column + COLUMNS);
+        factors.load(tiles, group.num_tiles, group.wide.width, column + COLUMNS);
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int k = 0; k < COLUMNS / 2; k += TILE) {
+        int at = half * (COLUMNS / 2) + k;
+        auto a = load_a<RowsOfA>(memory.tiles.wide + row_tile * TILE * STRIDE + at, STRIDE);
+#pragma unroll
+        for (int t = 0; t < GROUP; ++t) {
+          if (t >= group.num_tiles) continue;
+          if (tiles[t].ranks_adjacent) multiply<RowsOfB>(sums[t], a, memory.tiles.factors[t] + at * TILE, TILE);
+          else multiply<ColumnsOfB>(sums[t], a, memory.tiles.factors[t] + at, STRIDE);
+        }
+      }
+    }
+    __syncthreads();  // tiles end, sums begin
+#pragma unroll
+    for (int t = 0; t < GROUP; ++t) {
+      float* to = memory.sums[half] + row_tile * TILE * GROUP * TILE + t * TILE;
+      wmma::store_matrix_sync(to, sums[t], GROUP * TILE, wmma::mem_row_major);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROWS * GROUP * TILE; i += THREADS) {
+      int64_t row = first_row + i / (GROUP * TILE);
+      int t = i / TILE % GROUP, rank = i % TILE;
+      if (t >= group.num_tiles || rank >= tiles[t].ranks || row >= work.tokens) continue;
+      float sum = (memory.sums[0][i] + memory.sums[1][i]) * tiles[t].scale;
+      tiles[t].narrow[row * tiles[t].narrow_stride + rank] = from_float<Bf16>(sum);
+    }
+  }
+}
+
+template <bool VECTOR>
+__global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) add_from_rank_kernel(const __grid_constant__ Work work) {
+  struct Tiles {
+    Bf16 factors[GROUP][TILE * STRIDE];
+    Bf16 narrows[GROUP][ROWS * TILE];
+  };
+  union alignas(32) Memory {
+    Tiles tiles;
+    float sums[ROWS * COLUMNS];
+  };
+  __shared__ Memory memory;
+  constexpr int COLUMN_TILES = COLUMNS / TILE / 2;  // of a warp
+  int warp = threadIdx.x / WARP, row_tile = warp % (ROWS / TILE), half = warp / (ROWS / TILE);
+  int64_t row_blocks = (work.tokens + ROWS - 1) / ROWS, widest = 0;
+  for (int g = 0; g < work.num_groups; ++g) widest = max(widest, work.groups[g].wide.width);
+  int64_t column_blocks = (widest + COLUMNS - 1) / COLUMNS, blocks = row_blocks * column_blocks;
+  for (int64_t item = blockIdx.x; item < blocks * work.num_groups; item += gridDim.x) {
+    const Group& group = work.groups[item / blocks];
+    // Neighbours in the grid have neighbouring columns: rows of a wide matrix are read and written in order.
+    int64_t first_row = item % blocks / column_blocks * ROWS, column = item % column_blocks * COLUMNS;
+    if (column >= group.wide.width) continue;
+    WideTile<VECTOR> wide;
+    wide.load(group.wide, first_row, work.tokens, column);
+    Sum sums[COLUMN_TILES];
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; ++c) wmma::fill_fragment(sums[c], 0.0f);
+    for (int done = 0; done < group.num_tiles; done += GROUP) {
+      const RankTile* tiles = work.tiles + group.first_tile + done;
+      int count = min(GROUP, group.num_tiles - done);
+      FactorTiles<VECTOR> factors;
+      NarrowTiles<VECTOR> narrows;
+      factors.load(tiles, count, group.wide.width, column);
+      narrows.load(tiles, count, first_row, work.tokens);
+      __syncthreads();  // what was here has been multiplied, or read
+      factors.store(tiles, count, memory.tiles.factors);
+      narrows.store(memory.tiles.narrows);
+      __syncthreads();
+#pragma unroll 1
+      for (int t = 0; t < count; ++t) {
+        auto a = load_a<RowsOfA>(memory.tiles.narrows[t] + row_tile * TILE * TILE, TILE);
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; ++c) {
+          int at = half * (COLUMNS / 2) + c * TILE;
+          if (tiles[t].ranks_adjacent) multiply<ColumnsOfB>(sums[c], a, memory.tiles.factors[t] + at * TILE, TILE);
+          else multiply<RowsOfB>(sums[c], a, memory.tiles.factors[t] + at, STRIDE);
+        }
+      }
+    }
+    __syncthreads();  // tiles end, sums begin
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; ++c) {
+      float* to = memory.sums + row_tile * TILE * COLUMNS + half * (COLUMNS / 2) + c * TILE;
+      wmma::store_matrix_sync(to, sums[c], COLUMNS, wmma::mem_row_major);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < WideTile<VECTOR>::PACKS; ++i) {
+      int64_t row = first_row + wide.row(i), left = group.wide.width - column - wide.column();
+      if (row >= work.tokens || left <= 0) continue;
+      Pack pack = to_floats(wide.packs[i]);
+#pragma unroll
+      for (int k = 0; k < PACK; ++k) pack.at[k] += memory.sums[wide.row(i) * COLUMNS + wide.column() + k];
+      store_pack<VECTOR>(group.wide.data + row * group.wide.stride + column + wide.column(), pack, left);
+    }
+  }
+}
+
+// Whether every access can be a whole pack.
+bool vectors(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms) {
+  bool all = true;
+  for (const Wide& wide : wides) all &= in_packs(wide.data, wide.stride, wide.width);
+  for (const LowRankTerm& term : terms) {
+    all &= in_packs(term.factor, term.factor_stride, term.rank) && in_packs(term.narrow, term.narrow_stride, term.rank);
+  }
+  return all;
+}
+
+// run(work) with the terms in groups of at most `tiles_of_group` tiles that share a wide matrix, as often as it takes.
+template <class Run>
+void for_each_work(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
+                   int tiles_of_group, const Run& run) {
+  Work work{};
+  auto flush = [&] {
+    work.tokens = tokens;
+    run(work);
+    work = Work{};
+  };
+  for (size_t i = 0; i < terms.size(); ++i) {
+    const LowRankTerm& term = terms[i];
+    bool same_wide = i > 0 && wides.size() == 1;
+    for (int64_t rank = 0; rank < term.rank; rank += TILE) {
+      Group* group = work.num_groups > 0 ? &work.groups[work.num_groups - 1] : nullptr;
+      if (work.num_tiles == Work::MOST_TILES) flush(), group = nullptr;
+      if (group == nullptr || group->num_tiles == tiles_of_group || (rank == 0 && !same_wide)) {
+        if (work.num_groups == Work::MOST_GROUPS) flush();
+        group = &work.groups[work.num_groups++];
+        *group = {wides[wides.size() == 1 ? 0 : i], work.num_tiles, 0};
+      }
+      ++group->num_tiles;
+      work.tiles[work.num_tiles++] = {term.narrow + rank,
+                                      term.factor + rank * (term.ranks_adjacent ? 1 : term.factor_stride),
+                                      term.narrow_stride,
+                                      term.factor_stride,
+                                      term.scale,
+                                      static_cast<int>(std::min<int64_t>(TILE, term.rank - rank)),
+                                      term.ranks_adjacent};
+    }
+  }
+  if (work.num_tiles > 0) flush();
+}
+
+}  // namespace
+
+void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
+             cudaStream_t stream) {
+  auto* kernel = vectors(wides, terms) ? &to_rank_kernel<true> : &to_rank_kernel<false>;
+  for_each_work(wides, terms, tokens, GROUP, [&](const Work& work) {
+    launch("to_rank", kernel, blocks_for(blocks_of(tokens, ROWS) * work.num_groups, 1), THREADS, stream, work);
+  });
+}
+
+void add_from_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
+                   cudaStream_t stream) {
+  auto* kernel = vectors(wides, terms) ? &add_from_rank_kernel<true> : &add_from_rank_kernel<false>;
+  for_each_work(wides, terms, tokens, Work::MOST_TILES, [&](const Work& work) {
+    int64_t widest = 0;
+    for (int g = 0; g < work.num_groups; ++g) widest = std::max(widest, work.groups[g].wide.width);
+    int64_t blocks = blocks_of(tokens, ROWS) * blocks_of(widest, COLUMNS) * work.num_groups;
+    launch("add_from_rank_", kernel, blocks_for(blocks, 1), THREADS, stream, work);
+  });
+}
+
+}  // namespace minift::cuda

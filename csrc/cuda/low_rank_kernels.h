@@ -1,0 +1,41 @@
+// Low-rank products in bf16: wide (T, W), narrow (T, R), factors (W, R); launchers.
+
+#pragma once
+
+#include "../rows.h"
+
+#include <cuda_runtime.h>
+
+#include <vector>
+
+namespace minift::cuda {
+
+// Rows `stride` apart, their elements adjacent.
+struct Wide {
+  Bf16* data;
+  int64_t stride, width;
+
+  bool operator==(const Wide& other) const {
+    return data == other.data && stride == other.stride && width == other.width;
+  }
+};
+
+// What belongs to one factor. narrow: rows narrow_stride apart, elements adjacent.
+struct LowRankTerm {
+  Bf16* narrow;
+  int64_t narrow_stride, rank;
+  const Bf16* factor;  // element (w, r) at w * factor_stride + r if ranks are adjacent, else at w + r * factor_stride
+  int64_t factor_stride;
+  bool ranks_adjacent;
+  float scale;
+};
+
+// narrow_i = scale_i wide_i F_i. A wide matrix for each term, or one for all.
+void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
+             cudaStream_t stream);
+
+// wide_i += narrow_i F_i^T, or wide += the sum of all.
+void add_from_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
+                   cudaStream_t stream);
+
+}  // namespace minift::cuda
