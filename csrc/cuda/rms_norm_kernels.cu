@@ -1,7 +1,7 @@
-// RMS normalisation on the GPU. A row is the work of a team of threads: lanes of a warp if their registers hold it, else
-// a block. It is loaded once, and kept as it was in memory until its sum is known; what a row has beyond HELD packs for
-// each thread of a block is read a second time, from cache, and so are rows that are not aligned. The weight stays in
-// the first level of cache.
+// RMS normalisation on the GPU. A row is the work of a team of threads: lanes of a warp if their registers hold it, or
+// else a block. It is loaded once, and kept as it was in memory until its sum is known; what a row has beyond HELD
+// packs for each thread of a block is read a second time, from cache, and so are rows that are not aligned. The weight
+// stays in the first level of cache.
 //
 // The sum over rows for dweight is made without atomics, so that its bits are the same in every run: every thread sums
 // its columns in registers over the rows of its team, every block its teams, and a second kernel the blocks.

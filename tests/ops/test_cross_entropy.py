@@ -63,11 +63,11 @@ def test_losses_and_gradients_are_the_formula(
 
 def test_what_is_not_finite_stays_so(implementation):
     """As torch's: -inf has probability 0; +inf and NaN make their row NaN, and no other."""
-    logits = torch.randn(4, 70)
-    logits[0, :40], logits[1, 3], logits[2, 69] = -torch.inf, torch.inf, torch.nan
-    targets = torch.full((4,), 50)
+    logits = torch.randn(4, 700)
+    logits[0, :400], logits[1, 3], logits[2, 699] = -torch.inf, torch.inf, torch.nan
+    targets = torch.full((4,), 500)
     expected = F.cross_entropy(logits, targets, reduction="none")
-    softmax = logits.softmax(1) - F.one_hot(targets, 70)
+    softmax = logits.softmax(1) - F.one_hot(targets, 700)
     losses = run(implementation, logits, targets, True)
     torch.testing.assert_close(losses, expected, equal_nan=True)
     torch.testing.assert_close(logits, softmax, equal_nan=True)
