@@ -55,7 +55,10 @@ Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vecto
   for (size_t i = 0; i < factors.size(); column += factors[i++].size(1)) {
     operands.add_term(elements(narrow) + column, rank, factors[i], scales[i]);
   }
-  to_rank(operands.wides, operands.terms, tokens, on.stream);
+  int64_t splits = to_rank_splits(operands.wides, operands.terms, tokens);
+  Tensor sums = torch::stable::new_empty(narrow, {splits > 1 ? splits * tokens * rank : 0}, ScalarType::Float);
+  to_rank(operands.wides, operands.terms, tokens, elements(narrow), rank, splits, static_cast<float*>(sums.data_ptr()),
+          on.stream);
   return narrow;
 }
 
@@ -68,11 +71,11 @@ void add_from_rank_op(const Tensors& wides, const Tensors& narrows, const Tensor
   add_from_rank(operands.wides, operands.terms, wides[0].size(0), on.stream);
 }
 
-GradientType type_of(const Tensor& gradient) {
+low_rank::ElementType type_of(const Tensor& gradient) {
   return dispatch_dtype(gradient, "factor_gradients_", [](auto element) {
     using T = decltype(element);
-    if (std::is_same_v<T, float>) return GradientType::FLOAT;
-    return std::is_same_v<T, Bf16> ? GradientType::BF16 : GradientType::FP16;
+    if (std::is_same_v<T, float>) return low_rank::ElementType::FLOAT;
+    return std::is_same_v<T, Bf16> ? low_rank::ElementType::BF16 : low_rank::ElementType::FP16;
   });
 }
 

@@ -9,14 +9,13 @@
 
 #include "low_rank_gradient_kernels.h"
 
+#include "low_rank_splits.h"
 #include "low_rank_tiles.h"
 
 namespace minift::cuda {
 namespace {
 
 using namespace low_rank;
-
-constexpr int WANTED_BLOCKS = 264;  // two for each multiprocessor of an H100
 
 // Up to TILE ranks of a gradient. The sum of element (w, r) is at sums[w * w_stride + r * r_stride], one of them 1.
 struct GradientTile {
@@ -105,37 +104,6 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1)
   }
 }
 
-// `count` sums in lines of `length`, which are `stride` apart in the gradient.
-struct Gradient {
-  const float* sums;
-  void* data;
-  int64_t count, length, stride;
-  GradientType type;
-};
-
-struct Gradients {
-  static constexpr int MOST = 64;
-
-  Gradient at[MOST];
-  int64_t splits, split_stride;
-};
-static_assert(sizeof(Gradients) <= 3900);
-
-__global__ void __launch_bounds__(THREADS) add_splits(const __grid_constant__ Gradients gradients) {
-  const Gradient& gradient = gradients.at[blockIdx.y];
-  int64_t step = int64_t{gridDim.x} * THREADS;
-  for (int64_t i = int64_t{blockIdx.x} * THREADS + threadIdx.x; i < gradient.count; i += step) {
-    float sum = 0.0f;
-    for (int64_t split = 0; split < gradients.splits; ++split) sum += gradient.sums[split * gradients.split_stride + i];
-    int64_t to = i / gradient.length * gradient.stride + i % gradient.length;
-    switch (gradient.type) {
-      case GradientType::FLOAT: static_cast<float*>(gradient.data)[to] = sum; break;
-      case GradientType::BF16: static_cast<Bf16*>(gradient.data)[to] = from_float<Bf16>(sum); break;
-      case GradientType::FP16: static_cast<Fp16*>(gradient.data)[to] = from_float<Fp16>(sum); break;
-    }
-  }
-}
-
 void launch_sums(GradientWork& work, bool vector, cudaStream_t stream) {
   if (work.num_tiles == 0) return;
   int64_t widest = 0;
@@ -149,13 +117,12 @@ void launch_sums(GradientWork& work, bool vector, cudaStream_t stream) {
 }  // namespace
 
 int64_t gradient_splits(const std::vector<FactorGradient>& gradients, int64_t tokens) {
-  int64_t blocks = 1;
+  int64_t blocks = 0;
   for (const FactorGradient& of : gradients) {
     bool joins = &of != &gradients[0] && (&of)[-1].wide == of.wide;  // the group of the last one
     if (!joins) blocks += blocks_of(of.wide.width, COLUMNS);
   }
-  int64_t most = std::max<int64_t>(1, tokens / (4 * ROWS));
-  return std::clamp<int64_t>(WANTED_BLOCKS / blocks, 1, most);
+  return splits_for(blocks, tokens / (4 * ROWS));
 }
 
 void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t tokens, int64_t splits, float* sums,
@@ -169,7 +136,7 @@ void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t toke
     vector &= in_packs(of.wide.data, of.wide.stride, of.wide.width) && in_packs(of.narrow, of.narrow_stride, of.rank);
     work.split_stride += of.wide.width * of.rank;
   }
-  std::vector<Gradient> outputs;
+  std::vector<SplitSum> outputs;
   for (const FactorGradient& of : gradients) {
     bool by_rows = of.r_stride == 1;
     int64_t width = of.wide.width, w_stride = by_rows ? of.rank : 1, r_stride = by_rows ? 1 : width;
@@ -191,9 +158,9 @@ void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t toke
     sums += width * of.rank;
   }
   launch_sums(work, vector, stream);
-  for (size_t done = 0; done < outputs.size(); done += Gradients::MOST) {
-    unsigned count = std::min<size_t>(Gradients::MOST, outputs.size() - done);
-    Gradients some{};
+  for (size_t done = 0; done < outputs.size(); done += SplitSums::MOST) {
+    unsigned count = std::min<size_t>(SplitSums::MOST, outputs.size() - done);
+    SplitSums some{};
     some.splits = splits;
     some.split_stride = work.split_stride;
     int64_t largest = 0;
@@ -201,7 +168,8 @@ void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t toke
       some.at[i] = outputs[done + i];
       largest = std::max(largest, some.at[i].count);
     }
-    launch("factor_gradients_", add_splits, dim3(blocks_for(largest, THREADS), count), THREADS, stream, some);
+    launch("factor_gradients_", add_splits, dim3(blocks_for(largest, ADD_THREADS), count), ADD_THREADS,
+           stream, some);
   }
 }
 

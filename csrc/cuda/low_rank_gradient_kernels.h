@@ -3,10 +3,9 @@
 #pragma once
 
 #include "low_rank_kernels.h"
+#include "low_rank_splits.h"
 
 namespace minift::cuda {
-
-enum class GradientType : int { FLOAT, BF16, FP16 };
 
 // gradient (width, rank) = wide^T narrow. Element (w, r) is at w * w_stride + r * r_stride of `gradient`; one of these
 // strides is 1.
@@ -15,7 +14,7 @@ struct FactorGradient {
   const Bf16* narrow;
   int64_t narrow_stride, rank;
   void* gradient;
-  GradientType type;
+  low_rank::ElementType type;
   int64_t w_stride, r_stride;
 };
 

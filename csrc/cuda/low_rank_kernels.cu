@@ -3,13 +3,15 @@
 // Bound by memory: rank 16 does 16 FMA for an element of a wide matrix, and an H100 could do 150 while it is read.
 // to_rank reads each wide matrix once, 2 T W bytes, add_from_rank_ reads and writes it, 4 T W: as cuBLAS does, so what
 // is won are launches, and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks them,
-// multiplies: five launches for one (add_from_rank_: two stacks and a product). A launch costs the GPU about 2
-// microseconds, reading x (8192, 4096) 20. Factors and narrow matrices are read again by every block, from the L2 cache:
+// multiplies: five launches for one or two (add_from_rank_: two stacks and a product). A launch costs the GPU about 2
+// microseconds, reading x (8192, 4096) 20. Where tokens are too few for every multiprocessor, to_rank also splits the
+// width, as cuBLAS does, and a second launch adds up. Factors and narrow matrices are read again by every block, from the L2 cache:
 // with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond 64 are better left to cuBLAS,
 // and minift/ops/low_rank.py does so.
 
 #include "low_rank_kernels.h"
 
+#include "low_rank_splits.h"
 #include "low_rank_tiles.h"
 
 namespace minift::cuda {
@@ -31,22 +33,23 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) to_rank_kernel(const 
   // Warps share the rows, and the columns between two of them.
   int warp = threadIdx.x / WARP, row_tile = warp % (ROWS / TILE), half = warp / (ROWS / TILE);
   int64_t row_blocks = (work.tokens + ROWS - 1) / ROWS;
-  for (int64_t item = blockIdx.x; item < row_blocks * work.num_groups; item += gridDim.x) {
-    const Group& group = work.groups[item / row_blocks];
+  for (int64_t item = blockIdx.x; item < row_blocks * work.splits * work.num_groups; item += gridDim.x) {
+    const Group& group = work.groups[item / (row_blocks * work.splits)];
     const RankTile* tiles = work.tiles + group.first_tile;
-    int64_t first_row = item % row_blocks * ROWS;
+    int64_t first_row = item / work.splits % row_blocks * ROWS, split = item % work.splits;
+    int64_t first = split * work.columns_of_split, end = min(first + work.columns_of_split, group.wide.width);
     Sum sums[GROUP];
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) wmma::fill_fragment(sums[t], 0.0f);
     WideTile<VECTOR> wide;
     FactorTiles<VECTOR> factors;
-    wide.load(group.wide, first_row, work.tokens, 0);
-    factors.load(tiles, group.num_tiles, group.wide.width, 0);
-    for (int64_t column = 0; column < group.wide.width; column += COLUMNS) {
+    wide.load(group.wide, first_row, work.tokens, first);
+    factors.load(tiles, group.num_tiles, group.wide.width, first);
+    for (int64_t column = first; column < end; column += COLUMNS) {
       __syncthreads();  // what was here has been multiplied, or read
       wide.store(memory.tiles.wide);
       factors.store(tiles, group.num_tiles, memory.tiles.factors);
-      if (column + COLUMNS < group.wide.width) {
+      if (column + COLUMNS < end) {
         wide.load(group.wide, first_row, work.tokens, column + COLUMNS);
         factors.load(tiles, group.num_tiles, group.wide.width, column + COLUMNS);
       }
@@ -75,7 +78,9 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) to_rank_kernel(const 
       int t = i / TILE % GROUP, rank = i % TILE;
       if (t >= group.num_tiles || rank >= tiles[t].ranks || row >= work.tokens) continue;
       float sum = (memory.sums[0][i] + memory.sums[1][i]) * tiles[t].scale;
-      tiles[t].narrow[row * tiles[t].narrow_stride + rank] = from_float<Bf16>(sum);
+      Bf16* to = tiles[t].narrow + row * tiles[t].narrow_stride + rank;
+      if (work.sums == nullptr) *to = from_float<Bf16>(sum);
+      else work.sums[split * work.split_stride + (to - work.narrow)] = sum;
     }
   }
 }
@@ -193,12 +198,30 @@ void for_each_work(const std::vector<Wide>& wides, const std::vector<LowRankTerm
 
 }  // namespace
 
-void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
-             cudaStream_t stream) {
+int64_t to_rank_splits(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens) {
+  int64_t groups = 0, widest = 0;
+  for_each_work(wides, terms, tokens, GROUP, [&](const Work& work) { groups += work.num_groups; });
+  for (const Wide& wide : wides) widest = std::max(widest, wide.width);
+  return splits_for(blocks_of(tokens, ROWS) * groups, blocks_of(widest, COLUMNS));
+}
+
+void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens, Bf16* narrow,
+             int64_t rank, int64_t splits, float* sums, cudaStream_t stream) {
+  int64_t widest = 0, count = tokens * rank;
+  for (const Wide& wide : wides) widest = std::max(widest, wide.width);
   auto* kernel = vectors(wides, terms) ? &to_rank_kernel<true> : &to_rank_kernel<false>;
-  for_each_work(wides, terms, tokens, GROUP, [&](const Work& work) {
-    launch("to_rank", kernel, blocks_for(blocks_of(tokens, ROWS) * work.num_groups, 1), THREADS, stream, work);
+  for_each_work(wides, terms, tokens, GROUP, [&](Work& work) {
+    work.splits = splits;
+    work.columns_of_split = blocks_of(blocks_of(widest, COLUMNS), splits) * COLUMNS;
+    work.split_stride = count;
+    work.sums = splits > 1 ? sums : nullptr;
+    work.narrow = narrow;
+    int64_t blocks = blocks_of(tokens, ROWS) * splits * work.num_groups;
+    launch("to_rank", kernel, blocks_for(blocks, 1), THREADS, stream, work);
   });
+  if (splits == 1) return;
+  SplitSums all{{{sums, narrow, count, std::max<int64_t>(1, count), 0, ElementType::BF16}}, splits, count};
+  launch("to_rank", add_splits, blocks_for(count, ADD_THREADS), ADD_THREADS, stream, all);
 }
 
 void add_from_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,

@@ -30,9 +30,13 @@ struct LowRankTerm {
   float scale;
 };
 
-// narrow_i = scale_i wide_i F_i. A wide matrix for each term, or one for all.
-void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
-             cudaStream_t stream);
+// Into how many parts to_rank cuts the widths, each of which is summed up on its own.
+int64_t to_rank_splits(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens);
+
+// narrow_i = scale_i wide_i F_i. A wide matrix for each term, or one for all. The narrow matrices are columns of `narrow`
+// (tokens, rank), which is contiguous; sums: scratch, as many numbers for each split if there are several.
+void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens, Bf16* narrow,
+             int64_t rank, int64_t splits, float* sums, cudaStream_t stream);
 
 // wide_i += narrow_i F_i^T, or wide += the sum of all.
 void add_from_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,

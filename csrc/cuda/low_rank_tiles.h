@@ -66,6 +66,10 @@ struct Work {
   Group groups[MOST_GROUPS];
   int num_tiles, num_groups;
   int64_t tokens;
+  // Of to_rank. sums: for each split as many as there are elements in `narrow`; null if there is one split.
+  int64_t splits, columns_of_split, split_stride;
+  float* sums;
+  const Bf16* narrow;
 };
 static_assert(sizeof(Work) <= 3900);
 

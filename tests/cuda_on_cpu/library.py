@@ -27,7 +27,7 @@ NAMESPACE = "minift_cuda_on_cpu"
 # The first macro renames the C++ namespace and that of the ops, which exist twice in one process.
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
-FLAGS += [f"-Dminift={NAMESPACE}", "-DMINIFT_CUDA_KEY=CPU", "-DMINIFT_MAX_BLOCKS=3"]
+FLAGS += [f"-Dminift={NAMESPACE}", "-DMINIFT_CUDA_KEY=CPU", "-DMINIFT_MAX_BLOCKS=3", "-DMINIFT_WANTED_BLOCKS=9"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 

@@ -18,7 +18,7 @@ from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
 HAS_CUDA_KERNELS = True
 U = 2.0**-24
 # The fixtures hold no state between examples.
-property_test = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+property_test = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def sizes_in(unit):
@@ -68,6 +68,17 @@ def test_to_rank(implementation, run, draw_tensor, rounding, tokens, sizes, is_s
         exact, size = scales[i] * wide @ factor.double(), abs(scales[i]) * wide.abs() @ factor.double().abs()
         unit = len(factor) * U + 2 * U + (2.0**-8 if implementation == "reference" else 0.0)
         assert ((part.double() - exact).abs() <= unit * size + 1.01 * rounding(exact, torch.bfloat16)).all()
+
+
+def test_to_rank_of_few_tokens_and_many_columns(implementation, run, rounding):
+    """Parts of the width are summed up on their own where a GPU would have nothing to do otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    wide, *factors = (torch.randn(s, generator=generator).bfloat16() for s in ((70, 700), (700, 16), (700, 24)))
+    narrow = run["to_rank"]([wide], factors, [1.0, -2.5])
+    factor = torch.cat([factors[0].double(), -2.5 * factors[1].double()], dim=1)
+    exact, size = wide.double() @ factor, wide.double().abs() @ factor.abs()
+    unit = 702 * U + (2.0**-8 if implementation == "reference" else 0.0)
+    assert ((narrow.double() - exact).abs() <= unit * size + 1.01 * rounding(exact, torch.bfloat16)).all()
 
 
 @property_test

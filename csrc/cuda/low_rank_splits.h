@@ -1,0 +1,61 @@
+// Sums of which every split (a part of the tokens, or of a width) has computed its own part: added up in order, rounded
+// once. How many splits there are is a function of sizes alone, so results have the same bits in every run.
+
+#pragma once
+
+#include "elements.h"
+#include "launch.h"
+
+namespace minift::cuda::low_rank {
+
+constexpr int ADD_THREADS = 256;
+
+// Two for each multiprocessor of an H100. Tests want few, so that small matrices have both one split and several.
+#if !defined(MINIFT_WANTED_BLOCKS)
+#define MINIFT_WANTED_BLOCKS 264
+#endif
+constexpr int64_t WANTED_BLOCKS = MINIFT_WANTED_BLOCKS;
+
+// For kernels that have `blocks` of them without splits, which take at least one of `pieces` each.
+inline int64_t splits_for(int64_t blocks, int64_t pieces) {
+  return std::max<int64_t>(1, std::min(WANTED_BLOCKS / std::max<int64_t>(1, blocks), pieces));
+}
+
+enum class ElementType : int { FLOAT, BF16, FP16 };
+
+// `count` sums in lines of `length`, which are `stride` apart where they go to.
+struct SplitSum {
+  const float* sums;
+  void* data;
+  int64_t count, length, stride;
+  ElementType type;
+};
+
+struct SplitSums {
+  static constexpr int MOST = 64;
+
+  SplitSum at[MOST];
+  int64_t splits, split_stride;
+};
+static_assert(sizeof(SplitSums) <= 3900);
+
+namespace {
+
+__global__ void __launch_bounds__(ADD_THREADS) add_splits(const __grid_constant__ SplitSums all) {
+  const SplitSum& sums = all.at[blockIdx.y];
+  int64_t step = int64_t{gridDim.x} * ADD_THREADS;
+  for (int64_t i = int64_t{blockIdx.x} * ADD_THREADS + threadIdx.x; i < sums.count; i += step) {
+    float sum = 0.0f;
+    for (int64_t split = 0; split < all.splits; ++split) sum += sums.sums[split * all.split_stride + i];
+    int64_t to = i / sums.length * sums.stride + i % sums.length;
+    switch (sums.type) {
+      case ElementType::FLOAT: static_cast<float*>(sums.data)[to] = sum; break;
+      case ElementType::BF16: static_cast<Bf16*>(sums.data)[to] = from_float<Bf16>(sum); break;
+      case ElementType::FP16: static_cast<Fp16*>(sums.data)[to] = from_float<Fp16>(sum); break;
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace minift::cuda::low_rank
