@@ -32,16 +32,19 @@ def write_analysis(folder: Path, analyses: Sequence[WeightAnalysis]) -> list[Pat
 
 
 def table(analyses: Sequence[WeightAnalysis]) -> str:
-    """A line for each kind of projection, medians over the blocks, intruders in total."""
-    lines = [f"{'':14} weights  intruders  eff. rank  amplif.  |dW|/|W|  dir. change"]
+    """A line for each kind of projection, medians over the blocks, intruders in total; "base's": the base's share of
+    them, the median again."""
+    lines = [f"{'':14} weights  intruders  base's  eff. rank  amplif.  |dW|/|W|  dir. change"]
     for kind, group in _by_kind(analyses).items():
         rank, amplification, ratio, direction = (
             statistics.median(getattr(analysis, field) for analysis in group)
             for field in ("effective_rank", "amplification", "update_ratio", "direction_change")
         )
-        num_intruders = sum(len(analysis.intruders) for analysis in group)
+        base_shares = [intruder.base_share for analysis in group for intruder in analysis.intruders]
+        base_share = f"{statistics.median(base_shares):.2f}" if base_shares else ""
         lines.append(
-            f"{kind:14}{len(group):8}{num_intruders:11}{rank:11.1f}{amplification:9.2f}{ratio:10.4f}{direction:13.2e}"
+            f"{kind:14}{len(group):8}{len(base_shares):11}{base_share:>8}{rank:11.1f}{amplification:9.2f}{ratio:10.4f}"
+            f"{direction:13.2e}"
         )
     return "\n".join(lines)
 

@@ -32,11 +32,14 @@ _SMALLEST = 1e-7  # of the largest singular value: what is left of zero
 
 @dataclass(frozen=True)
 class Intruder:
-    """index: place of its singular value in W', from 0. similarity: the largest cosine with one of W's vectors."""
+    """index: place of its singular value in W', from 0. similarity: the largest cosine with one of W's vectors.
+    base_share: ‖uᵀ W‖ / σ, how much of uᵀ W' = σ vᵀ the base has without any training; scaling takes away of that, too.
+    """
 
     index: int
     singular_value: float
     similarity: float
+    base_share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +95,10 @@ def find_intruders(before: Tensor, after: Tensor, top: int = 10, threshold: floa
     top = min(top, int((S > 0).sum()))
     similarity = (U_before.t() @ U[:, :top]).abs().amax(0)
     found = (similarity < threshold).nonzero().flatten()
-    figures = tuple(Intruder(int(i), S[i].item(), similarity[i].item()) for i in found)
-    return Intruders(figures, U[:, found] * S[found], V[:, found].t())
+    U, S, V = U[:, found], S[found], V[:, found]
+    base_share = (U.t() @ before.double()).norm(dim=1) / S
+    figures = zip(found.tolist(), S.tolist(), similarity[found].tolist(), base_share.tolist(), strict=True)
+    return Intruders(tuple(Intruder(*of_one) for of_one in figures), U * S, V.t())
 
 
 def effective_rank(singular_values: Tensor) -> float:

@@ -38,7 +38,7 @@ def test_planted_intruders_are_found_and_nothing_else(shape, seed, count):
     after = before + (new_U * planted) @ new_V.t() + enlarged
     intruders = find_intruders(before, after, top=8)
     assert [intruder.singular_value for intruder in intruders.found] == pytest.approx(planted.tolist(), rel=1e-7)
-    assert all(intruder.similarity < 1e-6 for intruder in intruders.found)
+    assert all(max(intruder.similarity, intruder.base_share) < 1e-6 for intruder in intruders.found)
     part = intruders.columns @ intruders.rows
     torch.testing.assert_close(part, (new_U * planted) @ new_V.t(), rtol=0, atol=1e-6)
     assert not find_intruders(before, after - part, top=8).found, "none is left when they are taken away"
@@ -62,6 +62,7 @@ def test_the_threshold_is_a_cosine():
     assert not find_intruders(before, after, top=1, threshold=0.86).found
     (found,) = find_intruders(before, after, top=1, threshold=0.87).found
     assert found.similarity == pytest.approx(math.sqrt(3) / 2, abs=1e-6) and found.index == 0
+    assert found.base_share == pytest.approx(math.hypot(0.5 * 2.0, math.sqrt(3) / 2) / 10.0)  # u · W over σ
     for top, threshold in ((0, 0.5), (1, 0.0), (1, 1.1)):
         with pytest.raises(ValueError, match="valid: 1 or more, and above 0 up to 1"):
             find_intruders(before, after, top, threshold)
