@@ -70,6 +70,17 @@ def recompute_cell() -> str:
     )
 
 
+def intruders_cell() -> str:
+    values, by_variant = run("intruders")["values"], rows("intruders", "variant")
+    trained, mild, update = (by_variant[name] for name in ("trained", "intruders x 0.75", "update x 0.75"))
+    return (
+        f"{values['intruders']} in {values['weights_with_intruders']} of {values['weights']} weights; forgotten "
+        f"{trained['forgotten']:.2f} nats a token, with intruders × 0.75 {mild['forgotten']:.2f}, with ΔW × 0.75 "
+        f"{update['forgotten']:.2f}, and {trained['correct']}, {mild['correct']}, {update['correct']} of "
+        f"{mild['questions']} calls right (`benchmarks/intruders.py`)"
+    )
+
+
 CELLS = {
     "precision-cell": precision_cell,
     "masters-cell": masters_cell,
@@ -79,4 +90,5 @@ CELLS = {
     "recompute-cell": recompute_cell,
     "nf4-error-cell": nf4_error_cell,
     "adam-cell": adam_cell,
+    "intruders-cell": intruders_cell,
 }

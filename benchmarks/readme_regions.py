@@ -168,6 +168,30 @@ def methods() -> str:
     return "\n\n".join([text, table(head, lines), picture("peft_methods", "what each method reaches and costs")])
 
 
+def intruders() -> str:
+    found, by_variant = run("intruders"), rows("intruders", "variant")
+    values, parameters = found["values"], found["parameters"]
+    names = {"base": "the base", "trained": "trained", "intruders": "intruders times",
+             "along": "what training did to them times", "update": "all of ΔW times"}  # fmt: skip
+    lines = []
+    for variant, row in by_variant.items():
+        name = names[row.get("part", variant)] + (f" {row['factor']:g}" if "factor" in row else "")
+        calls = f"{row['correct']} of {row['questions']}"
+        lines.append((name, calls, f"{row['task_loss']:.3f}", f"{row['prose_loss']:.3f}", f"{row['forgotten']:+.3f}"))
+    text = paragraph(f"""
+        On a real adapter (`python benchmarks/intruders.py`): the quickstart's task, learnt with rank
+        {parameters["rank"]} and a learning rate of {parameters["lr"]:g}, makes {values["intruders"]} intruders in
+        {values["weights_with_intruders"]} of {values["weights"]} weights. Scaling them keeps the task, but here it
+        brings nothing back, the model forgets more: *base's* in the table of `minift analyze`, here
+        {values["base_share"]:.2f} in the median, is how much of an intruder's σ the base has by itself, and that goes
+        down, too. Scaling only what training did to them brings a part back, scaling all of ΔW most of it, and the task
+        is better for it.
+        """)
+    head = ("", "correct calls", "loss of their answers", "loss on other text", "forgotten")
+    what = "what scaling intruders and what scaling the update does to forgetting and task"
+    return "\n\n".join([text, table(head, lines), picture("intruders", what)])
+
+
 def checkpoint() -> str:
     values = run("checkpoint")["values"]
     seconds, mib = values["seconds"], values["async_memory_mib"]
@@ -371,6 +395,7 @@ REGIONS = {
     "recompute": recompute,
     "adapters-per-row": adapters_per_row,
     "methods": methods,
+    "intruders": intruders,
     "checkpoint": checkpoint,
     "planning": planning,
     "planning-links": planning_links,

