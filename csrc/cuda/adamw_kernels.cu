@@ -1,5 +1,5 @@
 // AdamW with fp32 moments on the GPU, bound by memory: 28 bytes of an element (24 with a bf16 master) and those of the
-// wire, each of them once. In plain PyTorch they are 80 and more, in seven launches.
+// wire, each of them once. In plain PyTorch they are 80, in eight launches.
 //
 // A thread has four weights at a time: its four loads of 16 bytes do not wait for each other, and with every
 // multiprocessor full of threads a hundred KB are in flight, several times what memory needs to be busy.
