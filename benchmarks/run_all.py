@@ -27,17 +27,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 SWEEP = "--ddp --layers 10 --vocab 8192 --tokens 256 --rounds 9 --ranks"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """runs: options of each. quick: those of the one small run. peers: modules that it compares with."""
+    """runs: options of each. quick: those of the one small run. peers: modules that it compares with. needs_gpu: its
+    runs do, all but the small one."""
 
     runs: tuple[str, ...] = ("",)
     quick: str = ""
     peers: tuple[str, ...] = ()
+    needs_gpu: bool = False
 
 
 BENCHMARKS = {
@@ -79,11 +83,19 @@ BENCHMARKS = {
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
     "scaling": Benchmark(quick="--most 8"),
+    "step_cuda": Benchmark(
+        runs=("", "--method qlora --peer none", "--method qlora --peer none --recompute full",
+              "--model llama-3.2-1b --method full --peer fully_shard", "--model llama-3.2-3b --method full --peer none"),
+        quick="--device cpu --model smollm2-135m --tokens 16 --document-tokens 8 --steps 1 --peer none",
+        needs_gpu=True,
+    ),
 }  # fmt: skip
 
 
-def missing(benchmark: Benchmark) -> list[str]:
-    return [name for name in benchmark.peers if importlib.util.find_spec(name) is None]
+def missing(benchmark: Benchmark, quick: bool = False) -> list[str]:
+    """What a run of it lacks here."""
+    lacks = [name for name in benchmark.peers if importlib.util.find_spec(name) is None]
+    return lacks + (["a GPU"] if benchmark.needs_gpu and not quick and not torch.cuda.is_available() else [])
 
 
 def question(name: str) -> str:
@@ -145,8 +157,8 @@ def main() -> None:
     failed = []
     for name in args.names or BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        if missing(benchmark):
-            found[name] = [f"skipped: {', '.join(missing(benchmark))} not installed"]
+        if lacks := missing(benchmark, args.quick):
+            found[name] = [f"skipped: {', '.join(lacks)} not installed"]
             print(f"\n=== {name} {found[name][0]}")
             continue
         shared = (["--busy"] if args.busy else []) + ([] if args.quick else ["--write"])
