@@ -245,7 +245,7 @@ def main() -> None:
                 "of_products": flops / best["seconds"] / rate,
             }
         )
-        print(f"{side:12}", *(f"{key} {value:.4g}" for key, value in result.rows[-1].items() if key != "side"), sep="  ")
+        print(f"{side:12}  " + "  ".join(f"{k} {v:.4g}" for k, v in result.rows[-1].items() if k != "side"))
     ours = result.rows[0]
     result.values |= {
         "tokens_per_second": ours["tokens_per_second"],
