@@ -151,8 +151,8 @@ def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, mast
     """And masters and moments are as without it, and as at any other address."""
     master, grad, moments = draw(n, seed, master_dtype)
     wire = torch.full((n + 2,), 7.0, dtype=wire_dtype)
-    new_master, after = update(implementation, master, grad, moments, first=3, wire=wire[1:-1], offsets=offsets)
-    expected_master, expected = update(implementation, master, grad, moments, first=3)
+    new_master, after = update(implementation, master, grad, moments, first=3, wire=wire[1:-1])
+    expected_master, expected = update(implementation, master, grad, moments, first=3, offsets=offsets)
     assert torch.equal(new_master, expected_master)
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(after), tensors_of(expected), strict=True))
     assert torch.equal(wire[1:-1].view(torch.uint8), new_master.to(wire_dtype).view(torch.uint8))

@@ -84,6 +84,8 @@ def test_other_segments_give_the_same_bits(implementation):
     together = sgmv_(y.clone(), x, A, B, ranks, bounds, choice)
     each = choice.repeat_interleave(bounds.diff())
     assert torch.equal(sgmv_(y.clone(), x, A, B, ranks, int32(list(range(302)), -1), each), together)
+    elsewhere = torch.cat([B.new_zeros(1), B.flatten()])[1:].view_as(B)  # not where packs of elements may begin
+    assert torch.equal(sgmv_(y.clone(), x, A, elsewhere, ranks, bounds, choice), together)
     for t in (0, 5, 300):
         alone = sgmv_(y[t : t + 1].clone(), x[t : t + 1], A, B, ranks, int32([0, 1], -1), each[t : t + 1])
         assert torch.equal(alone[0], together[t])
