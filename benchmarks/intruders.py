@@ -1,6 +1,6 @@
 """What does scaling down the intruder dimensions of a LoRA do to its task, and to what it made the model forget?
 
-    python benchmarks/intruders.py --write              # about half an hour on two cores
+    python benchmarks/intruders.py --write
 
 SmolLM2-135M learns the quickstart's function calls (BFCL) at a low rank and a high learning rate, which is what makes
 intruder dimensions: left singular vectors among the ten largest of W + ΔW whose cosine with every one of W's is below a
@@ -157,7 +157,7 @@ def grade(folder: Path, name: str, adapter: Path | None) -> dict[str, Any]:
 
 
 def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
-    """Forgetting against the factor, and what is left of the task against what is forgotten."""
+    """Forgetting and correct calls against the factor."""
     rows = runs[-1]["rows"]
     figure.set_size_inches(10, 4.2)
     left, right = figure.subplots(1, 2)
@@ -165,18 +165,16 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
     for (part, label), colour in zip(PARTS.items(), theme.series, strict=False):
         scaled = [trained | {"factor": 1.0}, *(row for row in rows[2:] if row["part"] == part)]
         scaled += [base | {"factor": 0.0}] if part == "update" else []
-        factors, forgotten = [row["factor"] for row in scaled], [row["forgotten"] for row in scaled]
-        left.plot(factors, forgotten, color=colour, marker="o", markersize=4, label=label)
-        right.plot(forgotten, [row["correct"] for row in scaled], color=colour, marker="o", markersize=4)
-        for row in scaled[1:]:
-            right.annotate(f"{row['factor']:g}", (row["forgotten"], row["correct"]), color=colour, fontsize=8,
-                           textcoords="offset points", xytext=(5, 4))  # fmt: skip
-    left.set(title="forgotten: loss on other text, less the base's", xlabel="times", ylabel="nats a token")
-    left.invert_xaxis()
-    left.legend()
-    right.set(title=f"correct calls, of {base['questions']}", xlabel="forgotten, nats a token")
+        for axes, key in ((left, "forgotten"), (right, "correct")):
+            axes.plot([row["factor"] for row in scaled], [row[key] for row in scaled], color=colour, marker="o",
+                      markersize=4, label=label)  # fmt: skip
+    left.axhline(0.0, color=theme.quiet, linewidth=1)
+    left.set(title="forgotten: loss on other text, less the base's", ylabel="nats a token")
+    right.set(title=f"correct calls, of {base['questions']}", ylim=(0, None))
     for axes in (left, right):
-        axes.set_ylim(bottom=0)
+        axes.set_xlabel("times")
+        axes.invert_xaxis()
+    left.legend()
 
 
 def main() -> None:

@@ -171,25 +171,31 @@ def methods() -> str:
 def intruders() -> str:
     found, by_variant = run("intruders"), rows("intruders", "variant")
     values, parameters = found["values"], found["parameters"]
-    names = {"base": "the base", "trained": "trained", "intruders": "intruders times",
-             "along": "what training did to them times", "update": "all of ΔW times"}  # fmt: skip
-    lines = []
-    for variant, row in by_variant.items():
-        name = names[row.get("part", variant)] + (f" {row['factor']:g}" if "factor" in row else "")
-        calls = f"{row['correct']} of {row['questions']}"
-        lines.append((name, calls, f"{row['task_loss']:.3f}", f"{row['prose_loss']:.3f}", f"{row['forgotten']:+.3f}"))
+
+    def cell(part: str, factor: float) -> str:
+        as_good = "trained" if factor == 1.0 else "base" if (part, factor) == ("update", 0.0) else ""
+        row = by_variant[as_good or f"{part} x {factor:g}"]
+        return f"{row['correct']} of {row['questions']}; {row['forgotten']:+.2f}"
+
+    lines = [
+        (f"× {factor:g}", *(cell(part, factor) for part in ("intruders", "along", "update")))
+        for factor in (1.0, *parameters["factors"])
+    ]
     text = paragraph(f"""
-        On a real adapter (`python benchmarks/intruders.py`): the quickstart's task, learnt with rank
-        {parameters["rank"]} and a learning rate of {parameters["lr"]:g}, makes {values["intruders"]} intruders in
-        {values["weights_with_intruders"]} of {values["weights"]} weights. Scaling them keeps the task, but here it
-        brings nothing back, the model forgets more: *base's* in the table of `minift analyze`, here
-        {values["base_share"]:.2f} in the median, is how much of an intruder's σ the base has by itself, and that goes
-        down, too. Scaling only what training did to them brings a part back, scaling all of ΔW most of it, and the task
-        is better for it.
+        On a real adapter: the quickstart's task, learnt with rank {parameters["rank"]} and a learning rate of
+        {parameters["lr"]:g}, makes {values["intruders"]} intruders in {values["weights_with_intruders"]} of
+        {values["weights"]} weights. Correct calls, and nats a token that the model has forgotten of prose, when they
+        are scaled (`python benchmarks/intruders.py`; one training, so a few calls more or less say nothing):
         """)
-    head = ("", "correct calls", "loss of their answers", "loss on other text", "forgotten")
+    why = paragraph(f"""
+        Here that brings nothing back: *base's* in the table of `minift analyze`, {values["base_share"]:.2f} in the
+        median, is how much of an intruder's σ the base has by itself, and that goes down, too. Scaling only what
+        training did in those directions brings a part back; scaling all of ΔW by a half nearly everything, and the task
+        does not suffer.
+        """)
+    head = ("", "intruders, σ u vᵀ", "what training did to them, u uᵀ ΔW", "all of ΔW")
     what = "what scaling intruders and what scaling the update does to forgetting and task"
-    return "\n\n".join([text, table(head, lines), picture("intruders", what)])
+    return "\n\n".join([text, table(head, lines), why, picture("intruders", what)])
 
 
 def checkpoint() -> str:
