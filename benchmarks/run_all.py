@@ -83,6 +83,7 @@ BENCHMARKS = {
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
     "scaling": Benchmark(quick="--most 8"),
+    "ops_cuda": Benchmark(quick="--device cpu --rounds 3", needs_gpu=True),
     "step_cuda": Benchmark(
         runs=("", "--method qlora --peer none", "--method qlora --peer none --recompute full",
               "--model llama-3.2-1b --method full --peer fully_shard",
@@ -159,7 +160,7 @@ def main() -> None:
     for name in args.names or BENCHMARKS:
         benchmark = BENCHMARKS[name]
         if lacks := missing(benchmark, args.quick):
-            found[name] = [f"skipped: {', '.join(lacks)} not installed"]
+            found[name] = [f"skipped: lacks {', '.join(lacks)}"]
             print(f"\n=== {name} {found[name][0]}")
             continue
         shared = (["--busy"] if args.busy else []) + ([] if args.quick else ["--write"])
