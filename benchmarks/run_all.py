@@ -85,7 +85,8 @@ BENCHMARKS = {
     "scaling": Benchmark(quick="--most 8"),
     "ops_cuda": Benchmark(quick="--device cpu --rounds 3", needs_gpu=True),
     "step_cuda": Benchmark(
-        runs=("", "--method qlora --peer none", "--method qlora --peer none --recompute full",
+        runs=("", "--method qlora --peer none --recompute selective",
+              "--method qlora --peer none --recompute full", "--method qlora --peer none --recompute offload",
               "--model llama-3.2-1b --method full --peer fully_shard",
               "--model llama-3.2-3b --method full --peer none"),
         quick="--device cpu --model smollm2-135m --tokens 16 --document-tokens 8 --steps 1 --peer none",

@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS)
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "offload"))
     parser.add_argument("--peer", default="peft", choices=("peft", "fully_shard", "none"))
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--document-tokens", type=int, default=4096)

@@ -141,12 +141,12 @@ def _dense_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, train
             mm(logits_CV, weight_VD, out=d_hidden_MD[here])
         for parameter in trainable:
             if parameter is bias_V:
-                _add_to(totals, parameter, logits_CV.sum(0, dtype=loss_sum.dtype))
+                _add_to(totals, parameter, logits_CV.sum(0, dtype=loss_sum.dtype), is_one_chunk)
             elif parameter in totals and logits_CV.dtype == loss_sum.dtype:
                 addmm_(totals[parameter], logits_CV.t(), hidden_CD)
             else:
                 place = claim_slot(parameter, logits_CV.dtype) if is_one_chunk and not is_fp16 else None
-                _add_to(totals, parameter, _sum_over_rows(logits_CV, hidden_CD, place))
+                _add_to(totals, parameter, _sum_over_rows(logits_CV, hidden_CD, place), is_one_chunk)
     return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
 
 
@@ -171,7 +171,8 @@ def _module_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, trai
             if needs_hidden:
                 d_hidden_MD[here], *gradients = gradients
             for parameter, gradient in zip(trainable, gradients, strict=True):
-                _add_to(totals, parameter, gradient.clone())  # for A + B, autograd returns one tensor twice
+                # For A + B, autograd returns one tensor twice.
+                _add_to(totals, parameter, gradient.clone(), len(hidden_MD) <= chunk_tokens)
     return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
 
 
@@ -207,11 +208,13 @@ def _sum_over_rows(logits_CV: Tensor, hidden_CD: Tensor, place: Tensor | None) -
     return torch.mm(logits_CV.t().float(), hidden_CD.float())
 
 
-def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor) -> None:
-    """One term is kept as it is (it must be nobody else's memory); sums are formed in place, in fp32."""
+def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor, is_only: bool) -> None:
+    """An only term is kept as it is (it must be nobody else's memory); of several the sum is formed in place, in fp32,
+    from the first on: that one, a term and fp32 would be more at a time."""
     if parameter in totals:
-        term = totals[parameter].to(_statistics_dtype(term)).add_(term)
-    totals[parameter] = term
+        totals[parameter].add_(term)
+    else:
+        totals[parameter] = term if is_only else term.to(_statistics_dtype(term))
 
 
 def _total(totals: dict[Tensor, Tensor], parameter: Tensor) -> Tensor:

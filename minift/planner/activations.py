@@ -286,7 +286,8 @@ class BlockActivations:
         column_bytes = projection.out_features * self.run.wire_itemsize
         if projection.in_features % projection.block_size:
             return projection.in_features * column_bytes
-        return slice_width(projection.in_features, projection.block_size, column_bytes) * column_bytes
+        columns = slice_width(projection.in_features, projection.block_size, column_bytes, self.run.is_on_gpu)
+        return columns * column_bytes
 
     def _must_convert(self) -> bool:
         """Whether gradients are computed in another dtype than that in which they wait for their reduction."""

@@ -37,7 +37,7 @@ from minift.ops.cross_entropy import WIDE_BYTES
 from minift.optim.memory import PAGED_BUFFER_BYTES
 from minift.optim.moments import MIN_8BIT_ELEMENTS
 from minift.planner.activations import BlockActivations
-from minift.planner.shapes import BucketShape, RunShape
+from minift.planner.shapes import BucketShape, ParameterShape, RunShape
 
 PERSISTENT = (
     "weights", "quantization scales", "gradients", "optimizer state", "gathered buffers", "reduce buffers",
@@ -178,7 +178,15 @@ def _moments(run: RunShape) -> Iterator[Moment]:
         if block.needs_dout:
             yield Moment(f"backward of {block.unit.name}", {"activations": kept} | block.backward_needs())
         kept -= block.kept_bytes()
+    if run.is_on_gpu and (embedding := _trained_embedding(run)):  # whole: model/embedding.py
+        whole = embedding.numel * run.wire_itemsize
+        yield Moment("backward of embedding", {"activations": kept + embedded, "backward": whole})
     yield Moment("optimizer", {"activations": always})
+
+
+def _trained_embedding(run: RunShape) -> ParameterShape | None:
+    weights = (p for p in run.root.parameters if p.trainable and p.name.endswith("embed_tokens.weight"))
+    return next(weights, None)
 
 
 def block_activations(run: RunShape) -> list[BlockActivations]:
@@ -226,16 +234,12 @@ def _head_chunk(run: RunShape) -> int:
 
 def head_bytes(run: RunShape, trains: bool) -> dict[str, int]:
     """The loss, which computes its gradients in forward: rows with a target, M of them, their gradient, a chunk of
-    logits, C of V, on a GPU softmax in fp32 a few rows at a time, and the gradient of a trained head, V·D."""
+    logits, C of V, and the gradient of a trained head, V·D."""
     rows, vocab, b = run.workload.num_targets, run.model.vocab_size, run.wire_itemsize
     chunk = _head_chunk(run)
     logits = chunk * vocab * b
-    softmax_rows = max(1, _wide_bytes(run) // (4 * vocab))
-    softmax = 4 * vocab * min(chunk, 2 * softmax_rows) if run.is_on_gpu and b < 4 else 0
     in_rows = (2 if trains else 1) * rows * run.model.hidden_size * b
-    grad = _head_grad_bytes(run)
-    is_summed_up = chunk < rows  # else there is none before the softmax of the only chunk is through
-    return {"LM head": in_rows + logits + (softmax + grad if is_summed_up else max(softmax, grad))}
+    return {"LM head": in_rows + logits + _head_grad_bytes(run) + _head_term_bytes(run)}
 
 
 def _head_grad_bytes(run: RunShape) -> int:
@@ -251,6 +255,14 @@ def _head_grad_bytes(run: RunShape) -> int:
     slot_itemsize = 4 if bucket.keeps_full_grads else bucket.grad_itemsize
     is_empty = not bucket.keeps_full_grads or run.workload.microbatches == 1
     return 0 if slot_itemsize == run.wire_itemsize and is_empty else numel * run.wire_itemsize
+
+
+def _head_term_bytes(run: RunShape) -> int:
+    """Of the gradient of a trained head what one chunk adds to the sum of all; fp32 goes into the sum at once."""
+    head, b = run.head, run.wire_itemsize
+    if not head.trains_weight or b == 4 or _head_chunk(run) == run.workload.num_targets:
+        return 0
+    return head.weight_numel * (4 if run.precision.wire == "float16" else b)
 
 
 def _tied_head_grad_bytes(run: RunShape) -> int:

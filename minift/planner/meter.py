@@ -17,6 +17,7 @@ from typing import Any
 
 # Imported with the first operation that the dispatcher hands to Python, if not before. Its default arguments keep the
 # process group that is there at that time, and so its threads, for as long as the process lives: let there be none yet.
+import torch
 import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,10 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMeter(TorchDispatchMode):
-    """now_bytes: alive at this moment, of what was made while the meter was on. peak_bytes: the most there was."""
+    """now_bytes: alive at this moment, of what was made while the meter was on. peak_bytes: the most there was. Of
+    tensors on `device`; None: on any."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self._device = device
         self.now_bytes = 0
         self.peak_bytes = 0
         self._alive: dict[int, int] = {}  # storage -> bytes
@@ -39,6 +42,8 @@ class TensorMeter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key, num_bytes = storage._cdata, storage.nbytes()
             if key in given or key in self._alive or not num_bytes:  # a view, or written in place
+                continue
+            if self._device not in (None, tensor.device):
                 continue
             self._alive[key] = num_bytes
             self.now_bytes += num_bytes

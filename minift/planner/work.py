@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minift.objectives.cross_entropy import default_chunk_tokens
-from minift.ops.nf4_linear import SLICE_BYTES
+from minift.ops.nf4_linear import GPU_SLICE_BYTES, SLICE_BYTES
 from minift.planner.op import Op, attention, cast, dequantize, elementwise, product, total_flops, visible_pairs
 from minift.planner.shapes import BucketShape, ProjectionShape, RunShape, UnitShape
 
@@ -115,6 +115,7 @@ class _Projections:
         self.tokens, self.needs_dx = tokens, needs_dx
         self.dtype = run.precision.wire
         self.buckets = unit.buckets
+        self.slice_bytes = GPU_SLICE_BYTES if run.is_on_gpu else SLICE_BYTES
         self.out_needs = needs_dx or any(
             p.trains_weight or p.trains_bias or p.updates or p.method.trains for p in self.members
         )
@@ -190,7 +191,7 @@ class _Projections:
         """A product with the stored weight; of NF4, in slices of it that stay in a cache: `ops/nf4_linear.py`."""
         if p.storage == "dense":
             return [product(kind, self.dtype, m, k, n)]
-        slices = max(1, round(p.weight_numel * (2 if self.dtype != "float32" else 4) / SLICE_BYTES))
+        slices = max(1, round(p.weight_numel * (2 if self.dtype != "float32" else 4) / self.slice_bytes))
         names = (parameter.name for bucket in self.buckets for parameter in bucket.parameters)
         is_nested = any(name.startswith(f"{p.name}.") and name.endswith(".nested") for name in names)
         weight = dequantize(

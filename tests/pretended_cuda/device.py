@@ -115,6 +115,8 @@ def pretended_cuda() -> Iterator[Waits]:
         mock.patch.object(torch.cuda, "Event", Event),
         mock.patch.object(torch.cuda, "current_stream", Stream),
         mock.patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+        mock.patch.object(torch.cuda, "get_rng_state", lambda _: torch.zeros(16, dtype=torch.uint8)),
+        mock.patch.object(torch.cuda, "set_rng_state", lambda *_: None),
         mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata, create=True),
         mock.patch.object(fake_tensor.FakeTensor, "data_ptr", address, create=True),
         mock.patch("minift.model.low_rank.draw_seed", lambda: 7),

@@ -70,7 +70,7 @@ CASES = {
 def waits_of(case: Case) -> list[str]:
     """Where the second of two steps, of two microbatches where that may be, waits."""
     world = World(0, 1, 0, torch.device("cuda", 0), "nccl", None)
-    recorder = Recorder(0, torch.device("cpu"))
+    recorder = Recorder(0, world.device)
     microbatches = [batch([0, 1, 2], 0)] if case.policy.step_in_backward else [batch([0, 1, 2], 0), batch([3, 4], 0)]
     assert all(microbatch.num_targets for microbatch in microbatches)  # counted by the host before
     model = construct(ModelConfig.from_hf(CONFIG), None, case.adapter, quant=case.quant).module

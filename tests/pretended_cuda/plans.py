@@ -1,0 +1,84 @@
+"""Measures what one training step of large models takes on a device that is not there, and prints it beside the plan:
+JSON, {case: [planned bytes, measured bytes]}."""
+
+from __future__ import annotations
+
+import json
+import traceback
+
+import torch
+
+from minift.build import construct
+from minift.dist.process import World
+from minift.fsdp import ShardPolicy, shard
+from minift.objectives.sft import SupervisedTokens
+from minift.optim.adamw import AdamW
+from minift.optim.config import OptimConfig
+from minift.peft.lora import LoraConfig
+from minift.planner.catalog import model_shape
+from minift.planner.check import held_bytes
+from minift.planner.memory import plan_memory
+from minift.planner.meter import TensorMeter
+from minift.planner.shapes import Workload, describe
+from minift.planner.trial import TrialSetup, random_batch
+from minift.precision import Precision
+from minift.quant.linear import QuantConfig
+from minift.recompute import RecomputeConfig, apply_recompute
+from minift.step import train_step
+from minift.trace import Recorder
+from tests.pretended_cuda.device import pretended_cuda
+
+LORA = LoraConfig(r=16, alpha=32.0)
+NF4 = QuantConfig()
+CASES = {
+    "llama-3.1-8b, lora": TrialSetup(adapter=LORA),
+    "llama-3.1-8b, lora, offloaded activations": TrialSetup(adapter=LORA, recompute=RecomputeConfig("offload")),
+    "llama-3.1-8b, qlora, full recompute": TrialSetup(adapter=LORA, quant=NF4, recompute=RecomputeConfig("full")),
+    "llama-3.2-1b, lora with dropout": TrialSetup(adapter=LoraConfig(r=16, dropout=0.05)),
+    "llama-3.2-1b, qlora": TrialSetup(adapter=LORA, quant=NF4),
+    "llama-3.2-1b, full": TrialSetup(),
+    "llama-3.2-1b, full, selective recompute": TrialSetup(recompute=RecomputeConfig("selective")),
+    "llama-3.2-1b, full, offloaded": TrialSetup(fsdp=ShardPolicy(offload=True)),
+    "llama-3.2-1b, full, updates in backward": TrialSetup(fsdp=ShardPolicy(step_in_backward=True)),
+    "llama-3.2-1b, full, 8-bit moments": TrialSetup(optim=OptimConfig(state="8bit")),
+    "llama-3.2-1b, full, fp32": TrialSetup(precision=Precision(wire="float32")),
+}
+
+
+def planned_and_measured(model: str, setup: TrialSetup, workload: Workload) -> tuple[int, int]:
+    """Peak bytes of the second step, on the device and on the host, where what is measured is not told apart."""
+    config = model_shape(model)
+    plan = plan_memory(describe(config, setup, world_size=1, link="nccl", workload=workload))
+    world = World(0, 1, 0, torch.device("cuda", 0), "nccl", None)
+    recorder = Recorder(0, world.device)
+    batches = [random_batch(config.vocab_size, workload, seed) for seed in range(workload.microbatches)]
+    assert all(batch.num_targets for batch in batches)  # counted by the host before
+    module = construct(config, None, setup.adapter, quant=setup.quant).module
+    with pretended_cuda():
+        apply_recompute(module, module.shard_units(), setup.recompute, recorder)
+        engine = shard(module, module.shard_units(), world, setup.fsdp, setup.precision, recorder)
+        optimizer = AdamW(engine.trainable_shards(), setup.optim)
+        for _ in range(2):
+            with TensorMeter(world.device) as meter:
+                train_step(
+                    module, engine, optimizer, SupervisedTokens(), batches,
+                    lr_scale=1.0, max_grad_norm=None, scaler=None, recorder=recorder,
+                )  # fmt: skip
+        held = sum(held_bytes(engine, optimizer).values())
+    host_bytes = sum(plan.host.values())
+    return plan.peak_bytes + host_bytes, held + meter.peak_bytes
+
+
+def main() -> None:
+    found: dict[str, tuple[int, int] | str] = {}
+    for name, setup in CASES.items():
+        model = name.partition(",")[0]
+        try:
+            found[name] = planned_and_measured(model, setup, Workload(tokens=8192, document_tokens=4096))
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
