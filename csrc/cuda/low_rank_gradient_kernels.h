@@ -3,9 +3,12 @@
 #pragma once
 
 #include "low_rank_kernels.h"
-#include "low_rank_splits.h"
 
 namespace minift::cuda {
+
+namespace low_rank {
+enum class ElementType : int { FLOAT, BF16, FP16 };
+}
 
 // gradient (width, rank) = wide^T narrow. Element (w, r) is at w * w_stride + r * r_stride of `gradient`; one of these
 // strides is 1.

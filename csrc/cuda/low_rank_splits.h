@@ -5,6 +5,7 @@
 
 #include "elements.h"
 #include "launch.h"
+#include "low_rank_gradient_kernels.h"
 
 namespace minift::cuda::low_rank {
 
@@ -20,8 +21,6 @@ constexpr int64_t WANTED_BLOCKS = MINIFT_WANTED_BLOCKS;
 inline int64_t splits_for(int64_t blocks, int64_t pieces) {
   return std::max<int64_t>(1, std::min(WANTED_BLOCKS / std::max<int64_t>(1, blocks), pieces));
 }
-
-enum class ElementType : int { FLOAT, BF16, FP16 };
 
 // `count` sums in lines of `length`, which are `stride` apart where they go to.
 struct SplitSum {

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 // Tests register the same ops for the CPU, where they run the same kernels thread by thread.
 #if !defined(MINIFT_CUDA_KEY)
@@ -22,7 +23,7 @@ class OnDevice {
     check(cudaGetDevice(&previous_));
     check(cudaSetDevice(tensor.get_device()));
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   ~OnDevice() { cudaSetDevice(previous_); }

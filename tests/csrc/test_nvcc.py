@@ -39,15 +39,19 @@ def test_compiles_without_warnings_and_spills(source, tmp_path):
     assert in_memory == []
 
 
-def test_tensors_h_agrees_with_the_headers_of_cuda(tmp_path):
-    """Where no CUDA build of torch is, its declarations still are."""
-    source = tmp_path / "stream.cpp"
+def test_what_ops_include_agrees_with_the_headers_of_cuda(tmp_path):
+    """Their host compiler sees CUDA's own headers, without what only nvcc knows and tests/cuda_on_cpu has; and torch's,
+    whose declarations for CUDA are also where no CUDA build of it is."""
+    ops = "".join(path.read_text(encoding="utf-8") for path in (CSRC / "cuda").glob("*.cpp"))
+    headers = sorted(set(re.findall(r'#include "([^"/]+)"', ops)))
+    assert "tensors.h" in headers and "low_rank_gradient_kernels.h" in headers
+    source = tmp_path / "ops.cpp"
     source.write_text(
-        '#include "cuda/tensors.h"\n'
-        "cudaStream_t stream_of(minift::Tensor tensor) { return minift::cuda::OnDevice(tensor).stream; }\n"
+        "".join(f'#include "cuda/{name}"\n' for name in headers)
+        + "cudaStream_t stream_of(minift::Tensor tensor) { return minift::cuda::OnDevice(tensor).stream; }\n"
     )
     flags = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_path("include"))]
-    command = [NVCC, *flags, "-x", "c++", "-c", str(source), "-o", str(tmp_path / "stream.o")]
+    command = [NVCC, *flags, "-x", "c++", "-c", str(source), "-o", str(tmp_path / "ops.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
