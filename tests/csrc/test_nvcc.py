@@ -6,26 +6,20 @@ No GPU is needed. What the kernels compute is held by tests/ops, which run them 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sysconfig
-from pathlib import Path
 
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-CSRC = Path(__file__).parents[2] / "csrc"
-ARCHITECTURES = ["80", "90", "90a"]
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+from tests.csrc.nvcc import ARCHITECTURES, CSRC, NVCC, SOURCES, compiled
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
-@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.name)
-def test_compiles_without_warnings_and_spills(source, tmp_path):
-    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
-    command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", str(source), *targets]
-    done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles_without_warnings_and_spills(source):
+    done = compiled(source).result()
     assert done.returncode == 0, done.stderr
     kernels = re.findall(
         r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

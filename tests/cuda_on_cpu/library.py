@@ -36,9 +36,8 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-@functools.cache
-def load() -> None:
-    """Build what has changed since the last time, and register torch.ops.minift_cuda_on_cpu."""
+def build() -> Path:
+    """The library, made of what has changed since the last time."""
     sources = [ROOT / "csrc" / "registration.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.c*"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(_compile, sources))
@@ -46,7 +45,13 @@ def load() -> None:
     if not library.exists():
         directories = [f"-L{path}" for path in library_paths()]
         _run("-shared", *map(str, objects), *directories, "-ltorch_cpu", "-lc10", "-ltorch", output=library)
-    torch.ops.load_library(str(library))
+    return library
+
+
+@functools.cache
+def load() -> None:
+    """Register torch.ops.minift_cuda_on_cpu."""
+    torch.ops.load_library(str(build()))
 
 
 @functools.cache

@@ -1,0 +1,48 @@
+"""Compiles the CUDA sources in the background, for GPUs and for the processor (tests/cuda_on_cpu): it takes minutes of a
+processor that most tests leave idle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tests.cuda_on_cpu import library
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+ARCHITECTURES = ["80", "90", "90a"]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+_pool = ThreadPoolExecutor(1)
+_compiled: dict[Path, Future] = {}
+
+
+def start() -> None:
+    """Begin to compile all sources."""
+    if library.compiler() is not None:
+        _pool.submit(library.build)
+    if NVCC is not None:
+        for source in SOURCES:
+            compiled(source)
+
+
+def compiled(source: Path) -> Future:
+    """nvcc's end, and what it said of every kernel."""
+    if source not in _compiled:
+        _compiled[source] = _pool.submit(_compile, source)
+    return _compiled[source]
+
+
+def stop() -> None:
+    """Leave what has not begun."""
+    _pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(source: Path) -> subprocess.CompletedProcess:
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+    command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", str(source), *targets]
+    return subprocess.run(["nice", *command, "-o", os.devnull], capture_output=True, text=True)
