@@ -1,5 +1,5 @@
-"""Compiles the CUDA sources in the background, for GPUs and for the processor (tests/cuda_on_cpu): it takes minutes of a
-processor that most tests leave idle.
+"""Compiles the CUDA sources in the background, for GPUs and for the processor (tests/cuda_on_cpu): it takes minutes of
+a processor that most tests leave idle.
 """
 
 from __future__ import annotations
