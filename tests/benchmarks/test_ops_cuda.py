@@ -59,3 +59,42 @@ def test_bars():
     }
     names = {f"LM head, {rows} rows" for rows in ops_cuda.Sizes().head_rows}
     assert {name for name, *_ in BARS} <= names | {"NF4 dequantize, nested", "NF4 quantize"}
+
+
+class StandInGpu:
+    """Of torch.cuda, what measures: its clock goes on when something runs."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.seconds = 0.0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: StandInEvent(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 2e9))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def work(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+class StandInEvent:
+    def __init__(self, gpu: StandInGpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.seconds = self.gpu.seconds
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: StandInEvent) -> float:
+        return (other.seconds - self.seconds) * 1e3
+
+
+def test_a_turn_is_the_mean_of_calls_without_what_prepares_them(monkeypatch):
+    gpu, calls = StandInGpu(monkeypatch), []
+    turn = ops_cuda.event_stopwatch(lambda: calls.append("run") or gpu.work(1e-4), None)
+    calls.clear()
+    assert turn() == pytest.approx(1e-4) and 19 <= len(calls) <= 20  # 2 ms
+    turn = ops_cuda.event_stopwatch(
+        lambda: calls.append("run") or gpu.work(1e-4), lambda: calls.append("prepare") or gpu.work(1.0)
+    )
+    calls.clear()
+    assert turn() == pytest.approx(1e-4) and calls == ["prepare", "run"]
