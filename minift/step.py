@@ -64,7 +64,7 @@ def train_step(
     local_tokens = sum(microbatch.num_tokens for microbatch in microbatches)
     counts = sum_over_ranks(scalars([local_weight, local_tokens], world.device), world)
     scale = 1.0 if scaler is None else scaler.scale
-    factor = scale / counts[0].clamp(min=1e-300)  # a weight of 0 is refused below: here the host would have to wait
+    factor = torch.where(counts[0] > 0, scale / counts[0], 0.0)  # 0 is refused below: here the host would have to wait
     early = None
     if engine.policy.step_in_backward:
         early = _UpdateInBackward(engine, optimizer, lr_scale, microbatches, recorder)

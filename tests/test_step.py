@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,46 @@ def test_updating_in_backward(world_size: int) -> None:
     for ours, theirs in zip(early, late, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+
+
+def nothing_to_predict(world: World, has_nothing: bool) -> tuple[str, bool, float]:
+    """What a step says in which this rank (or the other) has nothing to predict, or nobody; whether weights are as they
+    were; the loss of the step after it."""
+    model = CausalLM(ModelConfig.from_hf(CONFIG))
+    model.init_weights(seed=3)
+    recorder = Recorder(world.rank, world.device)
+    engine = shard(model, model.shard_units(), world, ShardPolicy(), FP32, recorder)
+    optimizer = AdamW(engine.trainable_shards(), OptimConfig(lr=0.01))
+
+    def step(microbatch: Batch) -> StepResult:
+        return train_step(
+            model, engine, optimizer, SupervisedTokens(), [microbatch],
+            lr_scale=1.0, max_grad_norm=1.0, scaler=None, recorder=recorder,
+        )  # fmt: skip
+
+    def weights() -> dict[str, Tensor]:
+        return {name: tensor.cpu().clone() for name, tensor in engine.full_tensors()}
+
+    whole = batch([0, 1, 2], 0)
+    empty = replace(whole, targets_T=torch.full_like(whole.targets_T, IGNORE))
+    before, said = weights(), ""
+    try:
+        step(empty if has_nothing or world.rank == 0 else whole)
+    except ValueError as error:
+        said = str(error)
+    is_unchanged = all(torch.equal(before[name], weight) for name, weight in weights().items())
+    return said, is_unchanged, step(whole).loss
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_with_nothing_to_predict_is_refused_and_changes_nothing(world_size: int) -> None:
+    for said, is_unchanged, loss in run_ranks(world_size, nothing_to_predict, True):
+        assert "nothing to predict" in said and is_unchanged and math.isfinite(loss)
+
+
+def test_a_rank_may_have_nothing_to_predict() -> None:
+    for said, is_unchanged, loss in run_ranks(2, nothing_to_predict, False):
+        assert said == "" and not is_unchanged and math.isfinite(loss)
 
 
 def steps_without_clipping(world: World) -> list[StepResult]:
