@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from results import Result, finish, parse
@@ -53,6 +53,12 @@ from minift.planner.shapes import Workload, describe
 from minift.planner.trial import Trial, TrialSetup
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
+from minift.style import label_bars, three_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from minift.style import Theme
 
 DATASHEET_FLOPS = 989e12  # of an H100 SXM in bf16, without sparsity
 Side = tuple[Callable[[], object], dict[str, Any]]  # a step, and what else is known of the side
@@ -201,6 +207,21 @@ def model_flops(config: ModelConfig, args: argparse.Namespace) -> float:
     return args.tokens * (2 * directions * weights + 3 * attention)
 
 
+def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
+    """Tokens a second and peak memory of every side of every run."""
+    rows = [(run["parameters"], row) for run in runs for row in run["rows"]]
+    figure.set_size_inches(11, 1.0 + 0.45 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [f"{row['side']}, {a['model']}, {a['method']}, recompute {a['recompute']}" for a, row in rows]
+    colours = [theme.ours if row["side"] == "minift" else theme.theirs for _, row in rows]
+    for axes, title, key in ((left, "tokens a second", "tokens_per_second"), (right, "peak, GB", "peak_gb")):
+        axes.set_title(title)
+        heights = [row[key] for _, row in rows]
+        label_bars(axes, axes.barh(range(len(rows)), heights, color=colours), [three_digits(h) for h in heights])
+    left.set_yticks(range(len(rows)), names)
+    left.invert_yaxis()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS)
@@ -255,7 +276,7 @@ def main() -> None:
     for row in result.rows[1:]:
         result.values["tokens_ratio"] = ours["tokens_per_second"] / row["tokens_per_second"]
         result.values["memory_ratio"] = ours["peak_gb"] / max(row["peak_gb"], 1e-9)
-    finish(args, result)
+    finish(args, result, draw)
 
 
 if __name__ == "__main__":
