@@ -1,7 +1,9 @@
 """Builds minift's one extension, `minift._C`; everything else is in pyproject.toml.
 
 CPU kernels are always built, CUDA kernels when this torch has CUDA and nvcc is found; USE_CUDA=0 or USE_CUDA=1 in the
-environment decides otherwise. The extension must be compiled against the torch it will run with, hence:
+environment decides otherwise. They are for the card that is there, else for A100, H100 and later ones;
+TORCH_CUDA_ARCH_LIST names others (bf16 on the tensor cores needs 8.0). The extension must be compiled against the torch
+it will run with, hence:
 
     pip install -c constraints.txt --no-build-isolation -e .      # or: python setup.py build_ext --inplace
 """
@@ -23,6 +25,8 @@ cpp_sources = ["csrc/registration.cpp", *map(str, sorted(Path("csrc/cpu").glob("
 cuda_sources = [str(path) for path in sorted(Path("csrc/cuda").glob("*.c*"))]  # .cu: kernels, .cpp: their ops
 has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
 use_cuda = bool(cuda_sources) and os.environ.get("USE_CUDA", str(int(has_cuda))) == "1"
+if use_cuda and not torch.cuda.is_available():  # torch would ask the card that is not there
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
 Extension = CUDAExtension if use_cuda else CppExtension
 extension = Extension(

@@ -239,6 +239,8 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
 
+    if args.peer == "peft" and (args.method == "full" or args.recompute not in ("none", "full")):
+        raise SystemExit("PEFT is a peer of lora and qlora, with recompute none or full; others: --peer none")
     sides = ["minift", *([] if args.peer == "none" else [args.peer])]
     if args.peer == "peft" and args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         sides = ["minift"]

@@ -29,7 +29,8 @@ inline std::vector<SgmvSegment> sgmv_segments(const Tensor& y, const Tensor& x, 
   };
   const int32_t *rows_of = numbers(ranks), *bound = numbers(bounds), *chosen = numbers(choice);
   int64_t num_segments = choice.numel();
-  STD_TORCH_CHECK(bounds.numel() == num_segments + 1 && ranks.size(1) == 2, "sgmv: bounds, choice and ranks do not fit");
+  STD_TORCH_CHECK(bounds.numel() == num_segments + 1 && ranks.size(1) == 2,
+                  "sgmv: bounds, choice and ranks do not fit");
   std::vector<SgmvSegment> segments;
   for (int64_t s = 0; s < num_segments; ++s) {
     STD_TORCH_CHECK(bound[s] <= bound[s + 1] && chosen[s] >= 0 && chosen[s] < ranks.size(0), "sgmv: no such segment");

@@ -204,8 +204,10 @@ def analyze(options: Namespace) -> None:
     intruders: dict[str, Intruders] = {}
     analyses = []
     for name, before, after in weights:
-        intruders[name] = find_intruders(before, after, options.top, options.threshold)
-        analyses.append(analyze_weight(name, before, after, intruders[name].found))
+        found = find_intruders(before, after, options.top, options.threshold)
+        analyses.append(analyze_weight(name, before, after, found.found))
+        if scaling is not None:
+            intruders[name] = found
         print(f"\r{len(analyses)} weights", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(table(analyses))

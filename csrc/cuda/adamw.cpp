@@ -14,7 +14,7 @@ void adamw_op(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, c
   check_weights(master, grad, wire);
   check_moments(exp_avg, exp_avg_sq, grad);
   AdamwStep step = adamw_step(master, grad_factor, beta1, beta2, eps, step_size, keep, key, first);
-  OnDevice on(master);
+  OnDevice on(master, grad, exp_avg, exp_avg_sq, wire, grad_factor);
   dispatch_weights(master, grad, wire, [&](auto weights) {
     adamw(step, weights, static_cast<float*>(exp_avg.data_ptr()), static_cast<float*>(exp_avg_sq.data_ptr()),
           master.size(0), on.stream);
@@ -31,7 +31,7 @@ void adamw_8bit_op(const Tensor& master, const Tensor& grad, const Tensor& exp_a
       quantized_moments(master, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, signed_values,
                         signed_buckets, unsigned_values, unsigned_buckets);
   AdamwStep step = adamw_step(master, grad_factor, beta1, beta2, eps, step_size, keep, key, first);
-  OnDevice on(master);
+  OnDevice on(master, grad, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, wire, grad_factor);
   dispatch_weights(master, grad, wire,
                    [&](auto weights) { adamw_8bit(step, moments, weights, master.size(0), on.stream); });
 }

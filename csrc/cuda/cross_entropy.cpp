@@ -10,7 +10,7 @@ namespace {
 
 Tensor cross_entropy_op(const Tensor& logits, const Tensor& targets, bool need_gradient) {
   check_cross_entropy(logits, targets);
-  OnDevice on(logits);
+  OnDevice on(logits, targets);
   Tensor losses = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
   dispatch_dtype(logits, "cross_entropy_", [&](auto element) {
     cross_entropy(static_cast<decltype(element)*>(logits.data_ptr()), static_cast<const int64_t*>(targets.data_ptr()),

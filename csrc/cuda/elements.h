@@ -44,7 +44,9 @@ struct alignas(SIZE * sizeof(T) < 16 ? SIZE * sizeof(T) : 16) PackOf {
 
 // Whether packs may start at every multiple of SIZE elements from `data`.
 template <int SIZE = PACK, class T>
-__host__ inline bool aligned(const T* data) { return reinterpret_cast<uintptr_t>(data) % alignof(PackOf<T, SIZE>) == 0; }
+__host__ inline bool aligned(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) % alignof(PackOf<T, SIZE>) == 0;
+}
 
 // Whether this is so in every row, and rows are whole packs.
 template <class T>

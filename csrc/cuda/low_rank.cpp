@@ -48,7 +48,7 @@ Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vecto
   check_to_rank(wides, factors, scales);
   int64_t tokens = wides[0].size(0), rank = 0, column = 0;
   for (const Tensor& factor : factors) rank += factor.size(1);
-  OnDevice on(wides[0]);
+  OnDevice on(wides[0], wides, factors);
   Tensor narrow = torch::stable::new_empty(wides[0], {tokens, rank});
   Operands operands;
   for (const Tensor& wide : wides) operands.add_wide(wide);
@@ -64,7 +64,7 @@ Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vecto
 
 void add_from_rank_op(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
   check_add_from_rank(wides, narrows, factors);
-  OnDevice on(wides[0]);
+  OnDevice on(wides[0], wides, narrows, factors);
   Operands operands;
   for (const Tensor& wide : wides) operands.wides.push_back(wide_of(wide));
   for (size_t i = 0; i < factors.size(); ++i) operands.add_term(narrows[i], factors[i]);
@@ -81,7 +81,7 @@ low_rank::ElementType type_of(const Tensor& gradient) {
 
 void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
   check_factor_gradients(gradients, wides, narrows);
-  OnDevice on(wides[0]);
+  OnDevice on(wides[0], wides, narrows, gradients);
   Tensors wide_rows, narrow_rows;
   for (const Tensor& wide : wides) wide_rows.push_back(with_adjacent_columns(wide));
   for (const Tensor& narrow : narrows) narrow_rows.push_back(with_adjacent_columns(narrow));
@@ -89,8 +89,9 @@ void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const T
   int64_t tokens = wides[0].size(0), numel = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor& narrow = narrow_rows[i];
-    terms.push_back({wide_of(of_factor(wide_rows, i)), elements(narrow), narrow.stride(0), narrow.size(1), gradients[i].data_ptr(),
-                     type_of(gradients[i]), gradients[i].stride(0), gradients[i].stride(1)});
+    terms.push_back({wide_of(of_factor(wide_rows, i)), elements(narrow), narrow.stride(0), narrow.size(1),
+                     gradients[i].data_ptr(), type_of(gradients[i]), gradients[i].stride(0),
+                     gradients[i].stride(1)});
     numel += gradients[i].numel();
   }
   int64_t splits = gradient_splits(terms, tokens);

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1)
     int64_t column = item / work.splits % strips * COLUMNS, split = item % work.splits;
     if (column >= group.wide.width) continue;
     int64_t first = split * work.tokens_of_split, end = min(first + work.tokens_of_split, work.tokens);
-    Sum sums[GROUP];
+    Accumulator sums[GROUP];
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) wmma::fill_fragment(sums[t], 0.0f);
     WideTile<VECTOR> wide;

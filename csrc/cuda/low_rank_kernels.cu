@@ -2,12 +2,12 @@
 //
 // Bound by memory: rank 16 does 16 FMA for an element of a wide matrix, and an H100 could do 150 while it is read.
 // to_rank reads each wide matrix once, 2 T W bytes, add_from_rank_ reads and writes it, 4 T W: as cuBLAS does, so what
-// is won are launches, and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks them,
-// multiplies: five launches for one or two (add_from_rank_: two stacks and a product). A launch costs the GPU about 2
-// microseconds, reading x (8192, 4096) 20. Where tokens are too few for every multiprocessor, to_rank also splits the
-// width, as cuBLAS does, and a second launch adds up. Factors and narrow matrices are read again by every block, from the L2 cache:
-// with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond 64 are better left to cuBLAS,
-// and minift/ops/low_rank.py does so.
+// is won are launches, and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks
+// them, multiplies: five launches for one or two (add_from_rank_: two stacks and a product). A launch costs the GPU
+// about 2 microseconds, reading x (8192, 4096) 20. Where tokens are too few for every multiprocessor, to_rank also
+// splits the width, as cuBLAS does, and a second launch adds up. Factors and narrow matrices are read again by every
+// block, from the L2 cache: with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond
+// 64 are better left to cuBLAS, and minift/ops/low_rank.py does so.
 
 #include "low_rank_kernels.h"
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) to_rank_kernel(const 
     const RankTile* tiles = work.tiles + group.first_tile;
     int64_t first_row = item / work.splits % row_blocks * ROWS, split = item % work.splits;
     int64_t first = split * work.columns_of_split, end = min(first + work.columns_of_split, group.wide.width);
-    Sum sums[GROUP];
+    Accumulator sums[GROUP];
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) wmma::fill_fragment(sums[t], 0.0f);
     WideTile<VECTOR> wide;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) add_from_rank_kernel(
     if (column >= group.wide.width) continue;
     WideTile<VECTOR> wide;
     wide.load(group.wide, first_row, work.tokens, column);
-    Sum sums[COLUMN_TILES];
+    Accumulator sums[COLUMN_TILES];
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; ++c) wmma::fill_fragment(sums[c], 0.0f);
     for (int done = 0; done < group.num_tiles; done += GROUP) {

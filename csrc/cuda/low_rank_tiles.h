@@ -25,11 +25,11 @@ using RowsOfA = wmma::fragment<wmma::matrix_a, TILE, TILE, TILE, __nv_bfloat16, 
 using ColumnsOfA = wmma::fragment<wmma::matrix_a, TILE, TILE, TILE, __nv_bfloat16, wmma::col_major>;
 using RowsOfB = wmma::fragment<wmma::matrix_b, TILE, TILE, TILE, __nv_bfloat16, wmma::row_major>;
 using ColumnsOfB = wmma::fragment<wmma::matrix_b, TILE, TILE, TILE, __nv_bfloat16, wmma::col_major>;
-using Sum = wmma::fragment<wmma::accumulator, TILE, TILE, TILE, float>;
+using Accumulator = wmma::fragment<wmma::accumulator, TILE, TILE, TILE, float>;
 
 // sum += a b, with b in shared memory.
 template <class FragmentOfB, class FragmentOfA>
-__device__ __forceinline__ void multiply(Sum& sum, const FragmentOfA& a, const Bf16* b, unsigned stride) {
+__device__ __forceinline__ void multiply(Accumulator& sum, const FragmentOfA& a, const Bf16* b, unsigned stride) {
   FragmentOfB of_b;
   wmma::load_matrix_sync(of_b, reinterpret_cast<const __nv_bfloat16*>(b), stride);
   wmma::mma_sync(sum, a, of_b, sum);

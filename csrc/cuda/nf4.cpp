@@ -43,7 +43,7 @@ void nf4_dequantize_op(const Tensor& out, const Tensor& codes, const Tensor& sca
                        const std::optional<Tensor>& nested_map, int64_t block_size, int64_t start, int64_t stride) {
   nf4::Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
   check_nf4_rows(out, codes, scales, block_size, start, stride);
-  OnDevice on(out);
+  OnDevice on(out, codes, scales, nested_absmax, offset, nested_map);
   dispatch_dtype(out, "nf4_dequantize", [&](auto element) {
     using T = decltype(element);
     nf4_dequantize(nf4_codes(codes), block_scales, block_size, static_cast<T*>(out.data_ptr()), out.size(0),

@@ -16,7 +16,7 @@ Tensor nf4_gemv_op(const Tensor& x, const Tensor& codes, const Tensor& scales,
   nf4::Scales block_scales = nf4_scales(scales, nested_absmax, offset, nested_map);
   int64_t features = check_nf4_gemv(x, codes, scales, block_size);
   Tensor x_rows = with_rows(x), y = torch::stable::new_empty(x, {x.size(0), features});
-  OnDevice on(x);
+  OnDevice on(x, codes, scales, nested_absmax, offset, nested_map);
   dispatch_dtype(x, "nf4_gemv", [&](auto element) {
     using T = decltype(element);
     nf4_gemv(rows<const T>(x_rows), nf4_codes(codes), block_scales, block_size, features,

@@ -26,6 +26,9 @@ struct alignas(16) Codes {
   uint32_t words[CHUNK / 8];  // the codes of eight weights each, the first in the lowest byte
 };
 
+// Whether the codes of every chunk may be read at once.
+bool aligned_chunks(const uint8_t* codes) { return reinterpret_cast<uintptr_t>(codes) % alignof(Codes) == 0; }
+
 __device__ __forceinline__ Codes load_codes(const uint8_t* from, bool vector) {
   if (vector) return *reinterpret_cast<const Codes*>(from);
   Codes codes;
@@ -110,7 +113,7 @@ void launch_gemv(Rows<const T> x, const uint8_t* codes, nf4::Scales scales, int 
   for (int64_t token = 0; token < x.count;) {
     bool two = x.count - token >= 2;
     launch("nf4_gemv", two ? gemv<T, 2> : gemv<T, 1>, blocks, GEMV_THREADS, stream, x, token, codes, scales,
-           block_size_log2, features, aligned(codes), aligned(x), Table(nf4::CODEBOOK), y);
+           block_size_log2, features, aligned_chunks(codes), aligned(x), Table(nf4::CODEBOOK), y);
     token += two ? 2 : 1;
   }
 }
@@ -229,7 +232,7 @@ void nf4_gemv(Rows<const T> x, const uint8_t* codes, nf4::Scales scales, int64_t
   if constexpr (sizeof(T) < sizeof(float)) {
     for (int64_t token = 0; token < x.count; token += TILE) {
       launch("nf4_gemv", gemm<T>, blocks_for(features, GEMM_FEATURES), GEMM_THREADS, stream, x, token, codes, scales,
-             block_size_log2, features, aligned(codes), aligned(x), Table(nf4::CODEBOOK), y);
+             block_size_log2, features, aligned_chunks(codes), aligned(x), Table(nf4::CODEBOOK), y);
     }
   }
 }

@@ -39,8 +39,8 @@ __device__ void quantize_incomplete(const T* elements, int64_t count, const floa
 // a pack for each.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    quantize(const T* weight, int64_t n, int64_t block_size, int lanes, bool vector, const __grid_constant__ Table table, uint8_t* codes,
-             float* absmax) {
+    quantize(const T* weight, int64_t n, int64_t block_size, int lanes, bool vector,
+             const __grid_constant__ Table table, uint8_t* codes, float* absmax) {
   __shared__ float thresholds[16];
   fill(thresholds, table);
   int64_t complete = n / block_size, teams_per_block = THREADS / lanes;

@@ -12,7 +12,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> rms_norm_op(const Tensor& x, const Tensor& weight, double eps) {
   check_rms_norm(x, weight);
-  OnDevice on(x);
+  OnDevice on(x, weight);
   Tensor x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight), y = new_like(x), rstd = new_rstd(x);
   dispatch_dtype(x, "rms_norm", [&](auto element) {
     using T = decltype(element);
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> rms_norm_op(const Tensor& x, const Tensor& weight, do
 std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                 const Tensor& rstd, bool need_dweight) {
   check_rms_norm_backward(dy, x, weight, rstd);
-  OnDevice on(x);
+  OnDevice on(x, dy, weight, rstd);
   Tensor dy_rows = with_rows(dy), x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight);
   int64_t width = need_dweight ? weight.size(0) : 0;
   int64_t num_parts = need_dweight ? rms_norm_dweight_parts(rstd.numel(), width) : 0;

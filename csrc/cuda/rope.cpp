@@ -10,7 +10,7 @@ namespace {
 
 Tensor rope_op(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
   check_rope(x, cos, sin);
-  OnDevice on(x);
+  OnDevice on(x, cos, sin);
   Tensor x_rows = with_rows(x), cos_rows = torch::stable::contiguous(cos), sin_rows = torch::stable::contiguous(sin);
   Tensor y = new_like(x);
   dispatch_dtype(x, "rope", [&](auto element) {

@@ -12,7 +12,7 @@ void sgmv_op(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
              const Tensor& bounds, const Tensor& choice) {
   std::vector<SgmvSegment> segments = sgmv_segments(y, x, A, B, ranks, bounds, choice);
   if (segments.empty()) return;
-  OnDevice on(y);
+  OnDevice on(y, x, A, B);
   int64_t most = largest_rank(segments);
   Tensor x_rows = with_rows(x), hidden = torch::stable::new_empty(x, {x.size(0), most}, ScalarType::Float);
   dispatch_dtype(x, "sgmv", [&](auto element) {

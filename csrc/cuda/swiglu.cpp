@@ -12,7 +12,7 @@ namespace {
 
 Tensor swiglu_op(const Tensor& gate, const Tensor& up) {
   check_swiglu(gate, up);
-  OnDevice on(gate);
+  OnDevice on(gate, up);
   Tensor gate_rows = with_rows(gate), up_rows = with_rows(up), y = new_like(gate);
   dispatch_dtype(gate, "swiglu", [&](auto element) {
     using T = decltype(element);
@@ -23,7 +23,7 @@ Tensor swiglu_op(const Tensor& gate, const Tensor& up) {
 
 std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& gate, const Tensor& up) {
   check_swiglu_backward(dy, gate, up);
-  OnDevice on(gate);
+  OnDevice on(gate, up, dy);
   Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up);
   Tensor dgate = new_like(gate), dup = new_like(gate);
   dispatch_dtype(gate, "swiglu_backward", [&](auto element) {

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from minift.dist.process import World
 from minift.fsdp.flat import FlatLayout
-from minift.fsdp.transport import Buffer, NoRoomError, Transport
+from minift.fsdp.transport import PIECE_ELEMENTS, Buffer, NoRoomError, Transport
 from minift.grad_slot import GradSlot, lay_slot, slot_of
 from minift.ops.blockwise import BLOCK
 from minift.optim.shard import FlatShard
@@ -132,7 +132,11 @@ class Bucket:
         """Take `memory` (1-D uint8, gather_bytes long), cast the own shard into its place, return the full tensor."""
         self._full = memory.view(self.dtypes.wire)
         if not self._wire_is_current:
-            self.layout.chunk(self._full, self.world.rank).copy_(self.shard, non_blocking=True)
+            own = self.layout.chunk(self._full, self.world.rank)
+            numel = max(1, len(own)) if own.device == self.shard.device else PIECE_ELEMENTS
+            for start in range(0, len(own), numel):
+                here = slice(start, start + numel)  # offloaded: brought to the device and cast there
+                own[here].copy_(self.shard[here].to(own.device, non_blocking=True))
         return self._full
 
     def settle_in(self, memory: Tensor) -> None:

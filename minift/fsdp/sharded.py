@@ -296,7 +296,10 @@ class ShardedModel:
         if self.policy.step_in_backward:
             numel = max((sum(b.layout.shard_numel for b in block if b.trainable) for block in blocks), default=0)
             device = host_of(self.world.device) if self.policy.offload else self.world.device
-            self._scratch = torch.empty(REDUCTIONS_IN_FLIGHT, numel, dtype=torch.float32, device=device)
+            is_pinned = self.policy.offload and self.world.device.type == "cuda"
+            self._scratch = torch.empty(
+                REDUCTIONS_IN_FLIGHT, numel, dtype=torch.float32, device=device, pin_memory=is_pinned
+            )
         for block in [*blocks, root]:
             for bucket in (b for b in block if b.trainable):
                 takes_turns = self.policy.step_in_backward and block is not root

@@ -2,7 +2,8 @@
 nothing.
 
 Nothing here makes the host wait that is not asked to. Buffers that lanes touch are allocated once and never freed, so
-the caching allocator, which only knows the stream that allocated, has no chance to hand them out too early.
+the caching allocator, which only knows the stream that allocated, has no chance to hand them out too early; what a lane
+allocates for itself (pieces of offloaded shards) only that lane touches.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from minift.dist.collectives import barrier
 from minift.dist.process import World
 
 _SUM_BLOCK_ELEMENTS = 1 << 16  # summed chunk by chunk inside of a core's cache
+PIECE_ELEMENTS = 1 << 22
+"""Between a GPU and its host at a time, where a tensor is made of it on the way: 16 MiB of fp32."""
 
 
 class NoRoomError(RuntimeError):
@@ -215,6 +217,8 @@ def sum_chunks_(out: Tensor, own: Tensor, others: list[Tensor], accumulate: bool
     in_place = out.data_ptr() == own.data_ptr()
     adds_at_once = not in_place and not accumulate and len(others) > 0 and own.dtype == out.dtype
     block = _SUM_BLOCK_ELEMENTS if own.device.type == "cpu" else max(1, out.numel())
+    if out.device != own.device:
+        block = PIECE_ELEMENTS
     for start in range(0, out.numel(), block):
         here = slice(start, start + block)
         if adds_at_once:

@@ -30,7 +30,7 @@ from minift.ops.nf4 import (
 # save), and in half of the L2 of a large GPU, where a product reads what was just written before it goes to memory.
 SLICE_BYTES, GPU_SLICE_BYTES = 4 << 20, 24 << 20
 
-FEW_TOKENS = 16  # up to here looking codes up again for every 8 tokens is cheaper than writing the weight
+FEW_TOKENS = 16  # up to here looking codes up (on a CPU again for every 8 tokens) is cheaper than writing the weight
 
 
 @torch.no_grad()

@@ -106,8 +106,7 @@ class Trial:
 
 def random_weights(name: str, start: int, stop: int, device: torch.device) -> Tensor:
     """Elements [start, stop) of a parameter, flattened, on `device`: matrices small and normal, norms 1. Of packed
-    weights: random
-    codes, and scales that make the weights about as large."""
+    weights: random codes, and scales that make the weights about as large."""
     generator = torch.Generator(device).manual_seed(start)
     part = name.rpartition(".")[2]
     if part == "codes":

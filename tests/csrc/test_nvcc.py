@@ -13,6 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 from tests.csrc.nvcc import ARCHITECTURES, CSRC, NVCC, SOURCES, compiled
+from tests.cuda_on_cpu.library import STABLE_ABI
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
@@ -44,7 +45,7 @@ def test_what_ops_include_agrees_with_the_headers_of_cuda(tmp_path):
         "".join(f'#include "cuda/{name}"\n' for name in headers)
         + "cudaStream_t stream_of(minift::Tensor tensor) { return minift::cuda::OnDevice(tensor).stream; }\n"
     )
-    flags = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = ["-std=c++20", "-DUSE_CUDA", STABLE_ABI]
     flags += [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_path("include"))]
     command = [NVCC, *flags, "-x", "c++", "-c", str(source), "-o", str(tmp_path / "ops.o")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -6,7 +6,7 @@
 // missing in a shuffle, a misaligned 16-byte access, an index beyond an array in shared memory, and an access to memory
 // that the process has not (library.py puts tensors next to such memory) are errors here. Threads take turns in an order
 // drawn anew for every block, and some warps run far ahead of others, so that a forgotten barrier shows in the results.
-// Not here: speed, memory models, atomics on shared memory, dynamic shared memory, and more than one dimension of
+// Not here: speed, memory models, atomics, dynamic shared memory, and more than one dimension of
 // threads.
 
 #pragma once
@@ -231,13 +231,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int with) {
   return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ with);
 }
-template <class T>
-T __shfl_sync(unsigned mask, T value, int from) { return cuda_on_cpu::shuffle(mask, value, from); }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by) {
-  unsigned from = cuda_on_cpu::lane() + by;
-  return cuda_on_cpu::shuffle(mask, value, from < cuda_on_cpu::WARP ? from : cuda_on_cpu::lane());
-}
 
 template <class T>
 T min(T a, T b) { return b < a ? b : a; }
@@ -246,23 +239,11 @@ T max(T a, T b) { return a < b ? b : a; }
 
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t __float_as_uint(float value) { return __builtin_bit_cast(uint32_t, value); }
-inline int __float_as_int(float value) { return __builtin_bit_cast(int, value); }
-inline float __int_as_float(int bits) { return __builtin_bit_cast(float, bits); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
-inline float __expf(float a) { return expf(a); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
-template <class T>
-T __ldg(const T* from) { return *from; }
-template <class T>
-T __ldcs(const T* from) { return *from; }
-template <class T>
-void __stcs(T* to, T value) { *to = value; }
 
 // ---- on the host ----
 

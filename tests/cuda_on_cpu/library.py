@@ -10,6 +10,7 @@ import functools
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -23,12 +24,13 @@ from torch.utils.cpp_extension import include_paths, library_paths
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_on_cpu"
 NAMESPACE = "minift_cuda_on_cpu"
+STABLE_ABI = re.search(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_text()).group()
 
 # The first macro renames the C++ namespace and that of the ops, which exist twice in one process.
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
 FLAGS += [f"-Dminift={NAMESPACE}", "-DMINIFT_CUDA_KEY=CPU", "-DMINIFT_MAX_BLOCKS=3", "-DMINIFT_WANTED_BLOCKS=9"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS += [STABLE_ABI]
 
 
 def compiler() -> str | None:

@@ -28,7 +28,7 @@ struct Shape<accumulator, M, N, K> { static constexpr int ROWS = M, COLUMNS = N;
 
 template <class Use, int M, int N, int K, class T, class Layout = void>
 struct fragment : Shape<Use, M, N, K> {
-  static_assert((M == 16 && N == 16 && K == 16) || (M == 32 && N == 8 && K == 16) || (M == 8 && N == 32 && K == 16));
+  static_assert(M == 16 && N == 16 && K == 16, "not here: other shapes");
   using Shape<Use, M, N, K>::ROWS;
   using Shape<Use, M, N, K>::COLUMNS;
   float at[ROWS][COLUMNS];
@@ -59,15 +59,6 @@ void load_matrix_sync(fragment<Use, M, N, K, T, Layout>& to, const T* from, unsi
   static_assert(BY_ROWS || std::is_same_v<Layout, col_major>);
   for (int i = 0; i < to.ROWS; ++i) {
     for (int j = 0; j < to.COLUMNS; ++j) to.at[i][j] = widened(BY_ROWS ? from[i * stride + j] : from[j * stride + i]);
-  }
-  __syncwarp();
-}
-
-template <int M, int N, int K>
-void load_matrix_sync(fragment<accumulator, M, N, K, float>& to, const float* from, unsigned stride, layout_t layout) {
-  check_access(from, stride);
-  for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) to.at[i][j] = layout == mem_row_major ? from[i * stride + j] : from[j * stride + i];
   }
   __syncwarp();
 }

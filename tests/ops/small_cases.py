@@ -71,7 +71,8 @@ def nf4_cases(device: torch.device) -> None:
         absmax_of(weight, block_size)
         scales, nested_absmax, offset = quantize_scales(absmax)
         nested = {"scales": scales, "nested_absmax": nested_absmax, "offset": offset}
-        for kind in ({"absmax": absmax}, nested):
+        for kind, address in itertools.product(({"absmax": absmax}, nested), (0, 1, 8)):
+            codes = torch.cat([codes.new_empty(address), codes[-((features * width + 1) // 2) :]])[address:]
             nf4 = Nf4(codes=codes, shape=(features, width), block_size=block_size, **kind)
             dequantize_nf4(nf4, dtype, out=torch.empty(weight.numel() + 1, dtype=dtype, device=device)[1:])
             for tokens in (1, 3, 16):

@@ -6,6 +6,8 @@ terms of a sum by u of itself, fp32 summation by at most D u32, and the result i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -162,6 +164,20 @@ def test_few_tokens_and_long_rows(kernels, rounding, dtype, num_inputs, block_si
     weight = nf4.dequantize_nf4(matrix, torch.float64).view(19, num_inputs)
     x = torch.randn(15, num_inputs, generator=generator).to(dtype)
     assert_is_product(nf4_linear.nf4_linear(x, matrix), x.double(), weight.t(), rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("address", [1, 2, 4, 8, 16])
+def test_codes_anywhere_in_a_buffer_of_bytes(kernels, rounding, address, dtype):
+    generator = torch.Generator().manual_seed(address)
+    matrix = draw_matrix(generator, (19, 192), 64, double=True)
+    memory = torch.empty(address + matrix.codes.numel(), dtype=torch.uint8)
+    codes = memory[address:].copy_(matrix.codes)
+    x = torch.randn(5, 192, generator=generator).to(dtype)
+    weight = nf4.dequantize_nf4(matrix, torch.float64).view(19, 192)
+    for tokens in (x[:1], x):
+        y = nf4_linear.nf4_linear(tokens, replace(matrix, codes=codes))
+        assert_is_product(y, tokens.double(), weight.t(), rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -53,6 +53,7 @@ CASES = {
     "full, selective recompute": Case(recompute=RecomputeConfig("selective")),
     "full, updates in backward": Case(policy=ShardPolicy(step_in_backward=True)),
     "full, shards in host memory": Case(policy=ShardPolicy(offload=True)),
+    "full, both of these": Case(policy=ShardPolicy(offload=True, step_in_backward=True)),
     "lora": Case(LORA),
     "lora, dropout": Case(LoraConfig(r=4, dropout=0.1)),
     "lora, full recompute": Case(LORA, recompute=RecomputeConfig("full")),

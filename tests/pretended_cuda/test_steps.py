@@ -29,6 +29,6 @@ def test_the_host_waits_once_a_step(waits, name):
     before the next unit's work was given to the device."""
     found = waits[name]
     assert isinstance(found, list), found
-    num_units, num_microbatches = 4, 2
-    offloads = num_units * num_microbatches if CASES[name].policy.offload else 0
+    num_units, policy = 4, CASES[name].policy
+    offloads = num_units * (1 if policy.step_in_backward else 2) if policy.offload else 0
     assert found == ["streams.py:wait_for"] * offloads + ["step.py:train_step"]
