@@ -59,6 +59,11 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     return results
 
 
+def restart() -> None:
+    """The next call starts processes without a past, which would show in what memory is resident."""
+    _stop_pool()
+
+
 def _start_pool() -> None:
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:

@@ -89,7 +89,7 @@ def factor_gradients_reference(gradients: Sequence[Tensor], wides: Sequence[Tens
 def _is_compiled(wides: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
     if wides[0].dtype != torch.bfloat16:
         return False
-    if not wides[0].is_cuda:
+    if wides[0].device.type == "cpu":
         return True
     ranks = [factor.shape[1] for factor in factors]
     return (sum(ranks) if len(wides) == 1 else max(ranks)) <= MOST_RANKS_ON_GPU
