@@ -136,11 +136,6 @@ void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, Weights<
 
 #define INSTANTIATE(T, WIRE) \
   template void adamw_8bit(const AdamwStep&, const QuantizedMoments&, Weights<T, WIRE>, int64_t, cudaStream_t);
-INSTANTIATE(float, float)
-INSTANTIATE(float, Bf16)
-INSTANTIATE(float, Fp16)
-INSTANTIATE(Bf16, float)
-INSTANTIATE(Bf16, Bf16)
-INSTANTIATE(Bf16, Fp16)
+MINIFT_FOR_ALL_WEIGHTS(INSTANTIATE)
 
 }  // namespace minift::cuda

@@ -52,11 +52,6 @@ void adamw(const AdamwStep& step, Weights<T, Wire> weights, float* exp_avg, floa
 
 #define INSTANTIATE(T, WIRE) \
   template void adamw(const AdamwStep&, Weights<T, WIRE>, float*, float*, int64_t, cudaStream_t);
-INSTANTIATE(float, float)
-INSTANTIATE(float, Bf16)
-INSTANTIATE(float, Fp16)
-INSTANTIATE(Bf16, float)
-INSTANTIATE(Bf16, Bf16)
-INSTANTIATE(Bf16, Fp16)
+MINIFT_FOR_ALL_WEIGHTS(INSTANTIATE)
 
 }  // namespace minift::cuda

@@ -9,6 +9,10 @@
 
 namespace minift::cuda {
 
+// DO(T, Wire) for all of them.
+#define MINIFT_FOR_ALL_WEIGHTS(DO) \
+  DO(float, float) DO(float, Bf16) DO(float, Fp16) DO(Bf16, float) DO(Bf16, Bf16) DO(Bf16, Fp16)
+
 // n weights, and their moments.
 template <class T, class Wire>
 void adamw(const AdamwStep& step, Weights<T, Wire> weights, float* exp_avg, float* exp_avg_sq, int64_t n,

@@ -33,14 +33,16 @@ def instruction_set(request):
 
 
 def pytest_generate_tests(metafunc):
-    """`implementation` is each way of running the ops of a test file: the references, every instruction set and, if the
-    file says HAS_CUDA_KERNELS, the CUDA kernels on the processor, and on the GPU if there is one."""
-    if "implementation" in metafunc.fixturenames:
-        names = ["reference", *_offered_instruction_sets()]
-        if getattr(metafunc.module, "HAS_CUDA_KERNELS", False) and extension.MISSING_REASON is None:
-            names += ["cuda_on_cpu"] if cuda_on_cpu.compiler() is not None else []
-            names += ["cuda"] if torch.cuda.is_available() else []
-        metafunc.parametrize("implementation", names, indirect=True)
+    """`compiled` is each way of running the compiled ops of a test file: every instruction set and, if the file says
+    HAS_CUDA_KERNELS, the CUDA kernels on the processor, and on the GPU if there is one; `implementation` is the
+    references, too."""
+    compiled = _offered_instruction_sets()
+    if getattr(metafunc.module, "HAS_CUDA_KERNELS", False) and extension.MISSING_REASON is None:
+        compiled += ["cuda_on_cpu"] if cuda_on_cpu.compiler() is not None else []
+        compiled += ["cuda"] if torch.cuda.is_available() else []
+    for fixture, names in (("implementation", ["reference", *compiled]), ("compiled", compiled)):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, names, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,16 @@ def cuda_on_cpu_ops():
 @pytest.fixture
 def implementation(request):
     """ "reference", or the name of the kernels that run during the test: an instruction set, cuda_on_cpu or cuda."""
+    yield from _running(request)
+
+
+@pytest.fixture
+def compiled(request):
+    """As `implementation`, without the reference."""
+    yield from _running(request)
+
+
+def _running(request) -> Iterator[str]:
     if request.param == "reference":
         yield "reference"
     elif request.param == "cuda_on_cpu":

@@ -29,8 +29,8 @@ from minift.ops.blockwise import dynamic_map
 ROOT = Path(__file__).parents[2]
 
 
-def run_with_device(folder: Path, module: str) -> str:
-    """What `python -m module` prints in a process that believes in the device."""
+def build(folder: Path) -> Path:
+    """The library that makes a process believe in the device."""
     library = folder / "pretended_cuda.so"
     directories = [f"-I{path}" for path in include_paths()]
     for path in library_paths():
@@ -38,6 +38,11 @@ def run_with_device(folder: Path, module: str) -> str:
     source = str(Path(__file__).with_name("device.cpp"))
     flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", source, *directories, "-lc10", "-ltorch_cpu"]
     subprocess.run([shutil.which("c++"), *flags, "-o", str(library)], check=True)
+    return library
+
+
+def run_with_device(library: Path, module: str) -> str:
+    """What `python -m module` prints in a process that believes in the device."""
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -6,24 +6,15 @@ counted: what kernels allocate inside, which is flash attention's dq in fp32 and
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-
 import pytest
 
-from tests.pretended_cuda.device import run_with_device
 from tests.pretended_cuda.plans import CASES
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("c++") is None, reason="preloads a library that it compiles"
-)
 
 
 @pytest.fixture(scope="module")
-def peaks(tmp_path_factory) -> dict[str, list[int] | str]:
+def peaks(found_on_device) -> dict[str, list[int] | str]:
     """Planned and measured bytes of each case; or why it failed."""
-    return json.loads(run_with_device(tmp_path_factory.mktemp("device"), "tests.pretended_cuda.plans"))
+    return found_on_device("tests.pretended_cuda.plans")
 
 
 @pytest.mark.parametrize("name", CASES)

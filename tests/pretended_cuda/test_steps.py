@@ -3,24 +3,15 @@ waits once, when the step's loss and norm are known, before anything is updated.
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-
 import pytest
 
-from tests.pretended_cuda.device import run_with_device
 from tests.pretended_cuda.steps import CASES
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("c++") is None, reason="preloads a library that it compiles"
-)
 
 
 @pytest.fixture(scope="module")
-def waits(tmp_path_factory) -> dict[str, list[str] | str]:
+def waits(found_on_device) -> dict[str, list[str] | str]:
     """Of each case, where its step waits; or why it failed."""
-    return json.loads(run_with_device(tmp_path_factory.mktemp("device"), "tests.pretended_cuda.steps"))
+    return found_on_device("tests.pretended_cuda.steps")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,22 @@
+"""What runs on the device that is not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.pretended_cuda.device import build, run_with_device
+
+
+@pytest.fixture(scope="session")
+def found_on_device(tmp_path_factory) -> Callable[[str], Any]:
+    """found_on_device(module): the JSON that `python -m module` prints in a process that believes in the device."""
+    if sys.platform != "linux" or shutil.which("c++") is None:
+        pytest.skip("preloads a library that it compiles")
+    library = build(tmp_path_factory.mktemp("device"))
+    return lambda module: json.loads(run_with_device(library, module))
