@@ -116,19 +116,20 @@ def test_updating_in_backward(world_size: int) -> None:
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
 
 
-def nothing_to_predict(world: World, has_nothing: bool) -> tuple[str, bool, float]:
-    """What a step says in which this rank (or the other) has nothing to predict, or nobody; whether weights are as they
+def nothing_to_predict(world: World, has_nothing: bool, policy: ShardPolicy) -> tuple[str, bool, float]:
+    """What a step says in which nobody has anything to predict, or only rank 0 has not; whether weights are as they
     were; the loss of the step after it."""
     model = CausalLM(ModelConfig.from_hf(CONFIG))
     model.init_weights(seed=3)
     recorder = Recorder(world.rank, world.device)
-    engine = shard(model, model.shard_units(), world, ShardPolicy(), FP32, recorder)
-    optimizer = AdamW(engine.trainable_shards(), OptimConfig(lr=0.01))
+    engine = shard(model, model.shard_units(), world, policy, FP32, recorder)
+    max_grad_norm = None if policy.step_in_backward else 1.0
+    optimizer = AdamW(engine.trainable_shards(), OptimConfig(lr=0.01, weight_decay=0.0, max_grad_norm=max_grad_norm))
 
     def step(microbatch: Batch) -> StepResult:
         return train_step(
             model, engine, optimizer, SupervisedTokens(), [microbatch],
-            lr_scale=1.0, max_grad_norm=1.0, scaler=None, recorder=recorder,
+            lr_scale=1.0, max_grad_norm=max_grad_norm, scaler=None, recorder=recorder,
         )  # fmt: skip
 
     def weights() -> dict[str, Tensor]:
@@ -145,14 +146,17 @@ def nothing_to_predict(world: World, has_nothing: bool) -> tuple[str, bool, floa
     return said, is_unchanged, step(whole).loss
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_step_with_nothing_to_predict_is_refused_and_changes_nothing(world_size: int) -> None:
-    for said, is_unchanged, loss in run_ranks(world_size, nothing_to_predict, True):
+def test_a_step_with_nothing_to_predict_is_refused_and_changes_nothing(world_size: int, early: bool) -> None:
+    """Updates in backward are made, with gradients of zero: but for weight decay, which is none here."""
+    policy = ShardPolicy(step_in_backward=early)
+    for said, is_unchanged, loss in run_ranks(world_size, nothing_to_predict, True, policy):
         assert "nothing to predict" in said and is_unchanged and math.isfinite(loss)
 
 
 def test_a_rank_may_have_nothing_to_predict() -> None:
-    for said, is_unchanged, loss in run_ranks(2, nothing_to_predict, False):
+    for said, is_unchanged, loss in run_ranks(2, nothing_to_predict, False, ShardPolicy()):
         assert said == "" and not is_unchanged and math.isfinite(loss)
 
 

@@ -66,6 +66,10 @@ class KVCache:
                 keys[:, :num_virtual], values[:, :num_virtual] = pair
                 self.lengths = [num_virtual] * len(self.lengths)
 
+    def first(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the first row in each layer, (L, K, E) both: what `begin` takes."""
+        return [(keys[0], values[0]) for keys, values in zip(self.keys, self.values, strict=True)]
+
     def part(self, start: int, stop: int) -> KVCache:
         """Rows [start, stop) in the same memory, with `lengths` of their own."""
         part = KVCache([keys[start:stop] for keys in self.keys], [values[start:stop] for values in self.values])

@@ -133,7 +133,7 @@ class CausalLM(nn.Module):
                 packing = self._packing(positions_P, bounds, num_embedded, 0, row)
                 self.model(hidden_PD, packing)
                 packing.append.commit()
-            cache.begin([(keys[0], values[0]) for keys, values in zip(row.keys, row.values, strict=True)])
+            cache.begin(row.first())
         return cache
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class CausalLM(nn.Module):
         positions_T = torch.arange(count, device=weight.device)
         bounds = torch.tensor([0, count], dtype=torch.int32, device=weight.device)
         self(tokens_T.to(weight.device), positions_T, bounds, count, head=lambda hidden_TD, lm_head: None, cache=row)
-        return [(keys[0], values[0]) for keys, values in zip(row.keys, row.values, strict=True)]
+        return row.first()
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
