@@ -13,6 +13,7 @@ from typing import Any
 from minift.curves import draw_runs, smooth
 from minift.metrics import Records, read_metrics
 from minift.progress import show_seconds
+from minift.quant.linear import QuantConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class RunFacts:
     `data`: label -> sentence, e.g. {"training": "320 examples, 74,560 tokens, 9,120 supervised; 2 dropped: too long"}.
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
     `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None; `adapter_base`: the
-    model that the adapter is for.
+    model that the adapter is for; `adapter_quant`: how that is quantised when it is read, None if not, or stored so.
     `template`: data.template of the recipe. `plan`: what the planner said, and what was.
     """
 
@@ -56,6 +57,7 @@ class RunFacts:
     adapter_folder: str | None
     adapter_base: str | None
     model_folder: str | None
+    adapter_quant: QuantConfig | None = None
     template: str = "auto"
     plan: PlanResult | None = None
 
@@ -165,11 +167,18 @@ def _commands(run_dir: Path, facts: RunFacts) -> str:
     ask = ("" if facts.template == "auto" else f"--template {facts.template} ") + '--prompt "..."'
     blocks = []
     if facts.adapter_folder:
-        model, adapter = shlex.quote(facts.adapter_base), shlex.quote(facts.adapter_folder)
+        model, quant, held = facts.adapter_base, facts.adapter_quant, ""
+        if quant is not None and (quant.icq or quant == QuantConfig()):
+            held = " --icq" if quant.icq else " --nf4"
+        elif quant is not None:  # only a folder can say so much
+            model = str(run_dir / "export" / "base")
+            command = f"minift quantize --model {shlex.quote(facts.adapter_base)} --out {shlex.quote(model)}"
+            blocks += [("Store the base as the adapter knows it", f"{command} {_options(quant)}")]
+        both = f"--model {shlex.quote(model)} --adapter {shlex.quote(facts.adapter_folder)}{held}"
         merged = shlex.quote(str(run_dir / "export" / "merged"))
         blocks += [
-            ("Try it", f"minift generate --model {model} --adapter {adapter} {ask}"),
-            ("Merge it into plain weights", f"minift merge --model {model} --adapter {adapter} --out {merged}"),
+            ("Try it", f"minift generate {both} {ask}"),
+            ("Merge it into plain weights", f"minift merge {both} --out {merged}"),
         ]
     if facts.model_folder:
         blocks += [("Try it", f"minift generate --model {shlex.quote(facts.model_folder)} {ask}")]
@@ -182,6 +191,12 @@ def _commands(run_dir: Path, facts: RunFacts) -> str:
     if (run_dir / "timeline.json").exists():
         blocks += [("Draw the recorded step again", f"minift timeline {shlex.quote(str(run_dir))}")]
     return "\n\n".join(f"{title}:\n\n```\n{command}\n```" for title, command in blocks)
+
+
+def _options(quant: QuantConfig) -> str:
+    """Of `minift quantize`."""
+    options = ["--block-size", str(quant.block_size), *([] if quant.double_quant else ["--no-double-quant"])]
+    return shlex.join(options + (["--skip", *quant.skip] if quant.skip else []))
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

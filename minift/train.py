@@ -439,6 +439,7 @@ class Run:
                 seconds_by_phase=self.seconds,
                 adapter_folder=exported.adapter,
                 adapter_base=exported.base,
+                adapter_quant=exported.base_quant,
                 model_folder=exported.model,
                 template=self.config.data.template,
                 plan=self.plan_check.result(),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from minift.quant.linear import QuantConfig
 from minift.report import PlanResult, RunFacts, write_report
 from tests.records import training_record, validation_record, write_records
 
@@ -49,6 +50,32 @@ def test_report_and_picture(tmp_path, num_steps):
         f"minift train {run}/config.yaml",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("quant", "parts"),
+    [
+        (None, ("llama' --adapter runs/a/export/adapter --prompt", "llama' --adapter runs/a/export/adapter --out")),
+        (QuantConfig(), ("export/adapter --nf4 --prompt", "export/adapter --nf4 --out")),
+        (QuantConfig(icq=True), ("export/adapter --icq --prompt", "export/adapter --icq --out")),
+        (
+            QuantConfig(block_size=32, double_quant=False, skip=("down_proj", r"layers\.0\.")),
+            (
+                "minift quantize --model 'models/tiny llama' --out {run}/export/base --block-size 32 --no-double-quant "
+                r"--skip down_proj 'layers\.0\.'",
+                "minift generate --model {run}/export/base --adapter runs/a/export/adapter --prompt",
+                "minift merge --model {run}/export/base --adapter runs/a/export/adapter --out",
+            ),
+        ),
+    ],
+    ids=["dense", "nf4", "icq", "nf4 otherwise"],
+)
+def test_commands_hold_the_base_as_the_adapter_knows_it(tmp_path, quant, parts):
+    write_records(tmp_path, [training_record(1)])
+    text = write_report(tmp_path, replace(FACTS, adapter_quant=quant)).read_text()
+    for part in parts:
+        assert part.format(run=tmp_path) in text
+    assert ("quantize" in text) == ("quantize" in parts[0])
 
 
 def test_a_recorded_step_can_be_drawn_again(tmp_path):

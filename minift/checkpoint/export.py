@@ -34,10 +34,12 @@ from minift.quant.weights import QuantWeights
 
 
 class Exported(NamedTuple):
-    """The folders that were written: of an adapter and the model that it is for, or of a whole model."""
+    """The folders that were written: of an adapter and the model that it is for, or of a whole model. base_quant: how
+    that base is quantised when it is read; None: it is not, or it is stored so."""
 
     adapter: str | None = None
     base: str | None = None
+    base_quant: QuantConfig | None = None
     model: str | None = None
 
 
@@ -88,7 +90,8 @@ def export_run(
             base_model = str(base.resolve())
             save_adapter(fresh, adapter, tensors, base_model=base_model, fingerprint=fingerprint, model=model)
             swap_in(fresh, target)
-        return Exported(adapter=str(target), base=str(base))
+        is_stored_quantized = has_own_base or bool(QuantWeights(base).stored.projections)
+        return Exported(str(target), str(base), base_quant=None if is_stored_quantized else quant)
 
     reader = WeightReader(base_folder)
     parameters = dict(engine.module.named_parameters())
