@@ -41,9 +41,9 @@ def generate(
 
     temperature 0 takes the likeliest token, else see `sample`; `generator` (on the model's device) makes sampling
     repeatable. before_forward(prompts, cu_seqlens) is told before each forward which prompts, by index, its documents
-    are of, and where they lie (see `CausalLM.forward`). The cache takes len(prompts) · (longest prompt +
-    max_new_tokens) tokens: split large sets of prompts. Raises ValueError for an empty prompt and for lengths beyond
-    the model's positions.
+    are of, and where they lie (as in `CausalLM.forward`, but on the CPU). The cache takes len(prompts) · (longest
+    prompt + max_new_tokens) tokens: split large sets of prompts. Raises ValueError for an empty prompt and for lengths
+    beyond the model's positions.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; valid: 1 or more.")
@@ -147,13 +147,13 @@ def _next_logits(
         held + i for held, document in zip(cache.lengths, documents, strict=True) for i in range(len(document))
     ]
     ends_B = lengths.cumsum(0)
-    cu_seqlens = torch.nn.functional.pad(ends_B, (1, 0)).to(device, torch.int32)
+    cu_seqlens = torch.nn.functional.pad(ends_B, (1, 0)).to(torch.int32)
     last_B = (ends_B - 1).to(device)
     tell(cu_seqlens)
     return model(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device),
-        cu_seqlens,
+        cu_seqlens.to(device),
         int(lengths.max()),
         head=lambda hidden_TD, lm_head: lm_head(hidden_TD[last_B]),
         cache=cache,

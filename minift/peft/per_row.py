@@ -35,13 +35,14 @@ class Rows:
         """The adapter of each document, int32 on the CPU."""
 
     def begin(self, rows: Sequence[int], cu_seqlens: Tensor) -> None:
-        """The next forward has document i, tokens cu_seqlens[i] to cu_seqlens[i + 1], of row rows[i]."""
+        """The next forward has document i, tokens cu_seqlens[i] to cu_seqlens[i + 1], of row rows[i].
+
+        cu_seqlens: int32 on the CPU, where kernels read it; so nobody has to wait for a GPU."""
         if len(cu_seqlens) != len(rows) + 1:
             raise ValueError(f"{len(cu_seqlens) - 1} documents were announced as {len(rows)} rows; valid: one for each")
         self.choice = torch.tensor([self._adapter_of_row[row] for row in rows], dtype=torch.int32)
-        bounds = cu_seqlens.to("cpu", torch.int32)
-        self._num_tokens = int(bounds[-1])
-        self._bounds = (bounds, torch.arange(len(bounds), dtype=torch.int32))
+        self._num_tokens = int(cu_seqlens[-1])
+        self._bounds = (cu_seqlens, torch.arange(len(cu_seqlens), dtype=torch.int32))
 
     def bounds(self, count: int) -> Tensor:
         """Where documents begin among `count` vectors: all tokens of the forward, or the last of each document, of
