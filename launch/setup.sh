@@ -78,8 +78,9 @@ check_machine() {
         [ "$(free_gib .)" -ge "$needed_gib" ] ||
             missing+=("disk space: $needed_gib GiB needed in $PWD, $(free_gib .) GiB free
       Free some, or move this folder to a larger disk.")
-        [ "$(free_gib "${TMPDIR:-/tmp}")" -ge 2 ] ||
-            missing+=("temporary space: 2 GiB needed in ${TMPDIR:-/tmp} to unpack packages, $(free_gib "${TMPDIR:-/tmp}") GiB free
+        local temporary=${TMPDIR:-/tmp}
+        [ "$(free_gib "$temporary")" -ge 2 ] ||
+            missing+=("temporary space: 2 GiB needed in $temporary to unpack packages, $(free_gib "$temporary") GiB free
       Free some, or TMPDIR=/path/on/a/larger/disk $0")
     fi
     if [ ${#missing[@]} -gt 0 ]; then

@@ -18,7 +18,8 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
 
 if [ -n "${HEAD:-}" ]; then
-    where=(--nnodes "${MACHINES:?how many machines take part}" --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id minift)
+    where=(--nnodes "${MACHINES:?how many machines take part}"
+        --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id minift)
 else
     where=(--standalone) # a free port of its own, so that two runs on one machine do not meet
 fi

@@ -45,6 +45,7 @@ void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, W weight
       if (i < count) adamw_8bit_lanes(step, factor, moments, weights, start + i, count - i, m + i, v + i);
     }
     moments.exp_avg_absmax[block] = quantize_block<true>(m, count, moments.signed_map, moments.exp_avg + start);
-    moments.exp_avg_sq_absmax[block] = quantize_block<false>(v, count, moments.unsigned_map, moments.exp_avg_sq + start);
+    moments.exp_avg_sq_absmax[block] =
+        quantize_block<false>(v, count, moments.unsigned_map, moments.exp_avg_sq + start);
   }
 }

@@ -74,7 +74,8 @@ std::vector<QueryBlock> documents(const Tensor& q, const Tensor& k, const Tensor
     QueryBlock document{queries[i], queries[i + 1], keys[i + 1] - queries[i + 1], keys[i], keys[i + 1], keys[i]};
     STD_TORCH_CHECK(num_queries <= keys[i + 1] - keys[i], "attention: a document has more queries than keys");
     if (num_queries > 0) document.first_key -= shared;
-    STD_TORCH_CHECK(document.last_key - document.first_key <= MOST_KEYS, "attention: a document has more than 2^24 keys");
+    STD_TORCH_CHECK(document.last_key - document.first_key <= MOST_KEYS,
+                    "attention: a document has more than 2^24 keys");
     all.push_back(document);
   }
   return all;

@@ -8,10 +8,10 @@
 //     dV += P^T dO   dK += dS^T Q                                             keys x E
 //
 // Sums, softmax and its gradient are fp32. Products are of fp32, or, of bf16 tensors where the processor has an
-// instruction for it (TERMS), of pairs of bf16, twice as many in the same time: P and dS are then rounded to bf16, as in
-// every flash attention. The two elements of a pair are neighbours along the dimension that is summed over, so a matrix
-// lies in memory as often as there are sums that it takes part in: `keys` as loaded are for sums over E, keys_over_keys
-// for the sum over keys. With fp32 the two are the same memory.
+// instruction for it (TERMS), of pairs of bf16, twice as many in the same time: P and dS are then rounded to bf16, as
+// in every flash attention. The two elements of a pair are neighbours along the dimension that is summed over, so a
+// matrix lies in memory as often as there are sums that it takes part in: `keys` as loaded are for sums over E,
+// keys_over_keys for the sum over keys. With fp32 the two are the same memory.
 //
 // What is (E, lanes) is stored in panels: up to TILE_VECTORS vectors of lanes with all their E, one after the other. E
 // is padded to whole vectors with zeros.

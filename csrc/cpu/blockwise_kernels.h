@@ -12,7 +12,7 @@ static inline __attribute__((always_inline)) U32 gather(const uint32_t* table, U
 #endif
 }
 
-// One of 256 values for each lane. A gather is a load per lane; with AVX-512 eight permutations of 32 values are faster.
+// One of 256 values for each lane. A gather is a load per lane; with AVX-512 eight permutations of 32 are faster.
 static inline __attribute__((always_inline)) F32 value_of(const uint32_t* values, U32 code) {
 #if LANES == 16
   __m512i index = bit_cast<__m512i>(code);
@@ -44,8 +44,8 @@ static inline __attribute__((always_inline)) U32 quantize(F32 normed, DynamicMap
   bits = bits < Map::ONE ? bits : U32{} + Map::ONE;  // a NaN must not look beyond the table
   U32 negative = SIGNED ? bit_cast<U32>(bit_cast<I32>(normed) >> 31) : U32{};
   U32 entry = gather(map.buckets, ((bits - Map::SMALLEST) >> Map::LOW_BITS) + (negative & Map::OF_ONE_SIGN));
-  U32 beyond = bit_cast<U32>((bits & ((1u << Map::LOW_BITS) - 1)) > (entry & ((1u << Map::CODE_SHIFT) - 1)));  // -1 or 0
-  // One further away from zero: up, or below zero down.
+  U32 beyond = bit_cast<U32>((bits & ((1u << Map::LOW_BITS) - 1)) > (entry & ((1u << Map::CODE_SHIFT) - 1)));
+  // That is 0 or -1: one further away from zero, up, or below zero down.
   U32 code = (entry >> Map::CODE_SHIFT) - ((beyond ^ negative) - negative);
   if (!SIGNED) code &= bit_cast<U32>(normed > 0.0f);
   return code;

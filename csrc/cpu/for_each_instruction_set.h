@@ -7,8 +7,8 @@
 // So one source gives one binary that runs on every processor. The kernels are written with the compiler's vector
 // types (vector.h), whose width LANES (fp32 elements) is set here. The target is set by pragma and not by per-file
 // flags because a file compiled with, say, -mavx512f may hand its copies of inline library functions to the linker,
-// which then run on processors without AVX-512. For the same reason a kernel file includes nothing but other kernel files
-// and calls nothing but compiler builtins.
+// which then run on processors without AVX-512. For the same reason a kernel file includes nothing but other kernel
+// files and calls nothing but compiler builtins.
 
 #ifndef MINIFT_KERNELS
 #error "define MINIFT_KERNELS as the kernel file to include"

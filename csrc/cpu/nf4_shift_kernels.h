@@ -2,8 +2,8 @@
 
 // columns[n * blocks + b]: number n of block b. candidates[f * blocks + b]: what to try, in this order. lacks[c]: how
 // much c equal codes take away from the entropy. Of blocks [begin, end), the first candidate that lacks least.
-void nf4_shifts(const float* columns, const Bf16* candidates, const int64_t* lacks, int64_t size, int64_t num_candidates,
-                int64_t blocks, int64_t begin, int64_t end, Bf16* best) {
+void nf4_shifts(const float* columns, const Bf16* candidates, const int64_t* lacks, int64_t size,
+                int64_t num_candidates, int64_t blocks, int64_t begin, int64_t end, Bf16* best) {
   for (int64_t b = begin; b < end; b += LANES) {
     int64_t count = end - b < LANES ? end - b : LANES;
     int64_t least[LANES];

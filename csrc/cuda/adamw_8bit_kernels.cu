@@ -2,8 +2,8 @@
 // wire, each of them once.
 //
 // A warp has a block of 256 elements, eight for each lane in two packs of four, from codes to codes in registers. The
-// tables of both maps, 26 KB, are in shared memory, and a code is found by one look into them. That is four looks for an
-// element, in random banks: 32 elements take about 14 cycles, while an H100's memory needs 35 to deliver them to a
+// tables of both maps, 26 KB, are in shared memory, and a code is found by one look into them. That is four looks for
+// an element, in random banks: 32 elements take about 14 cycles, while an H100's memory needs 35 to deliver them to a
 // multiprocessor. (Bisection of 255 borders: twenty looks.)
 
 #include "adamw_kernels.h"

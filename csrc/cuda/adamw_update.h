@@ -1,5 +1,5 @@
-// The update of four weights by a thread, for the kernels with fp32 and with 8-bit moments. Every operation is named and
-// rounds as IEEE says, so that a weight has the same bits wherever in a tensor it is and whatever it is stored as.
+// The update of four weights by a thread, for the kernels with fp32 and with 8-bit moments. Every operation is named
+// and rounds as IEEE says, so that a weight has the same bits wherever in a tensor it is and whatever it is stored as.
 
 #pragma once
 
@@ -21,8 +21,8 @@ __device__ inline float rounded_weight(float weight, uint32_t random_bits) {
   return is_finite ? rounded : __uint_as_float(0x7fc00000u);
 }
 
-// The first `count` of the weights from i on; and their moments, which become those of this step. VECTOR: all of them are
-// there, and aligned.
+// The first `count` of the weights from i on; and their moments, which become those of this step. VECTOR: all of them
+// are there, and aligned.
 template <bool VECTOR, class T, class Wire>
 __device__ __forceinline__ void update_quad(const AdamwStep& step, float factor, const Weights<T, Wire>& weights,
                                             int64_t i, int64_t count, Quad& exp_avg, Quad& exp_avg_sq) {

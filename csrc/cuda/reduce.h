@@ -26,8 +26,9 @@ __device__ inline T reduce_warp(T value, int lanes = WARP) {
   return value;
 }
 
-// The sums of COUNT values of each lane, a power of two up to the warp: a lane gets that of value lane / (WARP / COUNT).
-// Half of the values go to the other half of the lanes at each step, which takes a quarter of the shuffles of COUNT sums.
+// The sums of COUNT values of each lane, a power of two up to the warp: a lane gets that of value
+// lane / (WARP / COUNT). Half of the values go to the other half of the lanes at each step, which takes a quarter of
+// the shuffles of COUNT sums.
 template <int COUNT>
 __device__ __forceinline__ float sum_warp_each(float (&values)[COUNT]) {
   static_assert(COUNT <= WARP && (COUNT & (COUNT - 1)) == 0);

@@ -1,4 +1,4 @@
-"""Collectives over small things: counts, losses, flags, Python objects. Bulk tensors are `minift.fsdp.transport`'s job."""
+"""Collectives over small things: counts, losses, flags, Python objects. Bulk tensors: `minift.fsdp.transport`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
 // As much of CUDA as minift's kernels use, on the processor: `g++ -x c++ -I tests/cuda_on_cpu csrc/cuda/x_kernels.cu`.
 //
-// A kernel runs block by block; each of its threads is a coroutine that gives way where threads meet: at barriers and in
-// what a warp does together. So every index, tail, shuffle and barrier is what the GPU would execute, and values are
+// A kernel runs block by block; each of its threads is a coroutine that gives way where threads meet: at barriers and
+// in what a warp does together. So every index, tail, shuffle and barrier is what the GPU would execute, and values are
 // bit for bit those of IEEE fp32 arithmetic. Stricter than a GPU: a barrier that a thread never reaches, a lane that is
 // missing in a shuffle, a misaligned 16-byte access, an index beyond an array in shared memory, and an access to memory
-// that the process has not (library.py puts tensors next to such memory) are errors here. Threads take turns in an order
-// drawn anew for every block, and some warps run far ahead of others, so that a forgotten barrier shows in the results.
-// Not here: speed, memory models, atomics, dynamic shared memory, and more than one dimension of
-// threads.
+// that the process has not (library.py puts tensors next to such memory) are errors here. Threads take turns in an
+// order drawn anew for every block, and some warps run far ahead of others, so that a forgotten barrier shows in the
+// results. Not here: speed, memory models, atomics, dynamic shared memory, and more than one dimension of threads.
 
 #pragma once
 
@@ -262,7 +261,8 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   using namespace cuda_on_cpu;
   static std::mt19937 random(0);
   if (config->blockDim.x > 1024 || config->blockDim.x % WARP) fail("threads are no multiple of a warp up to 1024");

@@ -16,7 +16,8 @@ ALONE = """
 from minift.dist.process import init_world, shutdown
 from minift.dist.collectives import gather_objects, sum_over_ranks
 world = init_world("cpu")
-print(world.rank, world.size, world.backend, world.is_main, float(sum_over_ranks(2.5, world)), gather_objects("x", world))
+print(world.rank, world.size, world.backend, world.is_main)
+print(float(sum_over_ranks(2.5, world)), gather_objects("x", world))
 shutdown(); shutdown()
 """
 
