@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import BLOCK, dynamic_map, quantize_blockwise
-from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 from minift.ops.sgmv import sgmv_
 
 try:
@@ -84,12 +84,11 @@ def low_rank(make: Maker) -> Iterator[Case]:
     narrows = list(make.random(s.tokens, RANK * len(outs)).split(RANK, dim=1))
     gradients = [torch.empty(out, RANK, device=make.device) for out in outs]
 
-    def add(wides: list[Tensor]) -> list[Tensor]:
-        add_from_rank_(wides, narrows, B)
-        return wides
+    def updates(narrows: list[Tensor]) -> list[Tensor]:
+        return from_rank(narrows, B, [1] * len(outs), [None] * len(outs))
 
-    def add_by_mm(wides: list[Tensor]) -> list[Tensor]:
-        return [torch.addmm(out, h, b.t(), out=out) for out, h, b in zip(wides, narrows, B, strict=True)]
+    def updates_by_mm(narrows: list[Tensor]) -> list[Tensor]:
+        return [torch.mm(h, b.t()) for h, b in zip(narrows, B, strict=True)]
 
     def gradients_of_B(wides: list[Tensor]) -> list[Tensor]:
         factor_gradients_(gradients, wides, narrows)
@@ -101,7 +100,7 @@ def low_rank(make: Maker) -> Iterator[Case]:
             lambda wides: torch.cat([torch.mm(wides[0], a) for a in A], dim=1), x,
             wide_bytes + narrow_bytes + A_bytes,
         ),
-        ("LoRA, out + h B", add, add_by_mm, wides, 2 * out_bytes + narrow_bytes + B_bytes),
+        ("LoRA, h B", updates, updates_by_mm, lambda: narrows, out_bytes + narrow_bytes + B_bytes),
         (
             "LoRA, gradients of B", gradients_of_B,
             lambda wides: [torch.mm(out.t(), h) for out, h in zip(wides, narrows, strict=True)], wides,

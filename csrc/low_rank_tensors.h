@@ -30,32 +30,43 @@ inline Tensor with_adjacent_columns(const Tensor& tensor) {
   return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline void check_factors(const Tensors& wides, const Tensors& factors) {
-  for (size_t i = 0; i < factors.size(); ++i) {
-    STD_TORCH_CHECK(factors[i].dim() == 2 && factors[i].size(0) == of_factor(wides, i).size(1) &&
-                        factors[i].scalar_type() == ScalarType::BFloat16,
-                    "low rank: factors must be bfloat16 (width, rank)");
-  }
+inline void check_factor(const Tensor& factor, int64_t width) {
+  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == width && factor.scalar_type() == ScalarType::BFloat16,
+                  "low rank: factors must be bfloat16 (width, rank)");
+}
+
+inline void check_narrow(const Tensor& narrow, int64_t tokens, int64_t rank) {
+  STD_TORCH_CHECK(is_matrix(narrow, tokens, rank) && narrow.scalar_type() == ScalarType::BFloat16,
+                  "low rank: narrow matrices must be bfloat16 (tokens, rank)");
 }
 
 inline void check_to_rank(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales) {
   check_wides(wides, factors.size());
-  check_factors(wides, factors);
+  for (size_t i = 0; i < factors.size(); ++i) check_factor(factors[i], of_factor(wides, i).size(1));
   STD_TORCH_CHECK(scales.size() == factors.size(), "to_rank: there must be a scale for each factor");
 }
 
-inline void check_add_from_rank(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
-  check_wides(wides, factors.size());
-  check_factors(wides, factors);
-  STD_TORCH_CHECK(narrows.size() == factors.size(), "add_from_rank_: there must be a narrow matrix for each factor");
-  for (size_t i = 0; i < factors.size(); ++i) {
-    STD_TORCH_CHECK(is_matrix(narrows[i], wides[0].size(0), factors[i].size(1)) &&
-                        narrows[i].scalar_type() == ScalarType::BFloat16,
-                    "add_from_rank_: narrow matrices must be bfloat16 (tokens, rank)");
+inline void check_from_rank(const Tensors& narrows, const Tensors& factors, const std::vector<int64_t>& counts,
+                            const Tensors& biases) {
+  STD_TORCH_CHECK(biases.size() == counts.size(), "from_rank: there must be a bias for each wide matrix");
+  size_t first = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    int64_t count = counts[i];
+    STD_TORCH_CHECK(count > 0 && first + count <= factors.size() && first + count <= narrows.size(),
+                    "from_rank: every wide matrix has at least one term, and there are no more terms than matrices");
+    for (size_t j = first; j < first + count; ++j) {
+      STD_TORCH_CHECK(factors[j].dim() == 2 && factors[j].size(1) > 0 && narrows[j].dim() == 2,
+                      "from_rank: expected matrices, of rank 1 at least");
+      check_factor(factors[j], factors[first].size(0));
+      check_narrow(narrows[j], narrows[0].size(0), factors[j].size(1));
+    }
+    STD_TORCH_CHECK(biases[i].dim() == 1 && (biases[i].size(0) == 0 || biases[i].size(0) == factors[first].size(0)) &&
+                        biases[i].scalar_type() == ScalarType::BFloat16,
+                    "from_rank: biases must be bfloat16 (width) or (0)");
+    first += count;
   }
-  for (const Tensor& wide : wides) {
-    STD_TORCH_CHECK(wide.stride(1) == 1, "add_from_rank_: the elements of a row must be adjacent");
-  }
+  STD_TORCH_CHECK(first > 0 && first == factors.size() && first == narrows.size(),
+                  "from_rank: every narrow matrix and its factor must belong to a wide one");
 }
 
 inline void check_factor_gradients(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
@@ -63,9 +74,8 @@ inline void check_factor_gradients(const Tensors& gradients, const Tensors& wide
   STD_TORCH_CHECK(narrows.size() == gradients.size(), "factor_gradients_: one narrow matrix for each gradient");
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor &wide = of_factor(wides, i), &gradient = gradients[i];
-    STD_TORCH_CHECK(gradient.dim() == 2 && is_matrix(narrows[i], wide.size(0), gradient.size(1)) &&
-                        narrows[i].scalar_type() == ScalarType::BFloat16,
-                    "factor_gradients_: narrow matrices must be bfloat16 (tokens, rank)");
+    STD_TORCH_CHECK(gradient.dim() == 2, "factor_gradients_: gradients must be matrices");
+    check_narrow(narrows[i], wide.size(0), gradient.size(1));
     STD_TORCH_CHECK(is_matrix(gradient, wide.size(1), narrows[i].size(1)) &&
                         (gradient.stride(0) == 1 || gradient.stride(1) == 1),
                     "factor_gradients_: gradients must be (width, rank), contiguous or the transpose of what is");

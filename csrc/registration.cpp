@@ -14,16 +14,17 @@ STABLE_TORCH_LIBRARY(minift, m) {
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_dweight)"
       " -> (Tensor dx, Tensor dweight)");
 
-  // minift/ops/swiglu.py
+  // minift/ops/swiglu.py. In place, dy becomes dgate.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("swiglu_backward_(Tensor(a!) dy, Tensor gate, Tensor up) -> Tensor dup");
 
   // minift/ops/cross_entropy.py. targets int64; losses are fp32, of each row.
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, bool need_gradient) -> Tensor losses");
 
-  // minift/ops/low_rank.py. Wide matrices are one for each factor, or one for all.
+  // minift/ops/low_rank.py. Wide matrices are one for each factor, or one for all; a bias without elements is none.
   m.def("to_rank(Tensor[] wides, Tensor[] factors, float[] scales) -> Tensor");
-  m.def("add_from_rank_(Tensor(a!)[] wides, Tensor[] narrows, Tensor[] factors) -> ()");
+  m.def("from_rank(Tensor[] narrows, Tensor[] factors, int[] counts, Tensor[] biases) -> Tensor[]");
   m.def("factor_gradients_(Tensor(a!)[] gradients, Tensor[] wides, Tensor[] narrows) -> ()");
 
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.

@@ -16,4 +16,10 @@ inline void check_swiglu_backward(const Tensor& dy, const Tensor& gate, const Te
   check_same(dy, gate, "swiglu_backward: dy must have the shape and dtype of gate");
 }
 
+// Also of the op that writes dgate where dy is.
+inline void check_swiglu_backward_in_place(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  check_swiglu_backward(dy, gate, up);
+  STD_TORCH_CHECK(dy.is_contiguous(), "swiglu_backward_: dy must be contiguous");
+}
+
 }  // namespace minift

@@ -13,18 +13,20 @@ keys with norms of their own cost 4·T·(heads + kv_heads) more, and none keeps 
 4·T·heads is attention's log-sum-exp. Its result, b·T·Q, is kept once, for its own backward and that of o_proj; where
 o_proj is frozen and has no adapter, for attention alone. `full` and `offload` keep 5 KB of generator state besides.
 
-`full` runs the unit's forward without a graph, and in backward once more with one: a third more arithmetic, or half
-as much again where weights are frozen. [Note: rerun] Three things make the rerun the same to the bit and invisible from
-outside. It draws what the first run drew, because the generators' states of then are put back for its duration. It
-calls the original `forward`, not the module, so the hooks that gather the unit's parameters do not fire again: they are
-gathered for the unit's backward, which is when it happens. And its backward is an ordinary one inside the outer one, so
-parameters get their gradients, and their hooks run, as they would have.
+`full` runs the unit's forward without a graph, and in backward once more with one, but for its last product, whose
+result nobody reads: in a Llama a quarter more arithmetic, or a third where weights are frozen. [Note: rerun] Three
+things make the rerun the same to the bit and invisible from outside. It draws what the first run drew, because the
+generators' states of then are put back for its duration. It calls the original `forward`, not the module, so the hooks
+that gather the unit's parameters do not fire again: they are gathered for the unit's backward, which is when it
+happens. And its backward is an ordinary one inside the outer one, so parameters get their gradients, and their hooks
+run, as they would have.
 
 `offload` is `full` with the input in pinned host memory; `_Transfers` says who waits for whom.
 
 `selective` runs no matrix product and no attention twice. The model says which results are cheap to make again
 (minift/model/cheap.py); where autograd wants to keep such a result, it keeps a recipe instead. The first to unpack it
 in backward makes the result, those who share it (q, k, v, their adapters) get the same tensor, the last takes it away.
+silu(gate) · up has one reader, which makes it again itself.
 
 Papers: Chen et al. 2016, arXiv 1604.06174, section 4 (full); Korthikanti et al. 2022, arXiv 2205.05198, section 5
 (selective; they run attention again and keep what is made again here). Not here: which policy fits (planner).
@@ -41,7 +43,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from minift.model.cheap import CheapOps
 from minift.trace import Recorder
@@ -54,7 +56,7 @@ class RecomputeConfig:
     """Which activations backward computes again instead of finding them in memory. The result is the same to the bit.
 
     policy: none: keep all. selective: make norms and silu · up again, which takes little time. full: run each block
-        again from its input, a third to a half more work. offload: full, with these inputs in host memory.
+        again from its input, a quarter to a third more work. offload: full, with these inputs in host memory.
     every: the policy holds for one block in so many, from the first on; 1: for all blocks.
     """
 
@@ -72,8 +74,9 @@ def apply_recompute(model: nn.Module, units: list[nn.Module], config: RecomputeC
     """Replace the `forward` of every `config.every`-th of `units`, submodules of `model`, on the instance.
 
     Modules, parameters and their names stay what they are. A unit's forward takes the one tensor that may need a
-    gradient first, anything else after it, and returns one tensor. What runs in backward is recorded as
-    Span("compute", "recompute", name of the unit in `model`). The units compute on `recorder.device`.
+    gradient first, anything else after it, and returns one tensor. What is run again in backward is recorded as
+    Span("compute", "recompute", name of the unit in `model`), but for silu(gate) · up. The units compute on
+    `recorder.device`.
     """
     names = {module: name for name, module in model.named_modules()}
     transfers = _Transfers(recorder.device) if config.policy == "offload" else None
@@ -129,11 +132,23 @@ class _Rerun(torch.autograd.Function):
         (x,), unit, recorder = ctx.saved_tensors, ctx.unit, ctx.unit.recorder
         x = x.detach().requires_grad_(ctx.needs_input_grad[0])
         with recorder.during("compute", "recompute", unit.name), _replayed(ctx.random_state, recorder.device):
-            with torch.enable_grad():
+            with torch.enable_grad(), _unread(unit.unit):
                 out = unit.forward(x, *ctx.others, **ctx.keywords)
         if out.requires_grad:  # else the unit cuts the graph
-            torch.autograd.backward(out, dout)
+            edge = get_gradient_edge(out)
+            del out
+            torch.autograd.backward(edge, dout)
         return x.grad, None, None, None, None
+
+
+@contextmanager
+def _unread(unit: nn.Module) -> Iterator[None]:
+    """Nobody reads what the forward of `unit` returns: a `Block` leaves the values out."""
+    unit.result_is_read = False
+    try:
+        yield
+    finally:
+        unit.result_is_read = True
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -251,7 +266,7 @@ class _Selective:
         self._recipes: list[tuple[weakref.ref[Tensor], _Recipe]] | None = None  # of the forward that is running
         for module in unit.modules():
             if isinstance(module, CheapOps):
-                module.cheap = self._cheap
+                module.cheap, module.keeps_cheap = self._cheap, False
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:
         if not torch.is_grad_enabled():

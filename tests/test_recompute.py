@@ -266,7 +266,8 @@ def test_bytes_kept_for_backward(family: str, policy: str, lora: str | None, dro
         if family == "qwen3":
             expected += 4 * T * (heads + kv_heads) + b * T * (Q + K) * (policy == "none")
     case = Case(policy, family=family, lora=lora, dropout=dropout, dtype=dtype)
-    assert kept_by_a_block(case, T) == (expected, expected, 0)
+    product = b * T * F if policy == "none" else 0  # given away by the first backward, made again by others
+    assert kept_by_a_block(case, T) == (expected, expected - product, 0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -372,7 +373,8 @@ def test_what_runs_twice(lora: str | None, frozen: str) -> None:
         treated = len(range(0, 3, every)) - (r"layers\.0" in frozen)
         for policy in ("full", "offload"):
             again = count(replace(case, policy=policy, every=every)).matrix_products() - plain.matrix_products()
-            assert again == in_blocks // 3 * treated
+            last = 2 if lora else 1  # the result's, and its update's, is not read
+            assert again == (in_blocks // 3 - last) * treated
         selective = count(replace(case, policy="selective", every=every))
         assert selective.matrix_products() == plain.matrix_products()
         more = {op: selective.calls[op] - plain.calls[op] for op in ("rms_norm", "rope", "swiglu")}
@@ -381,7 +383,7 @@ def test_what_runs_twice(lora: str | None, frozen: str) -> None:
 
 
 def test_reruns_are_recorded_under_the_name_of_the_unit() -> None:
-    for policy, per_unit in (("full", 1), ("offload", 1), ("selective", 3)):
+    for policy, per_unit in (("full", 1), ("offload", 1), ("selective", 2)):  # norms are told apart
         case = Case(policy, every=2)
         recorder = Recorder(0, CPU)
         model = build(case, recorder)

@@ -44,8 +44,8 @@ LowRankProduct product_of(const Tensor& rows, const Panel& panel) {
 }
 
 // Every sum, rows in parallel.
-template <class Kernel>
-void compute(const std::vector<LowRankSum>& sums, int64_t tokens, Kernel* kernel) {
+void compute(const std::vector<LowRankSum>& sums, int64_t tokens) {
+  auto* kernel = MINIFT_KERNEL(low_rank_multiply);
   int64_t width = 0, num_blocks = (tokens + LOW_RANK_ROWS - 1) / LOW_RANK_ROWS;
   for (const LowRankSum& sum : sums) width += sum.width + sum.products[0].length;
   parallel_rows(num_blocks, LOW_RANK_ROWS * width, [&](int64_t begin, int64_t end) {
@@ -73,31 +73,39 @@ Tensor to_rank(const Tensors& wides, const Tensors& factors, const std::vector<d
   std::vector<LowRankSum> sums;
   for (size_t i = 0; i < factors.size(); ++i) products.push_back(product_of(inputs[i], panels[i]));
   for (size_t i = 0; i < factors.size(); out += factors[i++].size(1)) {
-    sums.push_back({&products[i], 1, panels[i].width, factors[i].size(1), static_cast<float>(scales[i]), out, rank});
+    sums.push_back({&products[i], 1, panels[i].width, factors[i].size(1), static_cast<float>(scales[i]), nullptr,
+                    out, rank});
   }
-  compute(sums, tokens, MINIFT_KERNEL(low_rank_multiply<false>));
+  compute(sums, tokens);
   return narrow;
 }
 
-// wide_i += narrow_i F_i^T; or wide += the sum of all.
-void add_from_rank_(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
-  check_add_from_rank(wides, narrows, factors);
-  int64_t tokens = wides[0].size(0);
-  Tensors inputs;
+// Of each wide matrix its bias and the sum of narrow_j F_j^T over its `counts[i]` terms.
+Tensors from_rank(const Tensors& narrows, const Tensors& factors, const std::vector<int64_t>& counts,
+                  const Tensors& biases) {
+  check_from_rank(narrows, factors, counts, biases);
+  int64_t tokens = narrows[0].size(0);
+  Tensors inputs, wides;
   std::vector<Panel> panels;
-  for (size_t i = 0; i < factors.size(); ++i) {
-    inputs.push_back(with_adjacent_columns(narrows[i]));
-    panels.emplace_back(factors[i], 1);
-  }
   std::vector<LowRankProduct> products;
-  std::vector<LowRankSum> sums;
-  for (size_t i = 0; i < factors.size(); ++i) products.push_back(product_of(inputs[i], panels[i]));
-  int64_t products_each = wides.size() == 1 ? products.size() : 1;
-  for (size_t i = 0; i < wides.size(); ++i) {
-    sums.push_back({&products[i], products_each, panels[i].width, wides[i].size(1), 1.0f,
-                    static_cast<Bf16*>(wides[i].data_ptr()), wides[i].stride(0)});
+  for (size_t j = 0; j < factors.size(); ++j) {
+    inputs.push_back(with_adjacent_columns(narrows[j]));
+    panels.emplace_back(factors[j], 1);
   }
-  compute(sums, tokens, MINIFT_KERNEL(low_rank_multiply<true>));
+  for (size_t j = 0; j < factors.size(); ++j) products.push_back(product_of(inputs[j], panels[j]));
+  std::vector<LowRankSum> sums;
+  Tensors adjacent_biases;
+  for (size_t i = 0, first = 0; i < counts.size(); first += counts[i++]) {
+    int64_t width = factors[first].size(0);
+    Tensor wide = torch::stable::new_empty(narrows[0], {tokens, width});
+    const Tensor& bias = adjacent_biases.emplace_back(torch::stable::contiguous(biases[i]));
+    sums.push_back({&products[first], counts[i], panels[first].width, width, 1.0f,
+                    bias.numel() ? static_cast<const Bf16*>(bias.data_ptr()) : nullptr,
+                    static_cast<Bf16*>(wide.data_ptr()), width});
+    wides.push_back(wide);
+  }
+  compute(sums, tokens);
+  return wides;
 }
 
 // gradient_i = wide_i^T narrow_i, (width, rank).
@@ -139,7 +147,7 @@ void factor_gradients_(const Tensors& gradients, const Tensors& wides, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
   m.impl("to_rank", TORCH_BOX(&to_rank));
-  m.impl("add_from_rank_", TORCH_BOX(&add_from_rank_));
+  m.impl("from_rank", TORCH_BOX(&from_rank));
   m.impl("factor_gradients_", TORCH_BOX(&factor_gradients_));
 }
 

@@ -18,11 +18,12 @@ struct LowRankProduct {
   const uint32_t* panel;
 };
 
-// out = scale * product, or out += all products; `width` columns of panels that are wider by their padding.
+// out = bias + scale * the sum of the products; `width` columns of panels that are wider by their padding.
 struct LowRankSum {
   const LowRankProduct* products;
   int64_t num_products, panel_width, width;
   float scale;
+  const Bf16* bias;  // may be null
   Bf16* out;
   int64_t out_stride;
 };

@@ -47,18 +47,15 @@ INLINE void add_products(F32 (&sums)[M][V], const char* rows, int64_t row_bytes,
   }
 }
 
-// ---- a wide matrix and a factor to a narrow one, or a narrow one and factors added to a wide one ----
+// ---- a wide matrix and a factor to a narrow one, or narrow ones and factors to a wide one ----
 
-template <int M, int V, bool ADD>
+template <int M, int V>
 INLINE void multiply_block(const LowRankSum& sum, int64_t row, int64_t column) {
-  Bf16* out = sum.out + row * sum.out_stride + column;
   int64_t left = sum.width - column;
-  F32 sums[M][V];
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) {
-      const Bf16* at = out + m * sum.out_stride + v * LANES;
-      sums[m][v] = !ADD ? F32{} : left >= V * LANES ? load(at) : load(at, left - v * LANES);
-    }
+  F32 sums[M][V] = {}, biases[V] = {};
+  for (int v = 0; sum.bias != nullptr && v < V; ++v) {
+    const Bf16* at = sum.bias + column + v * LANES;
+    biases[v] = left >= V * LANES ? load(at) : load(at, left - v * LANES);
   }
   for (int64_t i = 0; i < sum.num_products; ++i) {
     const LowRankProduct& product = sum.products[i];
@@ -78,28 +75,27 @@ INLINE void multiply_block(const LowRankSum& sum, int64_t row, int64_t column) {
   }
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
-      Bf16* at = out + m * sum.out_stride + v * LANES;
-      F32 value = ADD ? sums[m][v] : sums[m][v] * sum.scale;
+      Bf16* at = sum.out + (row + m) * sum.out_stride + column + v * LANES;
+      F32 value = biases[v] + sums[m][v] * sum.scale;
       if (left >= V * LANES) store(at, value);
       else store(at, value, left - v * LANES);
     }
   }
 }
 
-template <int M, bool ADD>
+template <int M>
 INLINE void multiply_row_block(const LowRankSum& sum, int64_t row) {
   int64_t column = 0;
-  for (; column + 2 * LANES <= sum.width; column += 2 * LANES) multiply_block<M, 2, ADD>(sum, row, column);
-  for (; column < sum.width; column += LANES) multiply_block<M, 1, ADD>(sum, row, column);
+  for (; column + 2 * LANES <= sum.width; column += 2 * LANES) multiply_block<M, 2>(sum, row, column);
+  for (; column < sum.width; column += LANES) multiply_block<M, 1>(sum, row, column);
 }
 
 // Rows [begin, end).
-template <bool ADD>
 void low_rank_multiply(const LowRankSum& sum, int64_t begin, int64_t end) {
   constexpr int ROWS = LANES == 16 ? LOW_RANK_ROWS : LOW_RANK_ROWS / 2;  // twice as many sums are in registers
   int64_t row = begin;
-  for (; row + ROWS <= end; row += ROWS) multiply_row_block<ROWS, ADD>(sum, row);
-  for (; row < end; ++row) multiply_row_block<1, ADD>(sum, row);
+  for (; row + ROWS <= end; row += ROWS) multiply_row_block<ROWS>(sum, row);
+  for (; row < end; ++row) multiply_row_block<1>(sum, row);
 }
 
 // ---- the gradient of factors: wide^T narrow, summed over tokens ----

@@ -41,10 +41,9 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  check_swiglu_backward(dy, gate, up);
-  Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up);
-  Tensor dgate = new_like(gate), dup = new_like(gate);
+// dgate may be dy: every element is read before it is written, by one thread.
+Tensor backward_into(const Tensor& dgate, const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up), dup = new_like(gate);
   dispatch_dtype(gate, "swiglu_backward", [&](auto element) {
     using T = decltype(element);
     Rows<const T> d = rows<const T>(dy_rows), g = rows<const T>(gate_rows), u = rows<const T>(up_rows);
@@ -55,7 +54,18 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate,
       kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, count);
     });
   });
-  return {dgate, dup};
+  return dup;
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  check_swiglu_backward(dy, gate, up);
+  Tensor dgate = new_like(gate);
+  return {dgate, backward_into(dgate, dy, gate, up)};
+}
+
+Tensor swiglu_backward_in_place(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  check_swiglu_backward_in_place(dy, gate, up);
+  return backward_into(dy, dy, gate, up);
 }
 
 }  // namespace
@@ -63,6 +73,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate,
 STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("swiglu_backward_", TORCH_BOX(&swiglu_backward_in_place));
 }
 
 }  // namespace minift

@@ -16,29 +16,31 @@ Wide wide_of(const Tensor& tensor) { return {elements(tensor), tensor.stride(0),
 // What kernels read: the tensors, or copies of those whose layout they do not know, which live as long as this.
 class Operands {
  public:
-  void add_wide(const Tensor& wide) {
+  Wide with_rows(const Tensor& wide) {
     kept_.push_back(with_adjacent_columns(wide));
-    wides.push_back(wide_of(kept_.back()));
+    return wide_of(kept_.back());
   }
 
-  void add_term(Bf16* narrow, int64_t narrow_stride, const Tensor& factor, double scale) {
+  const Bf16* bias(const Tensor& bias) {
+    kept_.push_back(torch::stable::contiguous(bias));
+    return bias.numel() > 0 ? elements(kept_.back()) : nullptr;
+  }
+
+  LowRankTerm term(Bf16* narrow, int64_t narrow_stride, const Tensor& factor, double scale) {
     bool adjacent_rows = factor.stride(0) == 1 || factor.size(0) == 1;
     kept_.push_back(adjacent_rows ? factor : with_adjacent_columns(factor));
     const Tensor& kept = kept_.back();
     bool ranks_adjacent = kept.stride(1) == 1;
-    terms.push_back({narrow, narrow_stride, factor.size(1), elements(kept), kept.stride(ranks_adjacent ? 0 : 1),
-                     ranks_adjacent, static_cast<float>(scale)});
+    return {narrow, narrow_stride, factor.size(1), elements(kept), kept.stride(ranks_adjacent ? 0 : 1),
+            ranks_adjacent, static_cast<float>(scale)};
   }
 
-  void add_term(const Tensor& narrow, const Tensor& factor) {
+  LowRankTerm term(const Tensor& narrow, const Tensor& factor) {
     kept_.push_back(with_adjacent_columns(narrow));
     Bf16* data = elements(kept_.back());
     int64_t stride = kept_.back().stride(0);
-    add_term(data, stride, factor, 1.0);
+    return term(data, stride, factor, 1.0);
   }
-
-  std::vector<Wide> wides;
-  std::vector<LowRankTerm> terms;
 
  private:
   Tensors kept_;
@@ -51,24 +53,38 @@ Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vecto
   OnDevice on(wides[0], wides, factors);
   Tensor narrow = torch::stable::new_empty(wides[0], {tokens, rank});
   Operands operands;
-  for (const Tensor& wide : wides) operands.add_wide(wide);
+  std::vector<LowRankGroup> groups;
+  for (const Tensor& wide : wides) groups.push_back({operands.with_rows(wide), nullptr, {}});
   for (size_t i = 0; i < factors.size(); column += factors[i++].size(1)) {
-    operands.add_term(elements(narrow) + column, rank, factors[i], scales[i]);
+    LowRankTerm term = operands.term(elements(narrow) + column, rank, factors[i], scales[i]);
+    groups[wides.size() == 1 ? 0 : i].terms.push_back(term);
   }
-  int64_t splits = to_rank_splits(operands.wides, operands.terms, tokens);
+  int64_t splits = to_rank_splits(groups, tokens);
   Tensor sums = torch::stable::new_empty(narrow, {splits > 1 ? splits * tokens * rank : 0}, ScalarType::Float);
-  to_rank(operands.wides, operands.terms, tokens, elements(narrow), rank, splits, static_cast<float*>(sums.data_ptr()),
-          on.stream);
+  to_rank(groups, tokens, elements(narrow), rank, splits, static_cast<float*>(sums.data_ptr()), on.stream);
   return narrow;
 }
 
-void add_from_rank_op(const Tensors& wides, const Tensors& narrows, const Tensors& factors) {
-  check_add_from_rank(wides, narrows, factors);
-  OnDevice on(wides[0], wides, narrows, factors);
+Tensors from_rank_op(const Tensors& narrows, const Tensors& factors, const std::vector<int64_t>& counts,
+                     const Tensors& biases) {
+  check_from_rank(narrows, factors, counts, biases);
+  OnDevice on(narrows[0], narrows, factors, biases);
+  int64_t tokens = narrows[0].size(0);
   Operands operands;
-  for (const Tensor& wide : wides) operands.wides.push_back(wide_of(wide));
-  for (size_t i = 0; i < factors.size(); ++i) operands.add_term(narrows[i], factors[i]);
-  add_from_rank(operands.wides, operands.terms, wides[0].size(0), on.stream);
+  std::vector<LowRankGroup> groups;
+  Tensors wides;
+  for (size_t i = 0, j = 0; i < counts.size(); ++i) {
+    wides.push_back(torch::stable::new_empty(narrows[0], {tokens, factors[j].size(0)}));
+    groups.push_back({wide_of(wides.back()), operands.bias(biases[i]), {}});
+    int64_t tiles = 0;
+    for (size_t end = j + counts[i]; j < end; ++j) {
+      groups.back().terms.push_back(operands.term(narrows[j], factors[j]));
+      tiles += (factors[j].size(1) + RANK_TILE - 1) / RANK_TILE;
+    }
+    STD_TORCH_CHECK(tiles <= FROM_RANK_TILES, "from_rank: too many terms of one wide matrix");
+  }
+  from_rank(groups, tokens, on.stream);
+  return wides;
 }
 
 low_rank::ElementType type_of(const Tensor& gradient) {
@@ -103,7 +119,7 @@ void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const T
 
 STABLE_TORCH_LIBRARY_IMPL(minift, MINIFT_CUDA_KEY, m) {
   m.impl("to_rank", TORCH_BOX(&to_rank_op));
-  m.impl("add_from_rank_", TORCH_BOX(&add_from_rank_op));
+  m.impl("from_rank", TORCH_BOX(&from_rank_op));
   m.impl("factor_gradients_", TORCH_BOX(&factor_gradients_op));
 }
 

@@ -1,9 +1,9 @@
 // Products of wide bf16 matrices with narrow ones on the tensor cores: one launch for all of an op's terms.
 //
 // Bound by memory: rank 16 does 16 FMA for an element of a wide matrix, and an H100 could do 150 while it is read.
-// to_rank reads each wide matrix once, 2 T W bytes, add_from_rank_ reads and writes it, 4 T W: as cuBLAS does, so what
+// to_rank reads each wide matrix once, from_rank writes it, 2 T W bytes: as cuBLAS does, so what
 // is won are launches, and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks
-// them, multiplies: five launches for one or two (add_from_rank_: two stacks and a product). A launch costs the GPU
+// them, multiplies: five launches for one or two (from_rank of a sum: two stacks and a product). A launch costs the GPU
 // about 2 microseconds, reading x (8192, 4096) 20. Where tokens are too few for every multiprocessor, to_rank also
 // splits the width, as cuBLAS does, and a second launch adds up. Factors and narrow matrices are read again by every
 // block, from the L2 cache: with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) to_rank_kernel(const 
 }
 
 template <bool VECTOR>
-__global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) add_from_rank_kernel(const __grid_constant__ Work work) {
+__global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) from_rank_kernel(const __grid_constant__ Work work) {
   struct Tiles {
     Bf16 factors[GROUP][TILE * STRIDE];
     Bf16 narrows[GROUP][ROWS * TILE];
@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) add_from_rank_kernel(
     float sums[ROWS * COLUMNS];
   };
   __shared__ Memory memory;
+  using Places = WideTile<VECTOR>;
   constexpr int COLUMN_TILES = COLUMNS / TILE / 2;  // of a warp
   int warp = threadIdx.x / WARP, row_tile = warp % (ROWS / TILE), half = warp / (ROWS / TILE);
   int64_t row_blocks = (work.tokens + ROWS - 1) / ROWS, widest = 0;
@@ -103,11 +104,13 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) add_from_rank_kernel(
   int64_t column_blocks = (widest + COLUMNS - 1) / COLUMNS, blocks = row_blocks * column_blocks;
   for (int64_t item = blockIdx.x; item < blocks * work.num_groups; item += gridDim.x) {
     const Group& group = work.groups[item / blocks];
-    // Neighbours in the grid have neighbouring columns: rows of a wide matrix are read and written in order.
+    // Neighbours in the grid have neighbouring columns: rows of a wide matrix are written in order.
     int64_t first_row = item % blocks / column_blocks * ROWS, column = item % column_blocks * COLUMNS;
     if (column >= group.wide.width) continue;
-    WideTile<VECTOR> wide;
-    wide.load(group.wide, first_row, work.tokens, column);
+    PackOf<Bf16> bias{};
+    if (group.bias != nullptr) {
+      bias = load_up_to<VECTOR>(group.bias + column + Places::column(), group.wide.width - column - Places::column());
+    }
     Accumulator sums[COLUMN_TILES];
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; ++c) wmma::fill_fragment(sums[c], 0.0f);
@@ -141,56 +144,61 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1) add_from_rank_kernel(
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < WideTile<VECTOR>::PACKS; ++i) {
-      int64_t row = first_row + wide.row(i), left = group.wide.width - column - wide.column();
+    for (int i = 0; i < Places::PACKS; ++i) {
+      int64_t row = first_row + Places::row(i), left = group.wide.width - column - Places::column();
       if (row >= work.tokens || left <= 0) continue;
-      Pack pack = to_floats(wide.packs[i]);
+      Pack pack = to_floats(bias);
 #pragma unroll
-      for (int k = 0; k < PACK; ++k) pack.at[k] += memory.sums[wide.row(i) * COLUMNS + wide.column() + k];
-      store_pack<VECTOR>(group.wide.data + row * group.wide.stride + column + wide.column(), pack, left);
+      for (int k = 0; k < PACK; ++k) pack.at[k] += memory.sums[Places::row(i) * COLUMNS + Places::column() + k];
+      store_pack<VECTOR>(group.wide.data + row * group.wide.stride + column + Places::column(), pack, left);
     }
   }
 }
 
 // Whether every access can be a whole pack.
-bool vectors(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms) {
+bool vectors(const std::vector<LowRankGroup>& groups) {
   bool all = true;
-  for (const Wide& wide : wides) all &= in_packs(wide.data, wide.stride, wide.width);
-  for (const LowRankTerm& term : terms) {
-    all &= in_packs(term.factor, term.factor_stride, term.rank) && in_packs(term.narrow, term.narrow_stride, term.rank);
+  for (const LowRankGroup& group : groups) {
+    all &= in_packs(group.wide.data, group.wide.stride, group.wide.width);
+    all &= group.bias == nullptr || aligned(group.bias);
+    for (const LowRankTerm& term : group.terms) {
+      all &= in_packs(term.factor, term.factor_stride, term.rank);
+      all &= in_packs(term.narrow, term.narrow_stride, term.rank);
+    }
   }
   return all;
 }
 
-// run(work) with the terms in groups of at most `tiles_of_group` tiles that share a wide matrix, as often as it takes.
+int64_t widest_of(const std::vector<LowRankGroup>& groups) {
+  int64_t widest = 0;
+  for (const LowRankGroup& group : groups) widest = std::max(widest, group.wide.width);
+  return widest;
+}
+
+// run(work) with the groups, cut where they have more than `most_tiles` tiles, as often as it takes.
 template <class Run>
-void for_each_work(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
-                   int tiles_of_group, const Run& run) {
+void for_each_work(const std::vector<LowRankGroup>& groups, int64_t tokens, int64_t most_tiles, const Run& run) {
   Work work{};
   auto flush = [&] {
     work.tokens = tokens;
     run(work);
     work = Work{};
   };
-  for (size_t i = 0; i < terms.size(); ++i) {
-    const LowRankTerm& term = terms[i];
-    bool same_wide = i > 0 && wides.size() == 1;
-    for (int64_t rank = 0; rank < term.rank; rank += TILE) {
-      Group* group = work.num_groups > 0 ? &work.groups[work.num_groups - 1] : nullptr;
-      if (work.num_tiles == Work::MOST_TILES) flush(), group = nullptr;
-      if (group == nullptr || group->num_tiles == tiles_of_group || (rank == 0 && !same_wide)) {
-        if (work.num_groups == Work::MOST_GROUPS) flush();
-        group = &work.groups[work.num_groups++];
-        *group = {wides[wides.size() == 1 ? 0 : i], work.num_tiles, 0};
+  for (const LowRankGroup& group : groups) {
+    std::vector<RankTile> tiles;
+    for (const LowRankTerm& term : group.terms) {
+      for (int64_t rank = 0; rank < term.rank; rank += TILE) {
+        tiles.push_back({term.narrow + rank, term.factor + rank * (term.ranks_adjacent ? 1 : term.factor_stride),
+                         term.narrow_stride, term.factor_stride, term.scale,
+                         static_cast<int>(std::min<int64_t>(TILE, term.rank - rank)), term.ranks_adjacent});
       }
-      ++group->num_tiles;
-      work.tiles[work.num_tiles++] = {term.narrow + rank,
-                                      term.factor + rank * (term.ranks_adjacent ? 1 : term.factor_stride),
-                                      term.narrow_stride,
-                                      term.factor_stride,
-                                      term.scale,
-                                      static_cast<int>(std::min<int64_t>(TILE, term.rank - rank)),
-                                      term.ranks_adjacent};
+    }
+    int64_t end = tiles.size();
+    for (int64_t first = 0; first < end; first += most_tiles) {
+      int64_t count = std::min(most_tiles, end - first);
+      if (work.num_groups == Work::MOST_GROUPS || work.num_tiles + count > Work::MOST_TILES) flush();
+      work.groups[work.num_groups++] = {group.wide, work.num_tiles, static_cast<int>(count), group.bias};
+      for (int64_t t = first; t < first + count; ++t) work.tiles[work.num_tiles++] = tiles[t];
     }
   }
   if (work.num_tiles > 0) flush();
@@ -198,19 +206,17 @@ void for_each_work(const std::vector<Wide>& wides, const std::vector<LowRankTerm
 
 }  // namespace
 
-int64_t to_rank_splits(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens) {
-  int64_t groups = 0, widest = 0;
-  for_each_work(wides, terms, tokens, GROUP, [&](const Work& work) { groups += work.num_groups; });
-  for (const Wide& wide : wides) widest = std::max(widest, wide.width);
-  return splits_for(blocks_of(tokens, ROWS) * groups, blocks_of(widest, COLUMNS));
+int64_t to_rank_splits(const std::vector<LowRankGroup>& groups, int64_t tokens) {
+  int64_t parts = 0;
+  for_each_work(groups, tokens, GROUP, [&](const Work& work) { parts += work.num_groups; });
+  return splits_for(blocks_of(tokens, ROWS) * parts, blocks_of(widest_of(groups), COLUMNS));
 }
 
-void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens, Bf16* narrow,
-             int64_t rank, int64_t splits, float* sums, cudaStream_t stream) {
-  int64_t widest = 0, count = tokens * rank;
-  for (const Wide& wide : wides) widest = std::max(widest, wide.width);
-  auto* kernel = vectors(wides, terms) ? &to_rank_kernel<true> : &to_rank_kernel<false>;
-  for_each_work(wides, terms, tokens, GROUP, [&](Work& work) {
+void to_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, Bf16* narrow, int64_t rank, int64_t splits,
+             float* sums, cudaStream_t stream) {
+  int64_t widest = widest_of(groups), count = tokens * rank;
+  auto* kernel = vectors(groups) ? &to_rank_kernel<true> : &to_rank_kernel<false>;
+  for_each_work(groups, tokens, GROUP, [&](Work& work) {
     work.splits = splits;
     work.columns_of_split = blocks_of(blocks_of(widest, COLUMNS), splits) * COLUMNS;
     work.split_stride = count;
@@ -224,14 +230,15 @@ void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& ter
   launch("to_rank", add_splits, blocks_for(count, ADD_THREADS), ADD_THREADS, stream, all);
 }
 
-void add_from_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
-                   cudaStream_t stream) {
-  auto* kernel = vectors(wides, terms) ? &add_from_rank_kernel<true> : &add_from_rank_kernel<false>;
-  for_each_work(wides, terms, tokens, Work::MOST_TILES, [&](const Work& work) {
+// A group is not cut: its wide matrix is written once.
+void from_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, cudaStream_t stream) {
+  static_assert(FROM_RANK_TILES <= Work::MOST_TILES);
+  auto* kernel = vectors(groups) ? &from_rank_kernel<true> : &from_rank_kernel<false>;
+  for_each_work(groups, tokens, FROM_RANK_TILES, [&](const Work& work) {
     int64_t widest = 0;
     for (int g = 0; g < work.num_groups; ++g) widest = std::max(widest, work.groups[g].wide.width);
     int64_t blocks = blocks_of(tokens, ROWS) * blocks_of(widest, COLUMNS) * work.num_groups;
-    launch("add_from_rank_", kernel, blocks_for(blocks, 1), THREADS, stream, work);
+    launch("from_rank", kernel, blocks_for(blocks, 1), THREADS, stream, work);
   });
 }
 

@@ -30,16 +30,23 @@ struct LowRankTerm {
   float scale;
 };
 
+// A wide matrix and what it is multiplied to, or made from; then perhaps with a bias (width), else null.
+struct LowRankGroup {
+  Wide wide;
+  const Bf16* bias;
+  std::vector<LowRankTerm> terms;
+};
+
 // Into how many parts to_rank cuts the widths, each of which is summed up on its own.
-int64_t to_rank_splits(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens);
+int64_t to_rank_splits(const std::vector<LowRankGroup>& groups, int64_t tokens);
 
-// narrow_i = scale_i wide_i F_i. A wide matrix for each term, or one for all. The narrow matrices are columns of `narrow`
-// (tokens, rank), which is contiguous; sums: scratch, as many numbers for each split if there are several.
-void to_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens, Bf16* narrow,
-             int64_t rank, int64_t splits, float* sums, cudaStream_t stream);
+// narrow = scale wide F for each term. The narrow matrices are columns of `narrow` (tokens, rank), which is contiguous;
+// sums: scratch, as many numbers for each split if there are several.
+void to_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, Bf16* narrow, int64_t rank, int64_t splits,
+             float* sums, cudaStream_t stream);
 
-// wide_i += narrow_i F_i^T, or wide += the sum of all.
-void add_from_rank(const std::vector<Wide>& wides, const std::vector<LowRankTerm>& terms, int64_t tokens,
-                   cudaStream_t stream);
+// wide = bias + the sum of narrow F^T over its terms, which have at most FROM_RANK_TILES tiles of RANK_TILE ranks.
+constexpr int64_t RANK_TILE = 16, FROM_RANK_TILES = 48;
+void from_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, cudaStream_t stream);
 
 }  // namespace minift::cuda

@@ -17,7 +17,7 @@ namespace minift::cuda::low_rank {
 namespace wmma = nvcuda::wmma;
 
 constexpr int THREADS = 256;
-constexpr int TILE = 16, GROUP = 4;
+constexpr int TILE = RANK_TILE, GROUP = 4;
 constexpr int ROWS = 64, COLUMNS = 128;
 constexpr int STRIDE = COLUMNS + TILE;  // of rows in shared memory: a multiple of 32 bytes, and not of all banks
 
@@ -56,6 +56,7 @@ struct RankTile {
 struct Group {
   Wide wide;
   int first_tile, num_tiles;
+  const Bf16* bias;  // of from_rank; may be null
 };
 
 // An argument of a kernel, which is at most 4 KB.

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 
 class CheapOps(nn.Module):
-    """A module whose forward runs such operations through `cheap`."""
+    """A module whose forward runs such operations through `cheap`, or tells whoever reads their results, and can make
+    them again, whether it `keeps_cheap`."""
+
+    keeps_cheap = True
+    """Whether such results are kept for backward. Selective recomputation says no."""
 
     def cheap(self, operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """operation(*inputs). Selective recomputation puts another function in this one's place.

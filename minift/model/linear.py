@@ -1,10 +1,11 @@
 """y = x Wᵀ + b, for one projection or several that read the same x, with or without low-rank updates.
 
-`project` is the only differentiable operation on projections, one step of autograd, however weights are stored and
+`project` is the differentiable operation on projections, one step of autograd, however weights are stored and
 however many there are. Projections that share their input (q, k, v; gate, up) save it once; their updates go through
 the rank in one product (`low_rank`); and the gradients for x are added up by the matrix products themselves, where
 autograd would sum tensors as wide as x. Saved for backward are x, the very tensor that its producer and its other
 readers hold, if a gradient is made of it, and the narrow products of the updates; nothing of the output's width.
+`project_gated` is the same for x = silu(gate) · up, which it makes, and makes again where memory counts more than time.
 
 It is written so that weights may move between forward and backward. Under FSDP a Parameter's `.data` is a view of a
 gather buffer that other blocks overwrite before backward comes. Whatever autograd saves of it would then be another
@@ -19,6 +20,7 @@ that says how to multiply with it, `product` and `product_dx`, and needs to know
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from minift.grad_slot import deliver_product
 from minift.model.low_rank import LowRank, Updates
 from minift.ops.matmul import addmm_, linear, mm
+from minift.ops.swiglu import swiglu_backward_, swiglu_forward
 
 
 class LinearBase(nn.Module):
@@ -53,8 +56,14 @@ class LinearBase(nn.Module):
         """This projection's output, a differentiable function of the sum of its parts: the sum itself, as a rule."""
         return out_NO
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        """x Wᵀ + b, a fresh (N, out_features) in x's dtype. Runs without autograd, like the next."""
+    @property
+    def has_after(self) -> bool:
+        """Whether that reads its argument."""
+        return type(self).after is not LinearBase.after
+
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b, a fresh (N, out_features) in x's dtype; or x Wᵀ added in place to `add_to_NO`, which has b in it
+        and is returned. Runs without autograd, like the next."""
         raise NotImplementedError
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
@@ -90,8 +99,10 @@ class Linear(LinearBase):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        return linear(x_NI, self.weight, self.bias)
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
+        if add_to_NO is None:
+            return linear(x_NI, self.weight, self.bias)
+        return addmm_(add_to_NO, x_NI, self.weight.t())
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
         return mm(dy_NO, self.weight) if add_to_NI is None else addmm_(add_to_NI, dy_NO, self.weight)
@@ -136,64 +147,125 @@ def project(x: Tensor, *projections: LinearBase) -> list[Tensor]:
     x (..., in_features) -> each (..., out_features), in x's dtype, which is the stored weights'; the factors of updates
     may have another. Gradients come in the dtype of their parameter. Backward reads parameters as they are *then*.
     """
-    parts = [projection.parts() for projection in projections]
-    if None in parts:
+    call = _Call.of(projections)
+    if call is None:
         return [projection(x) for projection in projections]
     x_NI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    bases, updates = [base for base, _ in parts], [updates for _, updates in parts]
-    parameters = [parameter for base in bases for parameter in (base.dense_parameter(), base.bias)]
-    parameters += [factor for of_one in updates for update in of_one for factor in (update.A, update.B)]
-    sums = _Project.apply(x_NI, bases, updates, *parameters)
+    sums = _Project.apply(x_NI, None, call, *call.parameters())
     outs = [projection.after(sum_NO) for projection, sum_NO in zip(projections, sums, strict=True)]
     return outs if x.ndim == 2 else [out_NO.view(*x.shape[:-1], out_NO.shape[-1]) for out_NO in outs]
 
 
+def project_gated(
+    gate_NI: Tensor, up_NI: Tensor, projection: LinearBase, keeps_product: bool, result_is_read: bool
+) -> Tensor:
+    """projection(silu(gate) · up), (N, out_features), as one operation, for a projection with `parts`.
+
+    Like that, the gradient of gate takes the place of that of the product: one tensor less of a model's greatest width,
+    at the moment when there are most of them. keeps_product: False: backward makes silu(gate) · up again.
+    result_is_read: False: the result's values are left out, unless the projection itself reads them.
+    """
+    call = _Call.of([projection], keeps_product, result_is_read)
+    assert call is not None, f"{type(projection).__name__} has no parts"
+    return projection.after(_Project.apply(gate_NI, up_NI, call, *call.parameters())[0])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call multiplies with, and how."""
+
+    bases: Sequence[LinearBase]
+    updates: Sequence[tuple[LowRank, ...]]
+    keeps_product: bool
+    result_is_read: bool
+
+    @staticmethod
+    def of(projections: Sequence[LinearBase], keeps_product: bool = True, result_is_read: bool = True) -> _Call | None:
+        """None if one of them has no `parts`."""
+        parts = [projection.parts() for projection in projections]
+        if None in parts:
+            return None
+        reads_sum = any(projection.has_after for projection in projections)
+        bases, updates = zip(*parts, strict=True)
+        return _Call(bases, updates, keeps_product, result_is_read or reads_sum)
+
+    def parameters(self) -> list[nn.Parameter | None]:
+        """W, b of each projection, A, B of each update."""
+        parameters = [parameter for base in self.bases for parameter in (base.dense_parameter(), base.bias)]
+        return parameters + [factor for of_one in self.updates for update in of_one for factor in (update.A, update.B)]
+
+
 class _Project(torch.autograd.Function):
-    """Its inputs are x, what says how to compute, and parameters or Nones: W, b of each projection, A, B of each
-    update."""
+    """Its inputs are x and None, or gate and up, of which it makes x; then the call and its parameters or Nones."""
 
     @staticmethod
     def forward(
-        ctx,
-        x_NI: Tensor,
-        bases: list[LinearBase],
-        updates: list[tuple[LowRank, ...]],
-        *parameters: nn.Parameter | None,
+        ctx, x_NI: Tensor, up_NI: Tensor | None, call: _Call, *parameters: nn.Parameter | None
     ) -> tuple[Tensor, ...]:
-        outs = [base.product(x_NI) for base in bases]
-        ctx.bases, ctx.updates = bases, Updates(updates)
-        hidden_NR = ctx.updates.add_(outs, x_NI)
+        ctx.call, ctx.updates, ctx.is_gated = call, Updates(call.updates), up_NI is not None
+        gate_NI = x_NI
+        if ctx.is_gated:
+            x_NI = swiglu_forward(gate_NI, up_NI)
+        hidden_NR = ctx.updates.hidden(x_NI)
+        if call.result_is_read:
+            sums = ctx.updates.out(hidden_NR, [base.bias for base in call.bases])  # see [Note: updates first]
+            outs = [base.product(x_NI, sums.get(index)) for index, base in enumerate(call.bases)]
+        else:
+            outs = [x_NI.new_zeros(()).expand(len(x_NI), base.out_features) for base in call.bases]
         needs_W, _, needs_A, needs_B = ctx.needs = _Project.needs(ctx)
-        ctx.save_for_backward(x_NI if any(needs_W) or any(needs_A) else None, hidden_NR if any(needs_B) else None)
+        ctx.needs_dx = any(ctx.needs_input_grad[:2])
+        reads_inputs = ctx.reads_x = any(needs_W) or any(needs_A)
+        if ctx.is_gated:
+            ctx.product_NI = x_NI if ctx.reads_x and call.keeps_product else None
+            reads_inputs = ctx.needs_dx or (ctx.reads_x and not call.keeps_product)
+        ctx.save_for_backward(
+            *((gate_NI, up_NI) if reads_inputs else (None, None)), hidden_NR if any(needs_B) else None
+        )
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, hidden_NR = ctx.saved_tensors
-        needs_dx = ctx.needs_input_grad[0]
-        needs_W, needs_b, needs_A, needs_B = ctx.needs
+        x_NI, up_NI, hidden_NR = ctx.saved_tensors
+        gate_NI = x_NI
+        if ctx.is_gated:
+            x_NI = _Project.product(ctx, gate_NI, up_NI)
+        bases, (needs_W, needs_b, needs_A, needs_B) = ctx.call.bases, ctx.needs
         gradients: list[Tensor | None] = []
-        for base, dout_NO, needs_dW, needs_db in zip(ctx.bases, douts, needs_W, needs_b, strict=True):
+        for base, dout_NO, needs_dW, needs_db in zip(bases, douts, needs_W, needs_b, strict=True):
             gradients.append(deliver_product(base.dense_parameter(), dout_NO.t(), x_NI) if needs_dW else None)
             gradients.append(dout_NO.sum(0) if needs_db else None)
         of_B = ctx.updates.gradients_of_B(douts, hidden_NR, needs_B)
         of_A: Sequence[Tensor | None] = [None] * len(of_B)
-        dx_NI = None
-        if needs_dx or any(needs_A):
+        dx_NI = dup_NI = None
+        if ctx.needs_dx or any(needs_A):
             dhidden_NR = ctx.updates.dhidden(douts)
             of_A = ctx.updates.gradients_of_A(dhidden_NR, x_NI, needs_A)
-            if needs_dx:
-                for base, dout_NO in zip(ctx.bases, douts, strict=True):
+            if ctx.needs_dx:
+                dx_NI = ctx.updates.dx(dhidden_NR)
+                for base, dout_NO in zip(bases, douts, strict=True):
                     dx_NI = base.product_dx(dout_NO, dx_NI)
-                ctx.updates.add_dx_(dx_NI, dhidden_NR)
         for pair in zip(of_A, of_B, strict=True):
             gradients += pair
-        return dx_NI, None, None, *gradients
+        del x_NI  # the product goes before the gradient of up comes
+        if ctx.is_gated and ctx.needs_dx:
+            dx_NI, dup_NI = swiglu_backward_(dx_NI, gate_NI, up_NI)
+        return dx_NI, dup_NI, None, *gradients
+
+    @staticmethod
+    def product(ctx, gate_NI: Tensor | None, up_NI: Tensor | None) -> Tensor | None:
+        """silu(gate) · up, if a gradient is made of it. It is given away if it can be made again, for another backward
+        over the same graph."""
+        product_NI = ctx.product_NI
+        if product_NI is None and ctx.reads_x:
+            return swiglu_forward(gate_NI, up_NI)
+        if gate_NI is not None:
+            ctx.product_NI = None
+        return product_NI
 
     @staticmethod
     def needs(ctx) -> tuple[tuple[bool, ...], ...]:
         """Which of the W, b, A and B need a gradient."""
         _, _, _, *needs = ctx.needs_input_grad
-        border = 2 * len(ctx.bases)
+        border = 2 * len(ctx.call.bases)
         return tuple(needs[:border:2]), tuple(needs[1:border:2]), tuple(needs[border::2]), tuple(needs[border + 1 :: 2])

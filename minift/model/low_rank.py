@@ -1,12 +1,18 @@
 """out_i += scale_i · dropout(x) A_iᵀ B_iᵀ for the projections i of one x: LoRA and its relatives, forward and backward.
 
 A direct chain (dropout, A, B, scale, add: what PEFT runs) makes a full-width temporary at each step, and autograd saves
-most of them. Here every product is contracted through the rank first, is scaled on its narrow side, and is added to its
-destination as it is made (`ops.low_rank`), for all projections at once:
+most of them. Here every product is contracted through the rank first and is scaled on its narrow side (`ops.low_rank`),
+for all projections at once:
 
-    forward    h_i = c_i x A_iᵀ                   out_i += h_i B_iᵀ              c_i = scale_i / (1 - p_i)
+    forward    h_i = c_i x A_iᵀ                   out_i = b_i + h_i B_iᵀ + x W_iᵀ      c_i = scale_i / (1 - p_i)
     backward   g_i = c_i dout_i B_i               dB_i = dout_iᵀ h_i
-               dx += g_1 A_1 + g_2 A_2 + ..       dA_i = g_iᵀ x
+               dx = g_1 A_1 + g_2 A_2 + ..        dA_i = g_iᵀ x
+                    + dout_1 W_1 + ..
+
+[Note: updates first] The update is made first, and the product with the stored weight is added to it, never the other
+way round: an update is bound by memory, so writing it should be all that it costs, and the large product has time to
+read it while it multiplies. (To multiply [x, h] by [W, B] has the same end, but needs x and W in wider memory.) In 16
+bits it is more exact, too: what is rounded on its own is the update, which is small, and not the product.
 
 With dropout each update sees an x with zeros of its own, so the products with x are one for each of them. Nothing is
 kept of a mask but the seed from which `ops.dropout` makes it again. Seeds come from torch's default CPU generator on
@@ -17,6 +23,7 @@ No autograd here, and nothing of stored weights: see `linear`. A and B are Param
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -27,7 +34,7 @@ from torch import Tensor, nn
 
 from minift.grad_slot import deliver, gradient_memory
 from minift.ops.dropout import DROPOUT_STEPS, draw_seed, dropout, dropout_steps
-from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 from minift.ops.matmul import mm
 
 
@@ -64,8 +71,8 @@ class _Term(NamedTuple):
 class Updates:
     """The updates in one call of `project`: any number for each of its projections.
 
-    `outs` and `douts` have an entry for each projection; `needs` and gradients one for each update, all those of the
-    first projection first.
+    `douts` have an entry for each projection; `needs` and gradients one for each update, all those of the first
+    projection first.
     """
 
     def __init__(self, updates: Sequence[Sequence[LowRank]]) -> None:
@@ -81,21 +88,26 @@ class Updates:
                 rank = columns.stop
         self._share_x = all(term.num_dropped == 0 for term in self._terms)
 
-    def add_(self, outs: Sequence[Tensor], x_NI: Tensor) -> Tensor | None:
-        """Add the updates to `outs` in place; return h (N, sum of ranks) for backward, None if there is no update."""
+    def hidden(self, x_NI: Tensor) -> Tensor | None:
+        """h (N, sum of ranks); None if there is no update."""
         if not self._terms:
             return None
         narrows = [
             to_rank([terms[0].seen(x_NI)], [term.A.t() for term in terms], [term.factor for term in terms])
             for terms in self._by_input(self._terms)
         ]
-        hidden_NR = narrows[0] if len(narrows) == 1 else torch.cat(narrows, dim=1)
-        add_from_rank_(
-            [outs[term.index] for term in self._terms],
-            [hidden_NR[:, term.columns] for term in self._terms],
-            [term.B for term in self._terms],
-        )
-        return hidden_NR
+        return narrows[0] if len(narrows) == 1 else torch.cat(narrows, dim=1)
+
+    def out(self, hidden_NR: Tensor | None, biases: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """{index of a projection that has updates: their sum and its bias (N, out)}."""
+        if not self._terms:
+            return {}
+        counts = Counter(term.index for term in self._terms)  # in their order
+        sums = from_rank(
+            self._narrows(hidden_NR), [term.B for term in self._terms], list(counts.values()),
+            [biases[index] for index in counts],
+        )  # fmt: skip
+        return dict(zip(counts, sums, strict=True))
 
     def dhidden(self, douts: Sequence[Tensor]) -> Tensor | None:
         """g (N, sum of ranks): the gradient of what the A_i give, unscaled; None if there is no update."""
@@ -107,14 +119,19 @@ class Updates:
             [term.factor for term in self._terms],
         )
 
-    def add_dx_(self, dx_NI: Tensor, dhidden_NR: Tensor | None) -> None:
-        """Add the updates' part of the gradient of x to `dx_NI` in place."""
-        if self._share_x and self._terms:
-            narrows = [dhidden_NR[:, term.columns] for term in self._terms]
-            add_from_rank_([dx_NI], narrows, [term.A.t() for term in self._terms])
-            return
-        for term in self._terms:
-            dx_NI.add_(term.seen(mm(dhidden_NR[:, term.columns], term.A.to(dx_NI.dtype))))
+    def dx(self, dhidden_NR: Tensor | None) -> Tensor | None:
+        """The updates' part (N, in) of the gradient of x; None if there is no update."""
+        if not self._terms:
+            return None
+        if self._share_x:
+            factors = [term.A.t() for term in self._terms]
+            return from_rank(self._narrows(dhidden_NR), factors, [len(factors)], [None])[0]
+        dx_NI = None
+        for term, narrow in zip(self._terms, self._narrows(dhidden_NR), strict=True):
+            part_NI = term.seen(mm(narrow, term.A.to(narrow.dtype)))
+            dx_NI = part_NI if dx_NI is None else dx_NI.add_(part_NI)
+            del part_NI  # before the next comes
+        return dx_NI
 
     def gradients_of_A(
         self, dhidden_NR: Tensor | None, x_NI: Tensor | None, needs: Sequence[bool]
@@ -138,6 +155,10 @@ class Updates:
             narrows = [hidden_NR[:, term.columns] for term in terms]
             factor_gradients_(memories, [douts[term.index] for term in terms], narrows)
         return _spread([deliver(term.B, memory) for term, memory in zip(terms, memories, strict=True)], needs)
+
+    def _narrows(self, stacked_NR: Tensor) -> list[Tensor]:
+        """What of (N, sum of ranks) belongs to each update."""
+        return [stacked_NR[:, term.columns] for term in self._terms]
 
     def _by_input(self, terms: list[_Term]) -> list[list[_Term]]:
         """Those that see the same x together."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
-from minift.model.linear import Linear, project
+from minift.model.linear import Linear, project, project_gated
 from minift.ops.swiglu import swiglu
 
 
@@ -17,6 +17,9 @@ class MLP(CheapOps):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, result_is_read: bool = True) -> Tensor:
+        """(T, D) -> (T, D); result_is_read: see `project_gated`."""
         gate_TF, up_TF = project(hidden_TD, self.gate_proj, self.up_proj)
-        return self.down_proj(self.cheap(swiglu, gate_TF, up_TF))
+        if self.down_proj.parts() is None:
+            return self.down_proj(self.cheap(swiglu, gate_TF, up_TF))
+        return project_gated(gate_TF, up_TF, self.down_proj, self.keeps_cheap, result_is_read)

@@ -3,7 +3,7 @@
 With factors F (W, R), which for LoRA are Aᵀ and B:
 
     to_rank            narrow = scale · wide F
-    add_from_rank_     wide  += narrow Fᵀ
+    from_rank          wide   = bias + narrow_0 F_0ᵀ + narrow_1 F_1ᵀ + ..
     factor_gradients_  dF     = wideᵀ narrow
 
 Each does several at once, because one is over before a thread has woken up for it, or a GPU's next kernel has begun. In
@@ -15,15 +15,16 @@ rounded once (in PyTorch, factors of one wide matrix also after they were scaled
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from minift.ops import extension
-from minift.ops.matmul import addmm_, mm
+from minift.ops.matmul import addmm_, linear, mm
 
-MOST_RANKS_ON_GPU = 64
-"""Of one wide matrix, that its kernels take at once (csrc/cuda/low_rank_tiles.h: GROUP tiles of TILE)."""
+MOST_TILES_ON_GPU, RANK_TILE = 4, 16
+"""Ranks of one wide matrix that its kernels take at once (csrc/cuda/low_rank_tiles.h: GROUP tiles of TILE)."""
 
 
 def to_rank(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
@@ -33,21 +34,37 @@ def to_rank(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence
     cast to that of wides.
     """
     _check("to_rank", wides, factors)
-    run = _to_rank if _is_compiled(wides, factors) else to_rank_reference
+    terms = [factors] if len(wides) == 1 else [[factor] for factor in factors]
+    run = _to_rank if _is_compiled(wides[0], terms) else to_rank_reference
     return run(wides, _like(wides[0], factors), scales)
 
 
-def add_from_rank_(wides: Sequence[Tensor], narrows: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """wide_i += narrow_i F_iᵀ in place; if there is one wide for all, the sum of all products is added to it."""
-    _check("add_from_rank_", wides, factors)
-    run = _add_from_rank_ if _is_compiled(wides, factors) else add_from_rank_reference
-    run(wides, narrows, _like(wides[0], factors))
+def from_rank(
+    narrows: Sequence[Tensor], factors: Sequence[Tensor], counts: Sequence[int], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """[biases[0] + the sum of narrow Fᵀ over the first counts[0] terms, the next of counts[1] after them, ..]: (T, W).
+
+    narrows: (T, R) each, whose dtype is the result's. factors: (W, R), in any layout and float dtype, cast to it;
+    biases: (W,) likewise, or None.
+    """
+    if not len(narrows) == len(factors) == sum(counts) or min(counts, default=0) < 1 or len(biases) != len(counts):
+        raise ValueError(
+            f"from_rank: {len(narrows)} narrow matrices, {len(factors)} factors, {len(biases)} biases, and wide "
+            f"matrices of {list(counts)} terms; valid: a factor for each narrow matrix, all of which belong to a wide "
+            "one, which has at least one, and a bias or None"
+        )
+    run = _from_rank if _is_compiled(narrows[0], _by_count(factors, counts)) else from_rank_reference
+    none = narrows[0].new_empty(0)
+    return run(
+        narrows, _like(narrows[0], factors), counts, _like(none, [none if bias is None else bias for bias in biases])
+    )
 
 
 def factor_gradients_(gradients: Sequence[Tensor], wides: Sequence[Tensor], narrows: Sequence[Tensor]) -> None:
     """gradient_i = wide_iᵀ narrow_i, (W, R): contiguous or the transpose of what is, in any float dtype."""
     _check("factor_gradients_", wides, gradients)
-    run = _factor_gradients_ if _is_compiled(wides, gradients) else factor_gradients_reference
+    terms = [gradients] if len(wides) == 1 else [[gradient] for gradient in gradients]
+    run = _factor_gradients_ if _is_compiled(wides[0], terms) else factor_gradients_reference
     run(gradients, wides, narrows)
 
 
@@ -63,12 +80,16 @@ def to_rank_reference(wides: Sequence[Tensor], factors: Sequence[Tensor], scales
     return narrow_TR
 
 
-def add_from_rank_reference(wides: Sequence[Tensor], narrows: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """`add_from_rank_` in plain PyTorch."""
-    if len(wides) == 1:
-        narrows, factors = [torch.cat(list(narrows), dim=1)], [torch.cat(list(factors), dim=1)]
-    for wide, narrow, factor in zip(wides, narrows, factors, strict=True):
-        addmm_(wide, narrow, factor.t())
+def from_rank_reference(
+    narrows: Sequence[Tensor], factors: Sequence[Tensor], counts: Sequence[int], biases: Sequence[Tensor]
+) -> list[Tensor]:
+    """`from_rank` in plain PyTorch; a bias without elements is none."""
+    wides = []
+    for terms, of_factors, bias in zip(_by_count(narrows, counts), _by_count(factors, counts), biases, strict=True):
+        narrow_TR = terms[0] if len(terms) == 1 else torch.cat(terms, dim=1)
+        factor_WR = of_factors[0] if len(terms) == 1 else torch.cat(of_factors, dim=1)
+        wides.append(linear(narrow_TR, factor_WR, bias if bias.numel() else None))
+    return wides
 
 
 def factor_gradients_reference(gradients: Sequence[Tensor], wides: Sequence[Tensor], narrows: Sequence[Tensor]) -> None:
@@ -86,13 +107,19 @@ def factor_gradients_reference(gradients: Sequence[Tensor], wides: Sequence[Tens
             gradient.copy_(mm(wide.t(), narrow))
 
 
-def _is_compiled(wides: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    if wides[0].dtype != torch.bfloat16:
+def _is_compiled(operand: Tensor, terms: Sequence[Sequence[Tensor]]) -> bool:
+    """terms: for each wide matrix the factors it has to do with."""
+    if operand.dtype != torch.bfloat16:
         return False
-    if wides[0].device.type == "cpu":
+    if operand.device.type == "cpu":
         return True
-    ranks = [factor.shape[1] for factor in factors]
-    return (sum(ranks) if len(wides) == 1 else max(ranks)) <= MOST_RANKS_ON_GPU
+    tiles = [sum(-(-factor.shape[1] // RANK_TILE) for factor in factors) for factors in terms]
+    return max(tiles) <= MOST_TILES_ON_GPU
+
+
+def _by_count(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """The first counts[0] of `tensors`, the next counts[1], .."""
+    return [list(tensors[end - count : end]) for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
 def _like(wide: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -108,10 +135,16 @@ def _to_rank_fake(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Se
     return wides[0].new_empty(wides[0].shape[0], sum(factor.shape[1] for factor in factors))
 
 
+def _from_rank_fake(
+    narrows: Sequence[Tensor], factors: Sequence[Tensor], counts: Sequence[int], biases: Sequence[Tensor]
+) -> list[Tensor]:
+    return [narrows[0].new_empty(len(narrows[0]), terms[0].shape[0]) for terms in _by_count(factors, counts)]
+
+
 def _in_place_fake(*_: Sequence[Tensor]) -> None:
     return None
 
 
 _to_rank = extension.op("to_rank", reference=to_rank_reference, fake=_to_rank_fake)
-_add_from_rank_ = extension.op("add_from_rank_", reference=add_from_rank_reference, fake=_in_place_fake)
+_from_rank = extension.op("from_rank", reference=from_rank_reference, fake=_from_rank_fake)
 _factor_gradients_ = extension.op("factor_gradients_", reference=factor_gradients_reference, fake=_in_place_fake)

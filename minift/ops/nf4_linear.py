@@ -34,22 +34,28 @@ FEW_TOKENS = 16  # up to here looking codes up (on a CPU again for every 8 token
 
 
 @torch.no_grad()
-def nf4_linear(x_TD: Tensor, nf4: Nf4) -> Tensor:
-    """x (T, in) times the transpose of nf4 (out, in): (T, out) in x's dtype. Not differentiable."""
+def nf4_linear(x_TD: Tensor, nf4: Nf4, add_to: Tensor | None = None) -> Tensor:
+    """x (T, in) times the transpose of nf4 (out, in): (T, out) in x's dtype. Not differentiable.
+
+    add_to: (T, out) in x's dtype, to which it is added in place, and which is returned. The product of many tokens is
+    not rounded before it is added, and there is no tensor of its size.
+    """
     num_outputs, num_inputs = _check("nf4_linear", "x", x_TD, nf4, dim=1)
     if x_TD.shape[0] <= FEW_TOKENS and num_inputs % nf4.block_size == 0 and x_TD.dtype != torch.float64:
-        return _gemv(x_TD, nf4.codes, *scale_tensors(nf4), nf4.block_size)
+        y_TF = _gemv(x_TD, nf4.codes, *scale_tensors(nf4), nf4.block_size)
+        return y_TF if add_to is None else add_to.add_(y_TF)
 
     # A slice is a number of rows that starts and ends at the border of a block.
     unit = nf4.block_size // math.gcd(nf4.block_size, num_inputs)
     rows = slice_width(num_outputs, unit, num_inputs * x_TD.element_size(), x_TD.is_cuda)
-    y_TF = x_TD.new_empty(x_TD.shape[0], num_outputs)
+    y_TF = x_TD.new_empty(x_TD.shape[0], num_outputs) if add_to is None else add_to
     scratch = x_TD.new_empty(rows * num_inputs)
     for start in range(0, num_outputs, rows):
         stop = min(start + rows, num_outputs)
         weight = scratch[: (stop - start) * num_inputs]
         dequantize_nf4(nf4, x_TD.dtype, start * num_inputs, stop * num_inputs, out=weight)
-        mm(x_TD, weight.view(stop - start, num_inputs).t(), out=y_TF[:, start:stop])
+        weight_DS, y_TS = weight.view(stop - start, num_inputs).t(), y_TF[:, start:stop]
+        mm(x_TD, weight_DS, out=y_TS) if add_to is None else addmm_(y_TS, x_TD, weight_DS)
     return y_TF
 
 

@@ -22,16 +22,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, without autograd."""
+    return (swiglu_reference if gate.dtype == torch.float64 else _swiglu)(gate, up)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    return (swiglu_backward_reference if gate.dtype == torch.float64 else _swiglu_backward)(dy, gate, up)
+
+
+def swiglu_backward_(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, the gradient of gate in the place of dy, which nobody else may need."""
+    return dy, (swiglu_backward_in_place_reference if gate.dtype == torch.float64 else _swiglu_backward_)(dy, gate, up)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return (swiglu_reference if gate.dtype == torch.float64 else _swiglu)(gate, up)
+        return swiglu_forward(gate, up)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return (swiglu_backward_reference if gate.dtype == torch.float64 else _swiglu_backward)(dy, gate, up)
+        return swiglu_backward(dy, *ctx.saved_tensors)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -49,6 +63,13 @@ def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     return dgate.to(gate.dtype), (dy_wide * (gate_wide * sigmoid)).to(up.dtype)
 
 
+def swiglu_backward_in_place_reference(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """dgate goes into dy; returns dup."""
+    dgate, dup = swiglu_backward_reference(dy, gate, up)
+    dy.copy_(dgate)
+    return dup
+
+
 def _swiglu_fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
@@ -57,5 +78,12 @@ def _swiglu_backward_fake(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+def _swiglu_backward_in_place_fake(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return up.new_empty(up.shape)
+
+
 _swiglu = extension.op("swiglu", reference=swiglu_reference, fake=_swiglu_fake)
 _swiglu_backward = extension.op("swiglu_backward", reference=swiglu_backward_reference, fake=_swiglu_backward_fake)
+_swiglu_backward_ = extension.op(
+    "swiglu_backward_", reference=swiglu_backward_in_place_reference, fake=_swiglu_backward_in_place_fake
+)

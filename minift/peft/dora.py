@@ -134,11 +134,12 @@ class _UpdateOnly(LinearBase):
     def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]]:
         return self, (self._update,)
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        return x_NI.new_zeros(len(x_NI), self.out_features)
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
+        assert add_to_NO is not None, "the update comes first"
+        return add_to_NO
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
-        assert add_to_NI is not None, "the base comes first"
+        assert add_to_NI is not None, "the update comes first"
         return add_to_NI
 
 

@@ -63,6 +63,11 @@ class Call:
         return sum(update.rank for p in self.projections for update in p.updates)
 
     @property
+    def is_opaque(self) -> bool:
+        """Whether it is no `project` but a forward of its own."""
+        return any(p.method.is_opaque for p in self.projections)
+
+    @property
     def drops(self) -> bool:
         return any(update.dropout for p in self.projections for update in p.updates)
 
@@ -205,14 +210,14 @@ class BlockActivations:
     def backward_needs(self) -> dict[str, int]:
         """At its fullest, beside what was kept before it began: {"recompute", "backward", "workspace"}.
 
-        With `full` and `offload`, the block first runs again: what `none` keeps, and the result. Then, whatever the
-        policy, the moments of `_moments`: something kept is freed, something new is there.
+        With `full` and `offload`, the block first runs again: what `none` keeps. Then, whatever the policy, the moments
+        of `_moments`: something kept is freed, something new is there.
         """
         if not self.needs_dout:
             return {}
         again = 0
         if self.unit.recompute in ("full", "offload"):
-            again = sum(self.kept.values()) + self.hidden
+            again = sum(self.kept.values())
             if "x" in self.kept:  # which is there already, but for its statistics
                 again -= self.hidden
             if self.unit.recompute == "offload" and self.run.is_on_gpu:
@@ -240,8 +245,11 @@ class BlockActivations:
         yield 0, remade("product"), *self._product_needs(self.down, self.needs_dproduct)
         if not self.needs_dproduct:
             return
-        gone = freed("product") + kept(*self._own(self.down))
-        yield gone, 0, 3 * self.inner, 0
+        # In one operation with down, the gradient of gate has the place of that of the product.
+        gone = freed("product")
+        if self.down.is_opaque:
+            gone += kept(*self._own(self.down))
+        yield gone, 0, (3 if self.down.is_opaque else 2) * self.inner, 0
         gone += kept("gate_up")
         made, workspace = self._product_needs(self.gate_up, "x_mid" in self.kept)
         yield gone, remade("normed_2"), 2 * self.inner + made, workspace
@@ -267,7 +275,7 @@ class BlockActivations:
         """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts.
 
         A gradient of W in another format than its slot's passes through a temporary. dropout: x with its zeros; then
-        the product with A, and that with its zeros, on their way into dx.
+        the product with A, and that with its zeros, beside the sum of earlier ones.
         """
         x, ranks = self._bytes(call.in_features), self._bytes(call.rank)
         # A method makes the gradient of the sum of W x and the updates from that of its result.
@@ -278,7 +286,8 @@ class BlockActivations:
         if not needs_dx:
             return max(of_weights, seen) + ranks, 0
         scratch = max((self.slice_bytes(p) for p in call.projections if p.block_size), default=0)
-        others = max(of_weights, seen, x + 2 * seen)
+        num_updates = sum(len(p.updates) for p in call.projections)
+        others = max(of_weights, seen, 2 * seen + (seen if num_updates > 1 else 0))
         return (x + ranks, scratch) if x + scratch > others else (others + ranks, 0)
 
     def slice_bytes(self, projection: ProjectionShape) -> int:

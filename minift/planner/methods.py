@@ -23,12 +23,15 @@ _TOKENS = 64
 @dataclass(frozen=True)
 class MethodShape:
     """trains: whether the method has parameters that are in no update. keeps_input, keeps_output: whether its forward
-    keeps these tensors. other_features: elements of tensors beside them, a token."""
+    keeps these tensors. other_features: elements of tensors beside them, a token. is_opaque: whether only its forward
+    knows what it does (`LinearBase.parts`); has_after: whether it is a function of the sum of its parts."""
 
     trains: bool = False
     keeps_input: bool = False
     keeps_output: bool = False
     other_features: float = 0.0
+    is_opaque: bool = False
+    has_after: bool = False
 
 
 def method_of(module: LinearBase, known: dict[str, MethodShape]) -> MethodShape:
@@ -49,7 +52,8 @@ def _run(module: LinearBase, rank: int) -> MethodShape:
     """rank: of the updates, whose products are counted elsewhere."""
     keeps_input, keeps_output, some = _saved(module, _TOKENS)
     _, _, more = _saved(module, 2 * _TOKENS)  # the difference is what goes with tokens
-    return MethodShape(True, keeps_input, keeps_output, (more - some) / _TOKENS - rank)
+    other_features = (more - some) / _TOKENS - rank
+    return MethodShape(True, keeps_input, keeps_output, other_features, module.parts() is None, module.has_after)
 
 
 def _saved(module: LinearBase, num_tokens: int) -> tuple[bool, bool, float]:

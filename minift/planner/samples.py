@@ -24,7 +24,7 @@ from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.attention import causal_attention
 from minift.ops.dropout import DROPOUT_STEPS, dropout
-from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 from minift.ops.matmul import addmm_, linear, mm
 from minift.ops.nf4 import dequantize_nf4, dequantize_nf4_columns
 from minift.ops.norm import rms_norm, rms_norm_backward
@@ -142,9 +142,9 @@ class _Maker:
         x, y, h, A, B = operands()
         dA, dB = torch.empty_like(A), torch.empty_like(B)
         yield sample("x A", T, I, r, lambda: to_rank([x], [A.t()], [0.5]))
-        yield sample("h B", T, r, O, lambda: add_from_rank_([y], [h], [B]))
+        yield sample("h B", T, r, O, lambda: from_rank([h], [B], [1], [None]))
         yield sample("dy B", T, O, r, lambda: to_rank([y], [B], [0.5]))
-        yield sample("g A", T, r, I, lambda: add_from_rank_([x], [h], [A.t()]))
+        yield sample("g A", T, r, I, lambda: from_rank([h], [A.t()], [1], [None]))
         yield sample("dy h", O, T, r, lambda: factor_gradients_([dB], [y], [h]))
         yield sample("g x", r, T, I, lambda: factor_gradients_([dA.t()], [x], [h]))
 

@@ -123,12 +123,14 @@ class _Projections:
         self.rank = sum(update.rank for update in ranks)
         self.share_x = all(update.dropout == 0 for update in ranks)
 
-    def forward(self) -> list[Op]:
+    def forward(self, result_is_read: bool = True) -> list[Op]:
+        """result_is_read: see `model.linear.project_gated`."""
         ops: list[Op] = []
         T, dtype = self.tokens, self.dtype
-        for p in self.members:
+        result_is_read = result_is_read or any(p.method.is_opaque or p.method.has_after for p in self.members)
+        for p in self.members if result_is_read else ():
             ops += self._stored(p, "linear", T, p.in_features, p.out_features)
-            if p.has_bias and p.storage == "nf4":
+            if p.has_bias and p.storage == "nf4" and not p.updates:
                 ops.append(elementwise("add", dtype, T * p.out_features, 2))
         if self.rank:
             in_features = self.members[0].in_features
@@ -139,7 +141,8 @@ class _Projections:
                 if not self.share_x:
                     ops += self._dropped(p, update.dropout)
                     ops.append(product("x A", dtype, T, p.in_features, update.rank))
-                ops.append(product("h B", dtype, T, update.rank, p.out_features))
+                if result_is_read:
+                    ops.append(product("h B", dtype, T, update.rank, p.out_features))
         return ops + [elementwise("add", dtype, T * p.out_features, 3) for p in self.members if p.method.trains]
 
     def backward(self) -> list[Op]:
@@ -247,10 +250,11 @@ class _Block:
         gated_backward = elementwise("swiglu backward", dtype, T * F, 5)
         add = elementwise("add", dtype, T * D, 3)
         self.cheap = [norm, norm, gated, *((*head_norms, *turn) if config.qk_norm else ())]
-        self.forward = [
-            norm, *qkv.forward(), *head_norms, *turn, attend, *o.forward(), add,
-            norm, *gate_up.forward(), gated, *down.forward(), add,
+        before_down = [
+            norm, *qkv.forward(), *head_norms, *turn, attend, *o.forward(), add, norm, *gate_up.forward(), gated,
         ]  # fmt: skip
+        self.forward = [*before_down, *down.forward(), add]
+        self.rerun = [*before_down, *down.forward(result_is_read=False), add]
         self.backward = [
             *down.backward(),
             *([gated_backward] if gate_up.out_needs else []),
@@ -265,7 +269,7 @@ class _Block:
         ]
 
     def work(self) -> UnitWork:
-        recompute = {"none": [], "selective": self.cheap}.get(self.unit.recompute, self.forward)
+        recompute = {"none": [], "selective": self.cheap}.get(self.unit.recompute, self.rerun)
         return UnitWork(
             self.unit.name,
             tuple(self.forward),

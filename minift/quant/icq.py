@@ -34,9 +34,9 @@ class IcqLinear(NF4Linear):
         num_bytes = 2 * self.numel // self.block_size
         self.shifts = nn.Parameter(self.codes.new_empty(num_bytes), requires_grad=False)
 
-    def product(self, x_NI: Tensor) -> Tensor:
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
         sums_NK = x_NI.unflatten(-1, (-1, self.block_size)).sum(-1)
-        return addmm_(super().product(x_NI), sums_NK, self._shift_OK().to(x_NI.dtype).t())
+        return addmm_(super().product(x_NI, add_to_NO), sums_NK, self._shift_OK().to(x_NI.dtype).t())
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
         dx_NI = super().product_dx(dy_NO, add_to_NI)

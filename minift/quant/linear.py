@@ -106,9 +106,10 @@ class NF4Linear(LinearBase):
         nested = self.nested.data.view(torch.float32)
         return Nf4(codes=codes, scales=scales, nested_absmax=nested[1:], offset=nested[:1], **kind)
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        out_NO = nf4_linear(x_NI, self.nf4())
-        return out_NO if self.bias is None else out_NO.add_(self.bias)
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
+        if add_to_NO is None and self.bias is not None:
+            add_to_NO = self.bias.to(x_NI.dtype).repeat(len(x_NI), 1)
+        return nf4_linear(x_NI, self.nf4(), add_to_NO)
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
         return nf4_linear_dx(dy_NO, self.nf4(), add_to_NI)

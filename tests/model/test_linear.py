@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minift.grad_slot import GradSlot, lay_slot
-from minift.model.linear import Linear, LinearBase, project
+from minift.model.linear import Linear, LinearBase, project, project_gated
 from minift.model.low_rank import LowRank
+from minift.ops.swiglu import swiglu
+from minift.planner.meter import TensorMeter
 from minift.quant.linear import NF4Linear
 
 # Sums of at most 32 + 12 products of factors of size 1 and a scale of 8, in another order: 44 · 1.1e-16 · 8 · 12 · 32.
@@ -33,8 +35,9 @@ class Rounded(LinearBase):
     def dense_weight(self) -> Tensor:
         return self.codes.double() / 8
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        return x_NI @ self.dense_weight().t()
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
+        out_NO = x_NI @ self.dense_weight().t()
+        return out_NO if add_to_NO is None else add_to_NO.add_(out_NO)
 
     def product_dx(self, dy_NO: Tensor, add_to_NI: Tensor | None = None) -> Tensor:
         dx_NI = dy_NO @ self.dense_weight()
@@ -53,6 +56,20 @@ class Updated(LinearBase):
     def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]]:
         base, updates = self.base.parts()
         return base, (*updates, LowRank(self.A, self.B, self.scale, 0.0))
+
+
+class Squared(LinearBase):
+    """A projection whose output is a function, which backward reads, of the sum of its parts."""
+
+    def __init__(self, base: LinearBase) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.base = base.in_features, base.out_features, base
+
+    def parts(self) -> tuple[LinearBase, tuple[LowRank, ...]]:
+        return self.base.parts()
+
+    def after(self, out_NO: Tensor) -> Tensor:
+        return out_NO.square()
 
 
 class Opaque(nn.Module):
@@ -178,6 +195,61 @@ def test_values_and_every_gradient(leading, in_features, all_specs, x_needs_grad
             torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-10, atol=1e-10)
     for projection in projections:
         torch.testing.assert_close(projection(x), expected(x, projection), **FP64)
+
+
+@given(
+    num_tokens=st.integers(1, 5),
+    in_features=st.one_of(st.integers(1, 9), st.just(32)),
+    spec=specs.filter(lambda spec: spec.kind != "opaque"),
+    needs_grad=st.sampled_from([(True, True), (False, False), (True, False), (False, True)]),
+    keeps_product=st.booleans(),
+    result_is_read=st.booleans(),
+    has_after=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_a_projection_of_silu_gate_times_up(
+    num_tokens, in_features, spec, needs_grad, keeps_product, result_is_read, has_after, seed
+):
+    """The same bits as by two operations, with a second backward over the same graph, and also where the result is left
+    out: nothing that is asked for is made of it."""
+    torch.manual_seed(seed)
+    projection = make(spec, in_features)
+    if has_after:
+        projection = Squared(projection)
+    gate_up = [torch.randn(num_tokens, in_features, dtype=torch.float64).requires_grad_(needs) for needs in needs_grad]
+    dout = torch.randn(num_tokens, projection.out_features, dtype=torch.float64)
+    expected = projection(swiglu(*gate_up))
+    out = project_gated(*gate_up, projection, keeps_product, result_is_read)
+    assert out.shape == expected.shape and out.requires_grad == expected.requires_grad
+    if result_is_read or has_after:
+        assert torch.equal(out, expected)
+    if not expected.requires_grad:
+        return
+    leaves = [leaf for leaf in (*gate_up, *projection.parameters()) if leaf.requires_grad]
+    wanted = torch.autograd.grad(expected, leaves, dout)
+    for retain_graph in (True, False):
+        before = [tensor.clone() for tensor in gate_up]
+        found = torch.autograd.grad(out, leaves, dout, retain_graph=retain_graph)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, gate_up, strict=True))
+
+
+def test_what_a_projection_of_silu_gate_times_up_has_in_memory():
+    """Kept: gate and up, and the product if asked for. In backward: no more than four tensors of that width at a time,
+    where autograd's own chain has five."""
+    shape, num_bytes = (400, 500), 400 * 500 * 4
+    projection = Updated(Linear(500, 3), 1, 1.0)
+    for parameter in projection.parameters():
+        nn.init.normal_(parameter)
+    for keeps_product in (True, False):
+        gate, up = (torch.randn(shape, requires_grad=True) for _ in range(2))
+        with TensorMeter() as meter:
+            out = project_gated(gate * 1, up * 1, projection, keeps_product, True)
+            kept = meter.now_bytes / num_bytes
+            assert (3 if keeps_product else 2) <= kept < (3.1 if keeps_product else 2.1)
+            meter.peak_bytes = meter.now_bytes
+            out.sum().backward()
+        assert 4 <= meter.peak_bytes / num_bytes < 4.1
 
 
 @pytest.mark.parametrize("slot_dtype", [torch.float64, torch.float32])

@@ -19,7 +19,7 @@ from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import dynamic_map, quantize_blockwise
 from minift.ops.cross_entropy import cross_entropy_
 from minift.ops.dropout import dropout
-from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 from minift.ops.nf4 import (
     Nf4,
     absmax_of,
@@ -89,13 +89,13 @@ def low_rank_cases(device: torch.device) -> None:
         factors = [draw(device, dtype, width, rank, packed) for width, rank in zip(widths, ranks, strict=True)]
         narrow = to_rank(wides, factors, [0.5] * len(ranks))
         narrows = list(narrow.split(list(ranks), dim=1))
-        add_from_rank_(wides, narrows, factors)
+        from_rank(narrows, factors, [1] * len(ranks), [None, *(f[:, 0] for f in factors[1:])])
         for gradient_dtype in DTYPES:
             gradients = [torch.empty(f.shape, dtype=gradient_dtype, device=device) for f in factors]
             factor_gradients_(gradients, wides, narrows)
         of_one = [factors[0], draw(device, dtype, widths[0], ranks[1]).t().contiguous().t()]
         to_rank(wides[:1], of_one, [1.0, 2.0])
-        add_from_rank_(wides[:1], narrows[:2], of_one)
+        from_rank(narrows[:2], of_one, [2], [None])
         factor_gradients_([torch.empty_like(f) for f in of_one], wides[:1], narrows[:2])
     for dtype, (inner, outer) in itertools.product(DTYPES, ((37, 70), (256, 64))):
         A, B = draw(device, dtype, 20, inner, packed=True), draw(device, dtype, 20, outer, packed=True)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.ops import low_rank as module
-from minift.ops.low_rank import add_from_rank_, factor_gradients_, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 
 HAS_CUDA_KERNELS = True
 U = 2.0**-24
@@ -39,7 +39,7 @@ CASES = {
 @pytest.fixture
 def run(implementation):
     """run(name): the op, or its reference."""
-    ops = {"to_rank": to_rank, "add_from_rank_": add_from_rank_, "factor_gradients_": factor_gradients_}
+    ops = {"to_rank": to_rank, "from_rank": from_rank, "factor_gradients_": factor_gradients_}
     references = {name: getattr(module, f"{name.removesuffix('_')}_reference") for name in ops}
     return references if implementation == "reference" else ops
 
@@ -82,25 +82,51 @@ def test_to_rank_of_few_tokens_and_many_columns(implementation, run, rounding):
 
 
 @property_test
-@given(**CASES)
-def test_add_from_rank(run, draw_tensor, rounding, tokens, sizes, is_shared, layout, seed):
+@given(
+    **CASES,
+    counts=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    has_bias=st.lists(st.booleans(), min_size=3, max_size=3),
+)
+def test_from_rank(
+    implementation, run, draw_tensor, rounding, tokens, sizes, is_shared, layout, counts, has_bias, seed
+):
     generator = torch.Generator().manual_seed(seed)
-    wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
-    row_layout = "contiguous" if layout == "transposed" else layout
-    wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, row_layout) for width in wide_widths]
-    narrows = [draw_tensor(generator, (tokens, rank), torch.bfloat16, layout) for rank in ranks]
-    factors = [
-        draw_tensor(generator, (width, rank), torch.bfloat16, layout)
-        for width, rank in zip(factor_widths, ranks, strict=True)
+    widths, ranks = sizes
+    counts = [3] if is_shared else counts
+    terms = [(i, ranks[term]) for i, count in enumerate(counts) for term in range(count)]
+    narrows = [draw_tensor(generator, (tokens, rank), torch.bfloat16, layout) for _, rank in terms]
+    factors = [draw_tensor(generator, (widths[i % len(widths)], rank), torch.bfloat16, layout) for i, rank in terms]
+    none = torch.empty(0, dtype=torch.bfloat16) if implementation == "reference" else None
+    biases = [
+        torch.randn(widths[i % len(widths)], generator=generator).bfloat16() if has_bias[i] else none
+        for i in range(len(counts))
     ]
-    exact, size = [wide.double() for wide in wides], [wide.double().abs() for wide in wides]
-    for i, (narrow, factor) in enumerate(zip(narrows, factors, strict=True)):
-        exact[0 if is_shared else i] += narrow.double() @ factor.double().t()
-        size[0 if is_shared else i] += narrow.double().abs() @ factor.double().abs().t()
-    run["add_from_rank_"](wides, narrows, factors)
-    for wide, wanted, terms in zip(wides, exact, size, strict=True):
-        bound = (sum(ranks) + 2) * U * terms + 1.01 * rounding(wanted, torch.bfloat16)
-        assert ((wide.double() - wanted).abs() <= bound).all()
+    wides = run["from_rank"](narrows, factors, counts, biases)
+    assert len(wides) == len(counts)
+    for i, wide in enumerate(wides):
+        of_wide = [(narrows[t].double(), factors[t].double().t()) for t, (index, _) in enumerate(terms) if index == i]
+        bias = biases[i].double() if has_bias[i] else torch.zeros(())
+        exact = bias + sum(narrow @ factor for narrow, factor in of_wide)
+        size = bias.abs() + sum(narrow.abs() @ factor.abs() for narrow, factor in of_wide)
+        assert wide.shape == exact.shape and wide.dtype == torch.bfloat16
+        bound = (sum(ranks) + 2) * U * size + 1.01 * rounding(exact, torch.bfloat16)
+        assert ((wide.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("count", [1, 20, 40])
+def test_many_terms_and_many_wide_matrices(implementation, run, rounding, count):
+    """More than a kernel takes as its arguments: 48 tiles of ranks, 32 wide matrices."""
+    generator = torch.Generator().manual_seed(count)
+    narrows = [torch.randn(5, 3, generator=generator).bfloat16() for _ in range(2 * count)]
+    factors = [torch.randn(24, 3, generator=generator).bfloat16() for _ in range(2 * count)]
+    none = torch.empty(0, dtype=torch.bfloat16)
+    for counts in ([count, count], [2] * count):
+        for i, wide in enumerate(run["from_rank"](narrows, factors, counts, [none] * len(counts))):
+            of_wide = slice(i * counts[0], (i + 1) * counts[0])
+            pairs = [(n.double(), f.double()) for n, f in zip(narrows[of_wide], factors[of_wide], strict=True)]
+            exact, size = (sum(n @ f.t() for n, f in pairs), sum(n.abs() @ f.abs().t() for n, f in pairs))
+            bound = (3 * count + 2) * U * size + 1.01 * rounding(exact, torch.bfloat16)
+            assert ((wide.double() - exact).abs() <= bound).all()
 
 
 @property_test
@@ -143,9 +169,14 @@ def test_gradients_of_many_tokens_and_of_none(run, rounding, tokens, is_shared):
 
 
 def test_many_ranks_of_one_wide_matrix_are_left_to_pytorch_on_a_gpu():
-    wide, factor = (torch.empty(4, 40, dtype=torch.bfloat16, device=device) for device in ("meta", "cpu"))
-    assert module._is_compiled([wide], [factor]) and module._is_compiled([wide, wide], [factor, factor])
-    assert not module._is_compiled([wide], [factor, factor]) and module._is_compiled([factor], [factor, factor])
+    def of_rank(rank: int) -> torch.Tensor:
+        return torch.empty(4, rank, dtype=torch.bfloat16)
+
+    on_gpu = torch.empty(4, 40, dtype=torch.bfloat16, device="meta")
+    assert module._is_compiled(on_gpu, [[of_rank(64)], [of_rank(33), of_rank(16)]])
+    assert not module._is_compiled(on_gpu, [[of_rank(65)]])
+    assert not module._is_compiled(on_gpu, [[of_rank(16)], [of_rank(17), of_rank(17), of_rank(1)]])
+    assert module._is_compiled(of_rank(40), [[of_rank(500)]])
 
 
 @pytest.mark.parametrize("width, rank", [(33, 5), (32, 6), (32, 8)])
@@ -158,9 +189,7 @@ def test_neighbours_in_memory_are_not_read(implementation, width, rank):
         gradient = torch.empty_like(factor)
         factor_gradients_([gradient], [wide], [narrow])
         assert (gradient == 9.0).all()
-        total = wide.clone()
-        add_from_rank_([total], [narrow], [factor])
-        assert (total == 1.0 + rank).all()
+        assert (from_rank([narrow], [factor], [1], [None])[0] == rank).all()
 
 
 def test_many_threads_give_the_same_bits(instruction_set, in_threads):
@@ -170,8 +199,8 @@ def test_many_threads_give_the_same_bits(instruction_set, in_threads):
 
     def everything() -> list[torch.Tensor]:
         narrow = to_rank(wides, factors, [1.0, 2.0])
-        narrows, totals = narrow.split(16, dim=1), [wide.clone() for wide in wides]
-        add_from_rank_(totals, narrows, factors)
+        narrows = narrow.split(16, dim=1)
+        totals = from_rank(narrows, factors, [1, 1], [None, factors[1][:, 0]])
         gradients = [torch.empty(factor.shape) for factor in factors]
         factor_gradients_(gradients, wides, narrows)
         return [narrow, *totals, *gradients]
@@ -193,8 +222,13 @@ def test_wrong_counts_and_shapes_are_refused():
         to_rank([wide, wide], [factor] * 3, [1.0] * 3)
     with pytest.raises(RuntimeError):
         to_rank([wide], [factor.t()], [1.0])
-    with pytest.raises(RuntimeError):
-        add_from_rank_([wide], [torch.ones(4, 3).bfloat16()], [factor])
+    narrow = torch.ones(4, 2).bfloat16()
+    for counts in ([2], [1, 1], [1, 0], []):
+        with pytest.raises(ValueError, match="1 narrow matrices, 1 factors, . biases, and wide matrices of"):
+            from_rank([narrow], [factor], counts, [None] * len(counts))
+    for narrows, factors in (([torch.ones(4, 3).bfloat16()], [factor]), ([narrow] * 2, [factor, factor[:5]])):
+        with pytest.raises(RuntimeError):
+            from_rank(narrows, factors, [len(factors)], [None])
     with pytest.raises(RuntimeError):
         factor_gradients_([torch.ones(2, 6)], [wide], [torch.ones(4, 2).bfloat16()])
 
@@ -203,5 +237,7 @@ def test_opcheck(instruction_set):
     wide, narrow, factor = (torch.randn(shape).bfloat16() for shape in ((5, 20), (5, 3), (20, 3)))
     ops = torch.ops.minift
     torch.library.opcheck(ops.to_rank.default, ([wide], [factor], [2.0]))
-    torch.library.opcheck(ops.add_from_rank_.default, ([wide], [narrow], [factor]))
+    torch.library.opcheck(
+        ops.from_rank.default, ([narrow] * 3, [factor, factor, factor[:7]], [2, 1], [factor[:, 0], factor.new_empty(0)])
+    )
     torch.library.opcheck(ops.factor_gradients_.default, ([factor.float()], [wide], [narrow]))

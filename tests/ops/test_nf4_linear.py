@@ -94,32 +94,34 @@ def test_the_input_gradient_is_the_product(
     assert_is_product(dx, dy.double(), weight, rounding)
 
 
+@pytest.mark.parametrize("is_forward", [True, False])
 @pytest.mark.parametrize("slice_bytes", [1, 5000, nf4_linear.SLICE_BYTES])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(property_test, max_examples=15)
 @given(**cases)
-def test_the_input_gradient_added_to_another(
-    draw_tensor, rounding, monkeypatch, slice_bytes, dtype, tokens, num_outputs, num_inputs, block_size, double, layout,
-    seed,
+def test_added_to_what_is_there(
+    draw_tensor, rounding, monkeypatch, is_forward, slice_bytes, dtype, tokens, num_outputs, num_inputs, block_size,
+    double, layout, seed,
 ):  # fmt: skip
-    """Rounded once, after the addition."""
+    """Rounded once, after the addition; the product of few tokens before it, too."""
     monkeypatch.setattr(nf4_linear, "SLICE_BYTES", slice_bytes)
     generator = torch.Generator().manual_seed(seed)
     matrix = draw_matrix(generator, (num_outputs, num_inputs), block_size, double)
-    dy = draw_tensor(generator, (tokens, num_outputs), dtype, layout)
-    add_to = torch.randn(tokens, num_inputs, generator=generator).to(dtype)
-    before = add_to.double()
-    dx = nf4_linear.nf4_linear_dx(dy, matrix, add_to)
-    assert dx is add_to
     weight = nf4.dequantize_nf4(matrix, torch.float64).view(num_outputs, num_inputs)
-    exact, absolute = dy.double() @ weight + before, dy.double().abs() @ weight.abs()
-    limit = torch.finfo(dtype).eps / 2 * absolute + rounding(exact, dtype)
-    limit += (num_outputs + 5) * U32 * (absolute + before.abs())
-    limit += 2.0**-25 * dy.double().abs().sum(1, keepdim=True) if dtype == torch.float16 else 0
-    assert ((dx.double() - exact).abs() <= 1.01 * limit).all()
+    weight, run = (weight.t(), nf4_linear.nf4_linear) if is_forward else (weight, nf4_linear.nf4_linear_dx)
+    x = draw_tensor(generator, (tokens, weight.shape[0]), dtype, layout)
+    add_to = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
+    before = add_to.double()
+    assert run(x, matrix, add_to) is add_to
+    product, absolute = x.double() @ weight, x.double().abs() @ weight.abs()
+    limit = torch.finfo(dtype).eps / 2 * absolute + rounding(product + before, dtype)
+    limit += rounding(product, dtype) if is_forward and tokens <= nf4_linear.FEW_TOKENS else 0
+    limit += (len(weight) + 5) * U32 * (absolute + before.abs())
+    limit += 2.0**-25 * x.double().abs().sum(1, keepdim=True) if dtype == torch.float16 else 0
+    assert ((add_to.double() - product - before).abs() <= 1.01 * limit).all()
 
 
-def test_the_input_gradient_needs_no_second_tensor_of_its_size(monkeypatch):
+def test_adding_needs_no_second_tensor_of_the_same_size(monkeypatch):
     class Sizes(TorchDispatchMode):
         largest = 0
 
@@ -135,7 +137,8 @@ def test_the_input_gradient_needs_no_second_tensor_of_its_size(monkeypatch):
     known = {tensor.untyped_storage().data_ptr() for tensor in (dy, add_to)}
     with Sizes() as sizes:
         nf4_linear.nf4_linear_dx(dy, matrix, add_to)
-    assert 0 < sizes.largest <= nf4_linear.SLICE_BYTES < add_to.nbytes
+        nf4_linear.nf4_linear(add_to, matrix, dy)
+    assert 0 < sizes.largest <= nf4_linear.SLICE_BYTES < min(dy.nbytes, add_to.nbytes)
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 5000, 20000])

@@ -89,6 +89,23 @@ def test_gradients_far_from_zero(implementation):
     torch.testing.assert_close(dup, gate.clamp(min=0), rtol=1e-6, atol=1e-35)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@property_test
+@given(shape=SHAPES, layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 999))
+def test_in_place_the_gradients_are_the_same_bits(implementation, draw_tensor, dtype, shape, layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gate, up = (draw_tensor(generator, shape, dtype, layout) for _ in range(2))
+    dy = torch.randn(shape, generator=generator).to(dtype)
+    if implementation == "reference":
+        expected = module.swiglu_backward_reference(dy, gate, up)
+        dgate, dup = dy, module.swiglu_backward_in_place_reference(dy, gate, up)
+    else:
+        expected = module.swiglu_backward(dy, gate, up)
+        dgate, dup = module.swiglu_backward_(dy, gate, up)
+    assert dgate is dy
+    assert torch.equal(dgate, expected[0]) and torch.equal(dup, expected[1])
+
+
 def test_saves_only_gate_and_up():
     saved = []
     gate, up = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
@@ -113,6 +130,8 @@ def test_gradcheck_in_float64():
 def test_unequal_arguments_are_refused():
     with pytest.raises(ValueError, match=r"gate is \(2, 3\) torch.float32 but up is \(2, 4\)"):
         swiglu(torch.ones(2, 3), torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="dy must be contiguous"):
+        module.swiglu_backward_(torch.ones(3, 2).t(), torch.ones(2, 3), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,3 +140,4 @@ def test_opcheck(instruction_set, draw_tensor, dtype):
     gate, up = (draw_tensor(generator, (3, 20), dtype, "slice of wider rows") for _ in range(2))
     torch.library.opcheck(torch.ops.minift.swiglu.default, (gate, up))
     torch.library.opcheck(torch.ops.minift.swiglu_backward.default, (gate, gate, up))
+    torch.library.opcheck(torch.ops.minift.swiglu_backward_.default, (torch.randn(3, 20).to(dtype), gate, up))

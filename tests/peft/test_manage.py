@@ -60,8 +60,10 @@ class Coarse(LinearBase):
     def dense_weight(self) -> Tensor:
         return self.sixteenths.float() / 16
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x_NI, self.dense_weight(), self.bias)
+    def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
+        if add_to_NO is None:
+            return torch.nn.functional.linear(x_NI, self.dense_weight(), self.bias)
+        return add_to_NO.addmm_(x_NI, self.dense_weight().t())
 
     def storing(self, weight: Tensor) -> Coarse:
         return Coarse(weight, self.bias)

@@ -26,16 +26,17 @@ IN, OUT = 96, 64
     ("config", "expected"),
     [
         (LoraConfig(r=4, dropout=0.1), MethodShape()),
-        (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True)),  # the input is LoRA's
+        # the input is LoRA's
+        (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True, has_after=True)),
         # the input, of which A reads; what is pooled of it, and what B reads
-        (IecConfig(r=8), MethodShape(True, keeps_input=True, other_features=8 + 8)),
-        (IA3Config(feedforward=[]), MethodShape(True, keeps_output=True)),
-        (IA3Config(), MethodShape(True, keeps_input=True)),
-        (BitFitConfig(), MethodShape(True)),
+        (IecConfig(r=8), MethodShape(True, keeps_input=True, other_features=8 + 8, is_opaque=True)),
+        (IA3Config(feedforward=[]), MethodShape(True, keeps_output=True, has_after=True)),
+        (IA3Config(), MethodShape(True, keeps_input=True, is_opaque=True, has_after=True)),
+        (BitFitConfig(), MethodShape(True, has_after=True)),
         # z, and the bottleneck before and behind its activation
-        (BottleneckConfig(size=8), MethodShape(True, other_features=OUT + 8 + 8)),
+        (BottleneckConfig(size=8), MethodShape(True, other_features=OUT + 8 + 8, has_after=True)),
         # x, which B reads; B x, which A reads, with its columns one after the other
-        (README_METHOD(size=8), MethodShape(True, keeps_input=True, other_features=OUT)),
+        (README_METHOD(size=8), MethodShape(True, keeps_input=True, other_features=OUT, is_opaque=True)),
     ],
     ids=lambda value: value.method if isinstance(value, AdapterConfig) else "",
 )

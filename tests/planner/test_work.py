@@ -150,7 +150,8 @@ def test_visible_pairs(lengths: list[int], window: int | None) -> None:
 
 def test_numbers_of_the_literature() -> None:
     """performance.md, 4.2: GFLOP a token of Llama-3.1-8B at 4096: 48.3 of the model, 48.8 run, 63.8 with everything
-    run again; LoRA r = 16: 33.5, 34.0, 49.1, which leaves out that LoRA's products run again too, 0.08."""
+    run again; LoRA r = 16: 33.5, 34.0, 49.1, which leaves out that LoRA's products run again too, 0.08. Here the last
+    product of a block does not."""
     config = ModelConfig.from_hf(LLAMA_8B)
     work = Workload(tokens=8192, document_tokens=4096)
 
@@ -159,12 +160,12 @@ def test_numbers_of_the_literature() -> None:
         counted = [flops / 8192e9 for flops in (step.model_flops, step.flops)]
         assert counted == pytest.approx(gigaflop_per_token, abs=0.1)
 
-    again = RecomputeConfig("full")
+    again, down = RecomputeConfig("full"), 32 * 2 * 4096 * 14336 / 1e9
     check(Setup(), 48.3, 48.8)
-    check(Setup(recompute=again), 48.3, 63.8)
+    check(Setup(recompute=again), 48.3, 63.8 - down)
     check(Setup(LoraConfig(r=16)), 33.5, 34.0)
-    check(Setup(LoraConfig(r=16), recompute=again), 33.5, 49.1)
-    check(Setup(LoraConfig(r=16), QuantConfig(), recompute=again), 33.5, 49.1)
+    check(Setup(LoraConfig(r=16), recompute=again), 33.5, 49.1 - down)
+    check(Setup(LoraConfig(r=16), QuantConfig(), recompute=again), 33.5, 49.1 - down)
 
 
 # What is sent #

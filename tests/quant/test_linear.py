@@ -69,6 +69,12 @@ def test_products(num_tokens, out_features, in_features, block_size, double_quan
     assert out.dtype == dtype
     assert ((out.double() - exact).abs() <= (4 * unit + 2 * in_features * sums) * size).all()
 
+    earlier = torch.randn(num_tokens, out_features, dtype=dtype)
+    exact, size = x.double() @ W.T + earlier.double(), x.double().abs() @ W.abs().T + earlier.double().abs()
+    total = earlier.clone()
+    assert linear.product(x, total) is total  # with its bias, if it has one
+    assert ((total.double() - exact).abs() <= (5 * unit + 2 * in_features * sums) * size).all()
+
     dy = torch.randn(num_tokens, out_features, dtype=dtype)
     added_to = torch.randn(num_tokens, in_features, dtype=dtype)
     exact, size = dy.double() @ W, dy.double().abs() @ W.abs()
