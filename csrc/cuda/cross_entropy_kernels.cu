@@ -41,8 +41,10 @@ __device__ __forceinline__ void for_each_pack(const RowPacks& places, const T* r
     PackOf<T> loaded[UNROLLED];
 #pragma unroll
     for (int u = 0; u < UNROLLED; ++u) {
-      // What would be past the end is the last pack once more: no branch stands between the loads.
-      loaded[u] = load_elements<true>(row + places.of_pack(min(first + u * THREADS, places.packs - 1)), PACK);
+      // What would be past the end is the first once more: no branch stands between the loads, and nobody reads what
+      // another thread may be writing.
+      int64_t pack = first + u * THREADS < places.packs ? first + u * THREADS : first;
+      loaded[u] = load_elements<true>(row + places.of_pack(pack), PACK);
     }
 #pragma unroll
     for (int u = 0; u < UNROLLED; ++u) {

@@ -29,8 +29,9 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
     int64_t rows[ELEMENTWISE_UNROLLED], columns[ELEMENTWISE_UNROLLED];
 #pragma unroll
     for (int u = 0; u < ELEMENTWISE_UNROLLED; ++u) {
-      // What would be past the end is the last pack once more: no branch stands between the loads.
-      int64_t pack = min(first + u * ELEMENTWISE_THREADS, num_packs - 1);
+      // What would be past the end is the first once more: no branch stands between the loads, and where a result takes
+      // the place of an operand, nobody reads what another thread may be writing.
+      int64_t pack = first + u * ELEMENTWISE_THREADS < num_packs ? first + u * ELEMENTWISE_THREADS : first;
       rows[u] = count == 1 ? 0 : pack / packs_per_row;
       columns[u] = (pack - rows[u] * packs_per_row) * PACK;
 #pragma unroll

@@ -4,11 +4,14 @@
 // in what a warp does together. So every index, tail, shuffle and barrier is what the GPU would execute, and values are
 // bit for bit those of IEEE fp32 arithmetic. Stricter than a GPU: a barrier that a thread never reaches, a lane that is
 // missing in a shuffle, a misaligned 16-byte access, an index beyond an array in shared memory, and an access to memory
-// that the process has not (library.py puts tensors next to such memory) are errors here. Threads take turns in an
-// order drawn anew for every block, and some warps run far ahead of others, so that a forgotten barrier shows in the
-// results. Not here: speed, memory models, atomics, dynamic shared memory, and more than one dimension of threads.
+// that the process has not (library.py puts tensors next to such memory) are errors here, and so is a race (races.h).
+// Threads take turns in an order drawn anew for every block, and some warps run far ahead of others, so that a
+// forgotten barrier shows in the results, too. Not here: speed, atomics, dynamic shared memory, and more than one
+// dimension of threads.
 
 #pragma once
+
+#include "races.h"
 
 #include <setjmp.h>
 #include <signal.h>
@@ -39,6 +42,9 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// Set by the linker: where static variables are, of which kernels use those in shared memory.
+extern "C" __attribute__((visibility("hidden"))) char __bss_start, _end;
 
 namespace cuda_on_cpu {
 
@@ -72,6 +78,7 @@ struct Thread {
 
 struct Block {
   std::function<void()> kernel;
+  uint32_t number;  // in the grid
   std::vector<Thread> threads;
   std::vector<Meeting> shuffles;  // two for each warp
   Meeting barriers[2];
@@ -93,20 +100,32 @@ inline char* stack_of(unsigned thread) {
   return stacks[thread];
 }
 
-inline void run_thread() {
+// The calling thread's own code goes on: what it uses is watched.
+MINIFT_UNWATCHED inline void watch_current() {
+  const Thread& me = block->threads[block->current];
+  watch.now = {block->number, static_cast<uint32_t>(me.barriers), static_cast<uint32_t>(me.shuffles),
+               static_cast<uint16_t>(block->current), Use::NONE};
+  watch.stack = stack_of(block->current);
+  watch.stack_end = watch.stack + STACK_BYTES;
+  watch.is_on = true;
+}
+
+MINIFT_UNWATCHED inline void run_thread() {
   Thread& me = block->threads[block->current];
   try {
+    watch_current();
     block->kernel();
   } catch (const std::exception& error) {
     block->error = error.what();
   }
+  watch.is_on = false;
   me.done = true;
   ++block->progress;
   _longjmp(block->scheduler, 1);
 }
 
 // Runs a thread until it gives way or ends.
-inline void resume(unsigned index) {
+MINIFT_UNWATCHED inline void resume(unsigned index) {
   Thread& thread = block->threads[index];
   block->current = index;
   threadIdx = dim3(index, 0, 0);
@@ -122,7 +141,8 @@ inline void resume(unsigned index) {
 }
 
 // The calling thread goes on when `expected` threads have arrived where it is.
-inline Meeting& meet(Meeting (&two)[2], int64_t& count, unsigned expected, const uint64_t* shows) {
+MINIFT_UNWATCHED inline Meeting& meet(Meeting (&two)[2], int64_t& count, unsigned expected, const uint64_t* shows) {
+  watch.is_on = false;
   Thread& me = block->threads[block->current];
   unsigned lane = block->current % WARP;
   int64_t number = count++;
@@ -133,12 +153,15 @@ inline Meeting& meet(Meeting (&two)[2], int64_t& count, unsigned expected, const
   while (here.number == number && here.arrived < expected) {
     if (_setjmp(me.context) == 0) _longjmp(block->scheduler, 1);
   }
+  watch_current();
   return here;
 }
 
-inline void run_block(const std::function<void()>& kernel, unsigned num_threads, std::mt19937& random) {
+MINIFT_UNWATCHED inline void run_block(const std::function<void()>& kernel, uint32_t number, unsigned num_threads,
+                                       std::mt19937& random) {
   Block mine;
   mine.kernel = kernel;
+  mine.number = number;
   mine.threads.resize(num_threads);
   mine.shuffles.resize(2 * ((num_threads + WARP - 1) / WARP));
   block = &mine;
@@ -169,23 +192,34 @@ inline void run_block(const std::function<void()>& kernel, unsigned num_threads,
   if (!mine.error.empty()) fail(mine.error);
 }
 
+// `bits` to the other lanes of the warp, those of one of them from there.
+MINIFT_UNWATCHED inline uint64_t show(uint64_t bits, unsigned from_lane) {
+  watch.is_on = false;
+  auto& two = reinterpret_cast<Meeting(&)[2]>(block->shuffles[block->current / WARP * 2]);
+  Meeting& all = meet(two, block->threads[block->current].shuffles, WARP, &bits);
+  watch.is_on = false;
+  bits = all.shown[from_lane % WARP];
+  watch.is_on = true;
+  return bits;
+}
+
 template <class T>
 T shuffle(unsigned mask, T value, unsigned from_lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   if (mask != 0xffffffffu) fail("a shuffle names a part of the warp");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  auto& two = reinterpret_cast<Meeting(&)[2]>(block->shuffles[block->current / WARP * 2]);
-  Meeting& all = meet(two, block->threads[block->current].shuffles, WARP, &bits);
-  std::memcpy(&value, &all.shown[from_lane % WARP], sizeof value);
+  bits = show(bits, from_lane);
+  std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 inline unsigned lane() { return threadIdx.x % WARP; }
 
 // Ends the calling thread, from where nothing can be thrown.
-[[noreturn]] inline void fail_in_thread(const char* what) {
+[[noreturn]] MINIFT_UNWATCHED inline void fail_in_thread(const char* what) {
   if (block == nullptr) std::abort();
+  watch.is_on = false;
   block->error = what;
   ++block->progress;
   _longjmp(block->scheduler, 1);
@@ -220,8 +254,9 @@ __attribute__((weak)) void __ubsan_handle_out_of_bounds_abort(void*, uintptr_t) 
 
 // ---- on the device ----
 
-inline void __syncthreads() {
+MINIFT_UNWATCHED inline void __syncthreads() {
   using namespace cuda_on_cpu;
+  watch.is_on = false;
   meet(block->barriers, block->threads[block->current].barriers, block->threads.size(), nullptr);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::shuffle(mask, 0, 0); }
@@ -270,11 +305,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   OnlyExistingMemory only_existing_memory;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
+  watch.begin_launch(&__bss_start, &_end);
+  uint32_t number = 0;
   for (unsigned z = 0; z < gridDim.z; ++z) {
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = dim3(x, y, z);
-        run_block([&] { kernel(arguments...); }, blockDim.x, random);
+        run_block([&] { kernel(arguments...); }, number++, blockDim.x, random);
       }
     }
   }

@@ -29,6 +29,7 @@ STABLE_ABI = re.search(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_t
 # The first macro renames the C++ namespace and that of the ops, which exist twice in one process.
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
+FLAGS += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # races.h is called
 FLAGS += [f"-Dminift={NAMESPACE}", "-DMINIFT_CUDA_KEY=CPU", "-DMINIFT_MAX_BLOCKS=3", "-DMINIFT_WANTED_BLOCKS=9"]
 FLAGS += [STABLE_ABI]
 

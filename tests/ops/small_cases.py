@@ -32,7 +32,7 @@ from minift.ops.nf4_linear import nf4_linear
 from minift.ops.norm import rms_norm, rms_norm_backward
 from minift.ops.rope import apply_rope
 from minift.ops.sgmv import sgmv_
-from minift.ops.swiglu import swiglu
+from minift.ops.swiglu import swiglu, swiglu_backward_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = AdamWStep(beta1=0.9, beta2=0.999, eps=1e-8, step_size=1e-3, keep=0.99, key=7)
@@ -54,6 +54,7 @@ def rows_cases(device: torch.device) -> None:
             rms_norm_backward(dy, x, weight, rstd, trains)
         gate, up = (tensor.detach().requires_grad_() for tensor in (x, dy))
         swiglu(gate, up).backward(dy)
+        swiglu_backward_(dy.contiguous(), gate.detach(), up.detach())
         dropout(x, seed=-3, num_dropped=20000)
         logits = torch.randn(rows, width, device=device).to(dtype)
         for need_gradient in (True, False):
