@@ -1,7 +1,8 @@
 // Products of small matrices by a warp, as CUDA's <mma.h>, for cuda_runtime.h beside this.
 //
 // How a fragment is spread over lanes is nobody's business; here every lane holds all of it and computes all of it, but
-// uses its share of memory only, for races.h. All lanes must take part, and alignment is checked as CUDA documents it: 32 bytes, and rows a multiple of 16 bytes apart.
+// uses its share of memory only, for races.h. All lanes must take part, and alignment is checked as CUDA documents it:
+// 32 bytes, and rows a multiple of 16 bytes apart.
 
 #pragma once
 
@@ -81,8 +82,10 @@ void store_matrix_sync(float* to, const fragment<accumulator, M, N, K, float>& f
 }
 
 template <int M, int N, int K, class A, class B, class LayoutA, class LayoutB>
-MINIFT_UNWATCHED void mma_sync(fragment<accumulator, M, N, K, float>& sum, const fragment<matrix_a, M, N, K, A, LayoutA>& a,
-              const fragment<matrix_b, M, N, K, B, LayoutB>& b, const fragment<accumulator, M, N, K, float>& add) {
+MINIFT_UNWATCHED void mma_sync(fragment<accumulator, M, N, K, float>& sum,
+                               const fragment<matrix_a, M, N, K, A, LayoutA>& a,
+                               const fragment<matrix_b, M, N, K, B, LayoutB>& b,
+                               const fragment<accumulator, M, N, K, float>& add) {
   __syncwarp();
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) {

@@ -1,10 +1,10 @@
 // Finds threads that use one address without an order between them, one of them writing. For cuda_runtime.h.
 //
-// The kernels are compiled with -fsanitize=thread, whose calls at every access to memory come to the functions at the end
-// of this file instead of the sanitizer's own. Every byte remembers who wrote it and who read it last in this launch, and
-// when: between which barriers of the block, and which meetings of the warp. Two threads of a block are in order if there
-// was a barrier in between, those of a warp also after a shuffle; blocks are never. So a race is found whichever thread
-// happened to run first, in shared memory as in tensors. Not here: atomics, which no kernel uses.
+// The kernels are compiled with -fsanitize=thread, whose calls at every access to memory come to the functions at the
+// end of this file instead of the sanitizer's own. Every byte remembers who wrote it and who read it last in this
+// launch, and when: between which barriers of the block, and which meetings of the warp. Two threads of a block are in
+// order if there was a barrier in between, those of a warp also after a shuffle; blocks are never. So a race is found
+// whichever thread happened to run first, in shared memory as in tensors. Not here: atomics, which no kernel uses.
 
 #pragma once
 
@@ -17,8 +17,8 @@
 
 namespace cuda_on_cpu {
 
-// When and by whom a byte was used. others: who else reads it at that time, with nothing that puts them in order: a writer
-// must come after all of them.
+// When and by whom a byte was used. others: who else reads it at that time, with nothing that puts them in order: a
+// writer must come after all of them.
 struct Use {
   enum Others : uint8_t { NONE, OF_WARP, OF_BLOCK, OF_GRID };
 
@@ -95,7 +95,7 @@ MINIFT_UNWATCHED inline void use(const void* memory, size_t size, bool writes) {
     if (writes) ordered &= !byte.is_read || is_after(byte.read, in_shared);
     if (!ordered) {
       watch.is_on = false;
-      fail_in_thread(in_shared ? "a race in shared memory" : "a race: threads that nothing puts in order use one address");
+      fail_in_thread(in_shared ? "a race in shared memory" : "a race: nothing puts threads in order that use one address");
     }
     if (writes) {
       byte.is_written = true, byte.is_read = false;
