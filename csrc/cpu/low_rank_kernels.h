@@ -100,8 +100,8 @@ void low_rank_multiply(const LowRankSum& sum, int64_t begin, int64_t end) {
 
 // ---- the gradient of factors: wide^T narrow, summed over tokens ----
 
-// sums[r * GRADIENT_STRIP + w] for `width` <= GRADIENT_STRIP columns w of the wide matrix. `narrow` is a panel: k are the
-// tokens, n the ranks r, padded.
+// sums[r * GRADIENT_STRIP + w] for `width` <= GRADIENT_STRIP columns w of the wide matrix. `narrow` is a panel: k are
+// the tokens, n the ranks r, padded.
 void low_rank_gradient(const Bf16* wide, int64_t stride, int64_t tokens, int64_t width, const uint32_t* narrow,
                        int64_t narrow_width, int64_t rank, float* sums) {
   constexpr int ROWS = LANES == 16 ? LOW_RANK_ROWS : LOW_RANK_ROWS / 2;

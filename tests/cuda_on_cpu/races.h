@@ -95,7 +95,8 @@ MINIFT_UNWATCHED inline void use(const void* memory, size_t size, bool writes) {
     if (writes) ordered &= !byte.is_read || is_after(byte.read, in_shared);
     if (!ordered) {
       watch.is_on = false;
-      fail_in_thread(in_shared ? "a race in shared memory" : "a race: nothing puts threads in order that use one address");
+      fail_in_thread(in_shared ? "a race in shared memory"
+                               : "a race: nothing puts threads in order that use one address");
     }
     if (writes) {
       byte.is_written = true, byte.is_read = false;
