@@ -81,6 +81,17 @@ def intruders_cell() -> str:
     )
 
 
+def host_time_cell() -> str:
+    values = run("host_time")["values"]
+    share, enough = values["host_over_gpu"], values["enough_tokens"]
+    return (
+        f"the host's time over an H100's with 8192 tokens: Llama-3.1-8B {share['llama-3.1-8b, LoRA']:.2f} with LoRA, "
+        f"{share['llama-3.1-8b, QLoRA']:.2f} with QLoRA, Llama-3.2-1B {share['llama-3.2-1b, full']:.2f} in full; it is "
+        f"the slower one below {enough['llama-3.1-8b, LoRA']}, {enough['llama-3.1-8b, QLoRA']} and "
+        f"{enough['llama-3.2-1b, full']} tokens (`benchmarks/host_time.py`; the GPU's side on paper)"
+    )
+
+
 CELLS = {
     "precision-cell": precision_cell,
     "masters-cell": masters_cell,
@@ -91,4 +102,5 @@ CELLS = {
     "nf4-error-cell": nf4_error_cell,
     "adam-cell": adam_cell,
     "intruders-cell": intruders_cell,
+    "host-time-cell": host_time_cell,
 }

@@ -244,6 +244,33 @@ def scaling() -> str:
     return f"{paragraph(text)}\n\n{picture('scaling', 'efficiency against the number of GPUs')}"
 
 
+def host_time() -> str:
+    found = run("host_time")["rows"]
+    host = {row["method"]: row for row in found if "gpu_block_us" in row}
+    models = {(row["model"], row["method"]): row for row in found if "model" in row}
+
+    def tokens(model: str, method: str) -> str:
+        count = models[model, method]["enough_tokens"]
+        return f"{round(count, 2 - len(str(count))):,}"
+
+    full, lora, qlora = (f"{host[method]['gpu_block_us'] / 1e3:.1f}" for method in host)
+    share = models["llama-3.1-8b", "LoRA"]["host_over_gpu"]
+    text = f"""
+        Nor does it take a GPU to say whether one would wait for its host, the process that launches its kernels.
+        Python, autograd and hooks take {full} ms for a block's forward and backward in full fine-tuning, {lora} ms with
+        LoRA, {qlora} ms with QLoRA (and more of large weights, which a GPU multiplies in slices): measured on this
+        processor, in steps of models so narrow that nothing else counts, with 5 µs added for each launch. On paper an
+        H100 takes longer, and the host runs ahead of it, from these tokens of a microbatch on (`python
+        benchmarks/host_time.py`; with LoRA on Llama-3.1-8B and 8192 tokens it needs {share:.2f} of the GPU's time).
+        `minift plan` says where a step is launch-bound.
+        """
+    names = {model: None for model, _ in models}
+    lines = [(model, *(tokens(model, method) for method in host)) for model in names]
+    return f"{paragraph(text)}\n\n{table(('enough tokens', *host), lines)}\n\n" + picture(
+        "host_time", "host's time over an H100's, by tokens of a microbatch"
+    )
+
+
 def _off_by(question: str) -> str:
     """Over all runs that were kept."""
     errors = sorted(abs(row["error"]) for one in all_runs(question) for row in one["rows"])
@@ -406,6 +433,7 @@ REGIONS = {
     "planning": planning,
     "planning-links": planning_links,
     "scaling": scaling,
+    "host-time": host_time,
     "switches": switches,
     "numbers": numbers,
     "conditions": conditions,

@@ -83,6 +83,7 @@ BENCHMARKS = {
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
     "scaling": Benchmark(quick="--most 8"),
+    "host_time": Benchmark(quick="--rounds 3"),
     "ops_cuda": Benchmark(quick="--device cpu --rounds 3", needs_gpu=True),
     "step_cuda": Benchmark(
         runs=("", "--method qlora --peer none --recompute selective",

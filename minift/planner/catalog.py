@@ -4,9 +4,10 @@
     gpu("h100")                      -> Device: memory, and rates for times
     network("400g")                  -> Network
 
-Nothing here was measured by minift. What a GPU does of its datasheet's figures is what performance.md found elsewhere
+No GPU was measured by minift. What one does of its datasheet's figures is what performance.md found elsewhere
 (sections 4.2 and 4.7): products at 70 % of the peak in 16 bits, attention at 55 % and its backward at 45 %, everything
-else at 87 % of the memory's bandwidth. For figures of the machine at hand: `minift plan --calibrate`.
+else at 87 % of the memory's bandwidth. The host's time for an operation is an estimate (benchmarks/host_time.py). For
+figures of the machine at hand: `minift plan --calibrate`.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ CONTEXT_BYTES = GIB // 2
 """What CUDA takes for itself (performance.md, section 4.4)."""
 USABLE = 0.95
 """Of the rest: the allocator rounds, and cannot use all gaps."""
-_LAUNCH_S = 5e-6  # of a kernel, for the host (performance.md, section 4.7)
+_CALL_S = 30e-6
+"""Of an operation, for the host: Python, autograd and dispatch as benchmarks/host_time.py measured them on a processor,
+and 5 µs for each launch of a kernel (performance.md, section 4.7)."""
 
 
 def gpu(name: str) -> Device:
@@ -109,7 +112,7 @@ def gpu(name: str) -> Device:
             rates[f"{kind} float32"] = Rate(flops_per_s=share * peak / 15)
     for kind in LOW_RANK:  # these are narrow: limited by what they read
         rates[kind] = Rate(flops_per_s=0.7 * peak, bytes_per_s=bytes_per_s)
-    return Device(name, card.memory_bytes, peak, card.memory_bytes_per_s, rates, call_s=_LAUNCH_S, runs_ahead=True)
+    return Device(name, card.memory_bytes, peak, card.memory_bytes_per_s, rates, call_s=_CALL_S, runs_ahead=True)
 
 
 _NVLINK_BYTES_PER_S = 370e9

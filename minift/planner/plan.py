@@ -104,6 +104,19 @@ class Plan:
         """Of all ranks."""
         return None if self.timed is None else self.candidate.step_tokens / self.timed.seconds
 
+    @property
+    def seconds_without_host(self) -> float | None:
+        """Of a step, if it took no time to start operations."""
+        if self.timed is None:
+            return None
+        device = replace(self.machine.device, call_s=0.0, pass_s=0.0, step_s=0.0)
+        return time_step(self.run, device, self.machine.network).seconds
+
+    @property
+    def is_launch_bound(self) -> bool:
+        """Whether a GPU waits for its host in more than a tenth of a step."""
+        return self.machine.is_gpu and self.timed is not None and 0.9 * self.timed.seconds > self.seconds_without_host
+
 
 def workload_of(
     loop: Loop, longest_tokens: int, world_size: int, document_tokens: int | None = None, supervised: float = 1.0

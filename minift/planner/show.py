@@ -75,10 +75,16 @@ def time_text(plan: Plan) -> str:
         return f"no time: {plan.no_time}"
     seconds = timed.seconds
     mfu = timed.work.model_flops / seconds / device.peak_flops_per_s
-    return (
+    text = (
         f"step {seconds:.3g} s, {plan.tokens_per_second:,.0f} tokens/s of all ranks, {mfu:.0%} of the peak FLOP/s; "
         f"a rank sends {show_bytes(timed.sent_bytes)}"
     )
+    if plan.is_launch_bound:
+        text += (
+            f"\nlaunch-bound: {device.name} alone would take {plan.seconds_without_host:.3g} s, the rest is its host, "
+            "which starts one operation after the other; more tokens in a microbatch cost little"
+        )
+    return text
 
 
 def change_text(plan: Plan | None) -> str:

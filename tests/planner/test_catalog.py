@@ -9,6 +9,7 @@ from minift.planner.choices import Candidate, Method
 from minift.planner.op import product
 from minift.planner.plan import Machine, Planner
 from minift.planner.shapes import Workload
+from minift.planner.show import time_text
 
 PARAMETERS = {  # of model cards, or of transformers' count where the card rounds
     "smollm2-135m": 134_515_008,
@@ -66,3 +67,14 @@ def test_networks() -> None:
     assert slow.shard_seconds(8e9, slow.shard_axis(8)) == pytest.approx(7 / 370, rel=0.01)
     assert slow.shard_seconds(8e9, slow.shard_axis(16)) == pytest.approx(7.5 / 45, rel=0.01)
     assert network("10").shard_seconds(8e9, network("10").shard_axis(8)) == pytest.approx(0.7, rel=0.01)
+
+
+@pytest.mark.parametrize(("tokens", "is_bound"), [(256, True), (16384, False)])
+def test_a_gpu_waits_for_its_host_where_there_is_little_to_do(tokens: int, is_bound: bool) -> None:
+    """16 blocks of 44 operations, 30 µs each: 21 ms a step. On paper an H100 takes 6 · 0.97e9 weights · 16384 tokens /
+    692e12 = 0.14 s for the products of the blocks of many tokens, and 2 ms for those of few."""
+    planner = Planner(model_shape("llama-3.2-1b"), Machine.of_gpus("h100", 1, "nvlink"))
+    plan = planner.plan(Candidate(Method(), Workload(tokens=tokens, document_tokens=256), tokens))
+    assert plan.is_launch_bound == is_bound == ("launch-bound" in time_text(plan))
+    assert plan.seconds_without_host <= plan.timed.seconds
+    assert plan.timed.seconds >= 16 * 44 * 30e-6
