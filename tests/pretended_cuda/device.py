@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from minift.ops import nf4
 from minift.ops.blockwise import dynamic_map
+from tests.pretended_cuda.order import Order, Worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +53,8 @@ def run_with_device(library: Path, module: str) -> str:
 
 class Waits(TorchDispatchMode):
     """Where minift's code made the host wait for the device: "file:function", in order. It does so when it reads a
-    tensor, of which all values are 5, and when it copies between device and host unless with non_blocking."""
+    tensor, of which all values are 5, and when it copies between device and host unless with non_blocking. `order`:
+    what comes after what."""
 
     current: Waits
 
@@ -60,6 +62,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         Waits.current = self
         self.places: list[str] = []
+        self.order = Order(Stream(name="the compute stream"))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,14 +71,21 @@ class Waits(TorchDispatchMode):
             source, target, unwaited = args[0].device, kwargs.get("device"), kwargs.get("non_blocking", False)
         elif function is torch.ops.aten.copy_.default:
             source, target, unwaited = args[1].device, args[0].device, len(args) > 2 and args[2]
+        result = function(*args, **kwargs)
+        self.order.watch(function, args, kwargs, result)
         if target is not None and torch.device(target).type != source.type and not unwaited:
-            self.places.append(place())
-        return function(*args, **kwargs)
+            self._wait(self.order.current.known)
+        return result
 
     def tolist(self, tensor: Tensor) -> list[float]:
+        self.order.work(self.order.current if tensor.is_cuda else self.order.host, [tensor], [])
         if tensor.is_cuda:
-            self.places.append(place())
+            self._wait(self.order.current.known)
         return [5.0] * tensor.numel()
+
+    def _wait(self, known: dict[Worker, int]) -> None:
+        self.places.append(place())
+        self.order.host.learn(known)
 
 
 def place() -> str:
@@ -84,26 +94,38 @@ def place() -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "elsewhere"
 
 
-class Stream:
+class Stream(Worker):
     """Of torch.cuda's, what minift uses."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, name: str | None = None, **__: Any) -> None:
+        super().__init__(name or f"the stream of {place()}")
 
-    def wait_stream(self, _: Stream) -> None: ...
+    def wait_stream(self, other: Worker) -> None:
+        self.learn(other.known)
 
-    def wait_event(self, _: Event) -> None: ...
+    def wait_event(self, event: Event) -> None:
+        self.learn(event.known)
 
     def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        Waits.current._wait(self.known)
 
 
 class Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    """known: nothing before it is recorded."""
 
-    def record(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.known: dict[Worker, int] = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.known = dict((stream or Waits.current.order.current).known)
 
     def synchronize(self) -> None:
-        Waits.current.places.append(place())
+        Waits.current._wait(self.known)
 
 
 def address(tensor: Tensor) -> int:
@@ -118,8 +140,8 @@ def pretended_cuda() -> Iterator[Waits]:
         mock.patch.object(fake_tensor, "init_gpu_context", lambda _: None),
         mock.patch.object(torch.cuda, "Stream", Stream),
         mock.patch.object(torch.cuda, "Event", Event),
-        mock.patch.object(torch.cuda, "current_stream", Stream),
-        mock.patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", lambda *_: Waits.current.order.current),
+        mock.patch.object(torch.cuda, "stream", lambda stream: Waits.current.order.on(stream)),
         mock.patch.object(torch.cuda, "get_rng_state", lambda _: torch.zeros(16, dtype=torch.uint8)),
         mock.patch.object(torch.cuda, "set_rng_state", lambda *_: None),
         mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata, create=True),

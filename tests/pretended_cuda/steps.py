@@ -1,10 +1,12 @@
-"""Takes training steps on a device that is not there, and prints as JSON where each of them made the host wait."""
+"""Takes training steps on a device that is not there, and prints as JSON where each of them made the host wait, and
+what nothing put in order."""
 
 from __future__ import annotations
 
 import json
 import traceback
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
@@ -16,6 +18,7 @@ from minift.objectives.sft import SupervisedTokens
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.loss_scaler import LossScaler
+from minift.optim.memory import PinnedHost
 from minift.peft.adapter import AdapterConfig
 from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
@@ -50,6 +53,7 @@ CASES = {
     "full, bf16 masters, 8-bit moments": Case(
         precision=Precision(master="bfloat16", stochastic_rounding=True), optim=OptimConfig(state="8bit")
     ),
+    "full, paged moments": Case(optim=OptimConfig(paged=True)),
     "full, selective recompute": Case(recompute=RecomputeConfig("selective")),
     "full, updates in backward": Case(policy=ShardPolicy(step_in_backward=True)),
     "full, shards in host memory": Case(policy=ShardPolicy(offload=True)),
@@ -68,14 +72,14 @@ CASES = {
 }
 
 
-def waits_of(case: Case) -> list[str]:
-    """Where the second of two steps, of two microbatches where that may be, waits."""
+def run(case: Case) -> dict[str, list[str]]:
+    """Where the second of two steps, of two microbatches where that may be, waits; mistakes of both."""
     world = World(0, 1, 0, torch.device("cuda", 0), "nccl", None)
     recorder = Recorder(0, world.device)
     microbatches = [batch([0, 1, 2], 0)] if case.policy.step_in_backward else [batch([0, 1, 2], 0), batch([3, 4], 0)]
     assert all(microbatch.num_targets for microbatch in microbatches)  # counted by the host before
     model = construct(ModelConfig.from_hf(CONFIG), None, case.adapter, quant=case.quant).module
-    with pretended_cuda() as waits:
+    with pretended_cuda() as waits, mock.patch.object(PinnedHost, "piece_elements", 64):  # many pieces
         apply_recompute(model, model.shard_units(), case.recompute, recorder)
         engine = shard(model, model.shard_units(), world, case.policy, case.precision, recorder)
         optimizer = AdamW(engine.trainable_shards(), case.optim)
@@ -87,14 +91,16 @@ def waits_of(case: Case) -> list[str]:
                 lr_scale=1.0, max_grad_norm=None if case.policy.step_in_backward else 1.0, scaler=scaler,
                 recorder=recorder,
             )  # fmt: skip
-    return waits.places
+        found = list(waits.places)
+        optimizer.state_dict()  # nothing is on its way any more when the optimizer goes
+    return {"waits": found, "mistakes": waits.order.mistakes}
 
 
 def main() -> None:
-    found: dict[str, list[str] | str] = {}
+    found: dict[str, dict[str, list[str]] | str] = {}
     for name, case in CASES.items():
         try:
-            found[name] = waits_of(case)
+            found[name] = run(case)
         except Exception:
             found[name] = traceback.format_exc()
     print(json.dumps(found))
