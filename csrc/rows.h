@@ -12,6 +12,9 @@ namespace minift {
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
 
+// Of elements whose type is not known when a kernel is compiled.
+enum class ElementType : int { FLOAT, BF16, FP16 };
+
 // `count` rows of `width` adjacent elements. Row i starts at (i / inner) * outer_stride + (i % inner) * inner_stride:
 // two strides describe a slice of a fused projection, and heads inside tokens, without a copy.
 template <class T>

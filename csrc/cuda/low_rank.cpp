@@ -87,11 +87,11 @@ Tensors from_rank_op(const Tensors& narrows, const Tensors& factors, const std::
   return wides;
 }
 
-low_rank::ElementType type_of(const Tensor& gradient) {
+ElementType type_of(const Tensor& gradient) {
   return dispatch_dtype(gradient, "factor_gradients_", [](auto element) {
     using T = decltype(element);
-    if (std::is_same_v<T, float>) return low_rank::ElementType::FLOAT;
-    return std::is_same_v<T, Bf16> ? low_rank::ElementType::BF16 : low_rank::ElementType::FP16;
+    if (std::is_same_v<T, float>) return ElementType::FLOAT;
+    return std::is_same_v<T, Bf16> ? ElementType::BF16 : ElementType::FP16;
   });
 }
 

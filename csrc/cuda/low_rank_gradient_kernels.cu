@@ -1,11 +1,11 @@
 // Gradients of the factors of low-rank products, wide^T narrow, on the tensor cores: one launch for all of an op's
 // terms, and one that adds up what the parts of the tokens gave, in order.
 //
-// Bound by memory: each wide matrix is read once, 2 T W bytes; sums of parts are 4 W R for each of them, a tenth of that
-// with rank 16, 8 parts and 8192 tokens, and stay in the L2 cache. cuBLAS also reads it once and also splits the tokens,
-// for a product of 4096 x 16 has too few tiles for a GPU: two launches for each of the products, before and after which
-// the reference stacks narrow matrices and casts and transposes gradients (of three LoRA updates of one x: six launches,
-// here two). Sums are rounded once, to the gradient's dtype, instead of to bf16 first.
+// Bound by memory: each wide matrix is read once, 2 T W bytes; sums of parts are 4 W R for each of them, a tenth of
+// that with rank 16, 8 parts and 8192 tokens, and stay in the L2 cache. cuBLAS also reads it once and also splits the
+// tokens, for a product of 4096 x 16 has too few tiles for a GPU: two launches for each of the products, before and
+// after which the reference stacks narrow matrices and casts and transposes gradients (of three LoRA updates of one x:
+// six launches, here two). Sums are rounded once, to the gradient's dtype, instead of to bf16 first.
 
 #include "low_rank_gradient_kernels.h"
 

@@ -6,10 +6,6 @@
 
 namespace minift::cuda {
 
-namespace low_rank {
-enum class ElementType : int { FLOAT, BF16, FP16 };
-}
-
 // gradient (width, rank) = wide^T narrow. Element (w, r) is at w * w_stride + r * r_stride of `gradient`; one of these
 // strides is 1.
 struct FactorGradient {
@@ -17,7 +13,7 @@ struct FactorGradient {
   const Bf16* narrow;
   int64_t narrow_stride, rank;
   void* gradient;
-  low_rank::ElementType type;
+  ElementType type;
   int64_t w_stride, r_stride;
 };
 

@@ -5,7 +5,8 @@
 
 #include "elements.h"
 #include "launch.h"
-#include "low_rank_gradient_kernels.h"
+
+#include <algorithm>
 
 namespace minift::cuda::low_rank {
 
