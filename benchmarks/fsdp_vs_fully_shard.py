@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from processes import RETURNING, Ranks, run_ranks
+from processes import KEEPING, RETURNING, Ranks, run_ranks
 from protocol import Times, Turn, check_losses, stopwatch, take_turns
 from results import Result, finish, parse
 from smollm2 import VOCAB_SIZE, loss_of, make_model
@@ -240,7 +240,7 @@ def main() -> None:
     args = parse(parser)
 
     engines = ("minift", "fully_shard") + (("ddp",) if args.ddp else ())
-    times = run_ranks(args.ranks, time_rank, (args, (*engines, "compute")))[0]
+    times = run_ranks(args.ranks, time_rank, (args, (*engines, "compute")), KEEPING)[0]
     print(f"{args.ranks} ranks, {args.tokens} tokens each, {args.wire} wire, fp32 reduce, {args.layers} layers")
     for name in times.seconds:
         print(f"{name:14}{times.median(name):8.3f} s a step (fastest {times.fastest(name):.3f})")

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from processes import RETURNING, PeakResident, run_ranks
+from processes import KEEPING, RETURNING, PeakResident, run_ranks
 from protocol import Times, Turn, check_losses, stopwatch, take_turns
 from results import Result, finish, parse
 from smollm2 import VOCAB_SIZE
@@ -142,7 +142,7 @@ def main() -> None:
         for method in args.methods:
             job = Job(folder, method, tuple(SIDES), args.layers, args.tokens, args.check_steps, args.rounds,
                       args.peft_dtype)  # fmt: skip
-            times, losses = run_ranks(1, time_steps, job, num_threads=2)[0]
+            times, losses = run_ranks(1, time_steps, job, KEEPING, num_threads=2)[0]
             result.count(times)
             for side in SIDES:
                 print(f"{side:9}{method:7}{times.median(side):8.3f} s a step (fastest {times.fastest(side):.3f})")

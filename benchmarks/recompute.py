@@ -19,7 +19,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from processes import RETURNING, PeakResident, resident_bytes, run_ranks
+from processes import KEEPING, RETURNING, PeakResident, resident_bytes, run_ranks
 from protocol import Times, Turn, check_losses, stopwatch, take_turns
 from results import Result, finish, parse
 from smollm2 import Trainee, random_batch
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--skip-memory", action="store_true")
     args = parse(parser)
 
-    (times,) = run_ranks(1, time_policies, args)
+    (times,) = run_ranks(1, time_policies, args, KEEPING)
     result = Result("recompute")
     result.count(times)
     print(f"{args.method}, {args.layers} layers, {args.tokens} tokens, bf16, one thread")
