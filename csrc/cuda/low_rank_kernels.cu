@@ -1,13 +1,13 @@
 // Products of wide bf16 matrices with narrow ones on the tensor cores: one launch for all of an op's terms.
 //
 // Bound by memory: rank 16 does 16 FMA for an element of a wide matrix, and an H100 could do 150 while it is read.
-// to_rank reads each wide matrix once, from_rank writes it, 2 T W bytes: as cuBLAS does, so what
-// is won are launches, and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks
-// them, multiplies: five launches for one or two (from_rank of a sum: two stacks and a product). A launch costs the GPU
-// about 2 microseconds, reading x (8192, 4096) 20. Where tokens are too few for every multiprocessor, to_rank also
-// splits the width, as cuBLAS does, and a second launch adds up. Factors and narrow matrices are read again by every
-// block, from the L2 cache: with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond
-// 64 are better left to cuBLAS, and minift/ops/low_rank.py does so.
+// to_rank reads each wide matrix once, from_rank writes it, 2 T W bytes: as cuBLAS does, so what is won are launches,
+// and what they copy. Of three LoRA updates of one x the reference scales every factor, stacks them, multiplies: five
+// launches for one or two (from_rank of a sum: two stacks and a product). A launch costs the GPU about 2 microseconds,
+// reading x (8192, 4096) 20. Where tokens are too few for every multiprocessor, to_rank also splits the width, as
+// cuBLAS does, and a second launch adds up. Factors and narrow matrices are read again by every block, from the L2
+// cache: with 64 tokens a block, R / 64 of the bytes of the wide matrix. That is why ranks beyond 64 are better left to
+// cuBLAS, and minift/ops/low_rank.py does so.
 
 #include "low_rank_kernels.h"
 

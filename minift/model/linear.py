@@ -58,7 +58,7 @@ class LinearBase(nn.Module):
 
     @property
     def has_after(self) -> bool:
-        """Whether that reads its argument."""
+        """Whether there is such a function, which may read the sum."""
         return type(self).after is not LinearBase.after
 
     def product(self, x_NI: Tensor, add_to_NO: Tensor | None = None) -> Tensor:
@@ -215,21 +215,26 @@ class _Project(torch.autograd.Function):
         needs_W, _, needs_A, needs_B = ctx.needs = _Project.needs(ctx)
         ctx.needs_dx = any(ctx.needs_input_grad[:2])
         reads_inputs = ctx.reads_x = any(needs_W) or any(needs_A)
+        product_NI = ctx.product_NI = None
         if ctx.is_gated:
-            ctx.product_NI = x_NI if ctx.reads_x and call.keeps_product else None
             reads_inputs = ctx.needs_dx or (ctx.reads_x and not call.keeps_product)
+            if ctx.reads_x and call.keeps_product:
+                # What gate and up can make again is given away by the first backward, while it still needs memory.
+                product_NI, ctx.product_NI = (None, x_NI) if reads_inputs else (x_NI, None)
         ctx.save_for_backward(
-            *((gate_NI, up_NI) if reads_inputs else (None, None)), hidden_NR if any(needs_B) else None
+            *((gate_NI, up_NI) if reads_inputs else (None, None)), hidden_NR if any(needs_B) else None, product_NI
         )
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, up_NI, hidden_NR = ctx.saved_tensors
+        x_NI, up_NI, hidden_NR, product_NI = ctx.saved_tensors
         gate_NI = x_NI
         if ctx.is_gated:
-            x_NI = _Project.product(ctx, gate_NI, up_NI)
+            x_NI, ctx.product_NI = product_NI if ctx.product_NI is None else ctx.product_NI, None
+            if x_NI is None and ctx.reads_x:
+                x_NI = swiglu_forward(gate_NI, up_NI)
         bases, (needs_W, needs_b, needs_A, needs_B) = ctx.call.bases, ctx.needs
         gradients: list[Tensor | None] = []
         for base, dout_NO, needs_dW, needs_db in zip(bases, douts, needs_W, needs_b, strict=True):
@@ -247,21 +252,10 @@ class _Project(torch.autograd.Function):
                     dx_NI = base.product_dx(dout_NO, dx_NI)
         for pair in zip(of_A, of_B, strict=True):
             gradients += pair
-        del x_NI  # the product goes before the gradient of up comes
+        del x_NI, product_NI  # the product goes before the gradient of up comes
         if ctx.is_gated and ctx.needs_dx:
             dx_NI, dup_NI = swiglu_backward_(dx_NI, gate_NI, up_NI)
         return dx_NI, dup_NI, None, *gradients
-
-    @staticmethod
-    def product(ctx, gate_NI: Tensor | None, up_NI: Tensor | None) -> Tensor | None:
-        """silu(gate) · up, if a gradient is made of it. It is given away if it can be made again, for another backward
-        over the same graph."""
-        product_NI = ctx.product_NI
-        if product_NI is None and ctx.reads_x:
-            return swiglu_forward(gate_NI, up_NI)
-        if gate_NI is not None:
-            ctx.product_NI = None
-        return product_NI
 
     @staticmethod
     def needs(ctx) -> tuple[tuple[bool, ...], ...]:

@@ -1,7 +1,7 @@
 """A CUDA device that is not there: tensors on it have a shape and a device, and no memory.
 
-What runs on it takes every turn that Python code takes on a GPU: devices must agree, and whoever would wait for the
-device is told on. Not here: values, kernels, and when a stream is done with what.
+What runs on it takes every turn that Python code takes on a GPU: devices must agree, whoever would wait for the device
+is told on, and so is whoever does not wait and should (`order`). Not here: values and kernels.
 """
 
 from __future__ import annotations

@@ -114,6 +114,8 @@ class Order:
         return self._memories[key]
 
     def _use(self, worker: Worker, tensor: Tensor, writes: bool) -> None:
+        if not tensor.numel():
+            return
         memory = self.remember(tensor)
         start = tensor.storage_offset() * tensor.itemsize
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
