@@ -23,9 +23,9 @@ Equal losses first: over the first steps, each within LOSS_TOLERANCE of the othe
 rounding (2^-9 relative) enters at other places; that is what the tolerance allows for.
 
 Time: both sides live in one process, which keeps the memory that they let go (`KEEPING`; with glibc's defaults PEFT's
-full fine-tuning takes 5.3 s a step instead of 3.7), and take steps in turns. "products" is what is left of a step if everything but the
-products with the model's weights costs nothing. No faster step is possible without faster products, so
-`*_step_ratio_limit`, PEFT's time over theirs, bounds the ratio.
+full fine-tuning takes 5.3 s a step instead of 3.7), and take steps in turns. "products" is what is left of a step if
+everything but the products with the model's weights costs nothing. No faster step is possible without faster products,
+so `*_step_ratio_limit`, PEFT's time over theirs, bounds the ratio.
 Memory: a fresh process per side, the peak of what is resident over three steps that follow two. `held` is what is
 resident between steps.
 
