@@ -17,6 +17,6 @@ from tests.pretended_cuda.device import build, run_with_device
 def found_on_device(tmp_path_factory) -> Callable[[str], Any]:
     """found_on_device(module): the JSON that `python -m module` prints in a process that believes in the device."""
     if sys.platform != "linux" or shutil.which("c++") is None:
-        pytest.skip("preloads a library that it compiles")
+        pytest.skip("needs Linux, whose loader preloads a library, and a C++ compiler to make it")
     library = build(tmp_path_factory.mktemp("device"))
     return lambda module: json.loads(run_with_device(library, module))
