@@ -85,7 +85,7 @@ def hold(world: World, tell: object, job: tuple[argparse.Namespace, str]) -> dic
 def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
     """Memory against time, of each method."""
     runs = [run for run in runs if "kept_mib" in run["rows"][0]]
-    figure.set_size_inches(4.6 * len(runs), 3.6)
+    figure.set_size_inches(5.6 * len(runs), 3.6)
     for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
         best, least = [], math.inf
         for row in sorted(run["rows"], key=lambda row: row["time"]):

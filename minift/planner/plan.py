@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from minift.model.config import ModelConfig
@@ -104,7 +105,7 @@ class Plan:
         """Of all ranks."""
         return None if self.timed is None else self.candidate.step_tokens / self.timed.seconds
 
-    @property
+    @cached_property
     def seconds_without_host(self) -> float | None:
         """Of a step, if it took no time to start operations."""
         if self.timed is None:

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from minift.ops import nf4
 from minift.ops.blockwise import dynamic_map
-from tests.pretended_cuda.order import Order, Worker
+from tests.pretended_cuda.order import Order, Worker, running
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,8 +89,9 @@ class Waits(TorchDispatchMode):
 
 def place() -> str:
     """The innermost line of minift that is running."""
-    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT / "minift")]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "elsewhere"
+    for path, _, function in running():
+        return f"{Path(path).name}:{function}"
+    return "elsewhere"
 
 
 class Stream(Worker):

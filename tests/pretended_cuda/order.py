@@ -119,7 +119,7 @@ class Order:
         memory = self.remember(tensor)
         start = tensor.storage_offset() * tensor.itemsize
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        mine = Use(start, start + span * tensor.itemsize, writes, worker, worker.known[worker], place())
+        mine = Use(start, start + span * tensor.itemsize, writes, worker, worker.known[worker], running())
         kept = []
         for use in memory.uses:
             meets = use.start < mine.stop and mine.start < use.stop
@@ -158,7 +158,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def place() -> list[tuple[str, int, str]]:
+def running() -> list[tuple[str, int, str]]:
     """The innermost lines of minift that are running: (path, line, function)."""
     found: list[tuple[str, int, str]] = []
     frame = sys._getframe(1)

@@ -33,6 +33,9 @@ NF4 = QuantConfig()
 CASES = {
     "llama-3.1-8b, lora": TrialSetup(adapter=LORA),
     "llama-3.1-8b, lora, offloaded activations": TrialSetup(adapter=LORA, recompute=RecomputeConfig("offload")),
+    "llama-3.1-8b, qlora, selective recompute": TrialSetup(
+        adapter=LORA, quant=NF4, recompute=RecomputeConfig("selective")
+    ),
     "llama-3.1-8b, qlora, full recompute": TrialSetup(adapter=LORA, quant=NF4, recompute=RecomputeConfig("full")),
     "llama-3.2-1b, lora with dropout": TrialSetup(adapter=LoraConfig(r=16, dropout=0.05)),
     "llama-3.2-1b, qlora": TrialSetup(adapter=LORA, quant=NF4),

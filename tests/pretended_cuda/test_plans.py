@@ -22,3 +22,9 @@ def test_the_plan_is_what_a_step_takes(peaks, name):
     assert isinstance(peaks[name], list), peaks[name]
     planned, measured = peaks[name]
     assert planned == pytest.approx(measured, rel=2e-3)
+
+
+@pytest.mark.parametrize(("policy", "most_gb"), [("selective", 32), ("full", 10)])
+def test_qlora_of_llama_8b_fits(peaks, policy, most_gb):
+    """8192 tokens, rank 16 on all projections; in bytes of a thousand, as GPUs are sold."""
+    assert max(peaks[f"llama-3.1-8b, qlora, {policy} recompute"]) <= most_gb * 1e9
