@@ -5,13 +5,14 @@ H query heads share K key/value heads (query head h uses key head h // (H/K)); s
 Documents may begin with the same virtual tokens (see `decoder`). Causal attention makes them independent of what comes
 after, so a pack holds them once, in front of all documents, and each document attends to them as to its own beginning.
 
-Training and prefill: on CUDA in half precision PyTorch's variable-length flash attention, elsewhere
-minift/ops/attention.py. Decoding: one fused call for all sequences.
+Training and prefill: on CUDA in half precision cuDNN where its frontend is installed, else PyTorch's variable-length
+flash attention; elsewhere minift/ops/attention.py. Decoding: one fused call for all sequences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -24,10 +25,12 @@ from minift.model.config import ModelConfig
 from minift.model.linear import Linear, project
 from minift.model.norm import RMSNorm
 from minift.ops.attention import causal_attention
+from minift.ops.cudnn_attention import Documents, cudnn_attention, is_best_for
 from minift.ops.rope import apply_rope
 
 # torch 2.12 made grouped queries an option one must ask for; 2.11 has no such option and simply handles them.
 GROUPED_QUERIES = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
+FLASH_HEAD_DIM_UNIT = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Packing:
     sin_TR: Tensor
     append: Append | None = None  # with a cache: where the tokens go
     num_shared: int = 0  # tokens before cu_seqlens[0]: the beginning of every document
+
+    @cached_property
+    def documents(self) -> Documents:
+        """The same for cuDNN."""
+        return Documents.of(self.cu_seqlens, self.max_seqlen)
 
 
 class Attention(CheapOps):
@@ -97,8 +105,13 @@ def packed_attention(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, packing: Packi
     """
     q_bounds, num_prefix = packing.cu_seqlens, len(k_TKE) - len(q_THE)
     kv_bounds = q_bounds + num_prefix if num_prefix else q_bounds
-    if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16):
-        longest, num_shared_keys = max(packing.max_seqlen, packing.num_shared), packing.num_shared + num_prefix
+    longest, num_shared_keys = max(packing.max_seqlen, packing.num_shared), packing.num_shared + num_prefix
+    if window is not None and window >= longest + num_shared_keys:
+        window = None
+    if window is None and not num_shared_keys and is_best_for(q_THE, longest):
+        return cudnn_attention(q_THE, k_TKE, v_TKE, packing.documents)
+    is_half = q_THE.dtype in (torch.bfloat16, torch.float16)
+    if q_THE.is_cuda and is_half and q_THE.shape[2] % FLASH_HEAD_DIM_UNIT == 0:
         if num_shared_keys:
             rows, q_bounds, kv_bounds = copies_of_shared(
                 q_bounds, kv_bounds, packing.num_shared, num_shared_keys, len(k_TKE)

@@ -26,11 +26,14 @@ from minift.ops.nf4 import (
     scale_tensors,
 )
 
-# Of dequantised weight at a time: in the second or third level of cache (smaller ones cost more in GEMM calls than they
-# save), and in half of the L2 of a large GPU, where a product reads what was just written before it goes to memory.
-SLICE_BYTES, GPU_SLICE_BYTES = 4 << 20, 24 << 20
+# Of dequantised weight at a time. On a CPU: in the second or third level of cache (smaller ones cost more in GEMM calls
+# than they save). On a GPU, where a product hides what it reads, and slices that stay in the L2 made nothing faster:
+# as few as memory allows, and whole tiles of a product, without which cuBLAS takes kernels of half the speed.
+SLICE_BYTES, GPU_SLICE_BYTES = 4 << 20, 64 << 20
+GPU_TILE = 256
 
-FEW_TOKENS = 16  # up to here looking codes up (on a CPU again for every 8 tokens) is cheaper than writing the weight
+# Up to here looking codes up (on a CPU again for every 8 tokens) is cheaper than writing the weight.
+FEW_TOKENS, GPU_FEW_TOKENS = 16, 8
 
 
 @torch.no_grad()
@@ -41,7 +44,8 @@ def nf4_linear(x_TD: Tensor, nf4: Nf4, add_to: Tensor | None = None) -> Tensor:
     not rounded before it is added, and there is no tensor of its size.
     """
     num_outputs, num_inputs = _check("nf4_linear", "x", x_TD, nf4, dim=1)
-    if x_TD.shape[0] <= FEW_TOKENS and num_inputs % nf4.block_size == 0 and x_TD.dtype != torch.float64:
+    few_tokens = GPU_FEW_TOKENS if x_TD.is_cuda else FEW_TOKENS
+    if x_TD.shape[0] <= few_tokens and num_inputs % nf4.block_size == 0 and x_TD.dtype != torch.float64:
         y_TF = _gemv(x_TD, nf4.codes, *scale_tensors(nf4), nf4.block_size)
         return y_TF if add_to is None else add_to.add_(y_TF)
 
@@ -110,9 +114,10 @@ def _check(function: str, name: str, tensor: Tensor, nf4: Nf4, dim: int) -> tupl
 
 
 def slice_width(count: int, unit: int, bytes_each: int, is_on_gpu: bool) -> int:
-    """How many of `count` rows or columns to dequantise at once: slices of one size, multiples of `unit`."""
-    num_slices = max(1, round(count * bytes_each / (GPU_SLICE_BYTES if is_on_gpu else SLICE_BYTES)))
-    return -(-count // (num_slices * unit)) * unit
+    """How many of `count` rows or columns to dequantise at once: slices of one size, multiples of `unit`, or all."""
+    slice_bytes, unit = (GPU_SLICE_BYTES, math.lcm(unit, GPU_TILE)) if is_on_gpu else (SLICE_BYTES, unit)
+    num_slices = max(1, round(count * bytes_each / slice_bytes))
+    return min(count, -(-count // (num_slices * unit)) * unit)
 
 
 def _gemv_fake(x, codes, scales, nested_absmax, offset, nested_map, block_size) -> Tensor:
