@@ -237,7 +237,7 @@ def restored_after_a_failure(world: World) -> tuple[float, float]:
 
     def loss() -> float:
         with torch.no_grad():
-            return float(SupervisedTokens()(model, batch([world.rank], 0)).loss_sum)
+            return float(SupervisedTokens()(model, batch([world.rank], 0).to(world.device)).loss_sum)
 
     before = loss()
     for master in masters:
@@ -264,9 +264,9 @@ def cleared_before_backward(world: World, strategy: str) -> str:
     model = CausalLM(ModelConfig.from_hf(CONFIG))
     model.init_weights(seed=3)
     engine = shard(model, model.shard_units(), world, ShardPolicy(strategy=strategy), FP32)
-    losses = [SupervisedTokens()(model, batch([world.rank], 0)).loss_sum]
+    losses = [SupervisedTokens()(model, batch([world.rank], 0).to(world.device)).loss_sum]
     engine.clear_gradients()
-    losses.append(SupervisedTokens()(model, batch([world.rank], 1)).loss_sum)
+    losses.append(SupervisedTokens()(model, batch([world.rank], 1).to(world.device)).loss_sum)
     with pytest.raises(RuntimeError) as caught:
         losses[0].backward()  # the head's memory is that of the second loss now
     return str(caught.value)

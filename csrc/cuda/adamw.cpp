@@ -31,7 +31,8 @@ void adamw_8bit_op(const Tensor& master, const Tensor& grad, const Tensor& exp_a
       quantized_moments(master, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, signed_values,
                         signed_buckets, unsigned_values, unsigned_buckets);
   AdamwStep step = adamw_step(master, grad_factor, beta1, beta2, eps, step_size, keep, key, first);
-  OnDevice on(master, grad, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, wire, grad_factor);
+  OnDevice on(master, grad, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, signed_values,
+              signed_buckets, unsigned_values, unsigned_buckets, wire, grad_factor);
   dispatch_weights(master, grad, wire,
                    [&](auto weights) { adamw_8bit(step, moments, weights, master.size(0), on.stream); });
 }

@@ -29,6 +29,9 @@ def sgmv_(
     if x_TI.shape != (len(y_TO), A_RI.shape[1]) or B_RO.shape != (len(A_RI), y_TO.shape[1]):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (y_TO, x_TI, A_RI, B_RO))
         raise ValueError(f"sgmv_: y, x, A, B are {shapes}; expected (T, out), (T, in), (R, in), (R, out)")
+    if not (ranks_A2.is_cpu and bounds.is_cpu and choice_S.is_cpu):
+        devices = ", ".join(str(tensor.device) for tensor in (ranks_A2, bounds, choice_S))
+        raise ValueError(f"sgmv_: ranks, bounds, choice are on {devices}; the host reads them, so they belong on cpu")
     add = sgmv_reference if y_TO.dtype == torch.float64 else _sgmv
     add(y_TO, x_TI, A_RI, B_RO, ranks_A2, bounds, choice_S)
     return y_TO

@@ -24,7 +24,14 @@ from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
 from minift.optim.shard import FlatShard, ParamRange
 from minift.precision import Precision
-from tests.fsdp.oracle import Expected, expected_gradients, reference_gradients, relative_error, unsharded
+from tests.fsdp.oracle import (
+    Expected,
+    expected_gradients,
+    reference_gradients,
+    relative_error,
+    rounds_sums,
+    unsharded,
+)
 from tests.fsdp.trees import (
     BF16,
     BF16_MASTERS,
@@ -41,7 +48,7 @@ from tests.fsdp.trees import (
     set_path,
     sharded,
 )
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, run_ranks
 
 # Shrinking would run hundreds of distributed examples after a failure; the cases are small as they come.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -117,7 +124,7 @@ def weights_on_rank(world: World, case: Case, steps: int) -> dict[str, Tensor]:
         with torch.no_grad():
             model.path = list(range(case.depth))
             model(microbatch(case, world.rank, 0))  # an evaluation between steps disturbs nothing
-    return {name: tensor.clone() for name, tensor in engine.full_tensors()}
+    return {name: tensor.cpu().clone() for name, tensor in engine.full_tensors()}
 
 
 def expected_weights(case: Case) -> dict[str, Expected]:
@@ -180,12 +187,16 @@ def once(paths: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
 
 def bits_after_steps(case: Case) -> dict[str, Tensor]:
     """By minift's optimizer, on whole parameters of one process."""
-    masters = {name: p.detach().to(case.precision.master_dtype) for name, p in Tree(case).named_parameters()}
+    home = torch.device("cpu") if case.policy.offload else DEVICE  # where the engine's optimizer updates
+    masters = {name: p.detach().to(home, case.precision.master_dtype) for name, p in Tree(case).named_parameters()}
     model = unsharded(case)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     whole = [
         FlatShard(
-            name, masters[name].view(-1), torch.zeros(p.numel()), [ParamRange(name, 0, p.numel(), 0, tuple(p.shape))]
+            name,
+            masters[name].view(-1),
+            torch.zeros(p.numel(), device=home),
+            [ParamRange(name, 0, p.numel(), 0, tuple(p.shape))],
         )
         for name, p in trained.items()
     ]
@@ -198,12 +209,15 @@ def bits_after_steps(case: Case) -> dict[str, Tensor]:
                 loss_of(model, case, rank, index).backward()
                 for flat in whole:
                     if trained[flat.name].grad is not None:
-                        flat.grad += trained[flat.name].grad.view(-1)
+                        flat.grad += trained[flat.name].grad.view(-1).to(home)
                 model.zero_grad()
+        if rounds_sums(case):
+            for flat in whole:
+                flat.grad.copy_(flat.grad.to(case.precision.reduce_dtype))
         optimizer.step(1.0)
         for name, parameter in trained.items():
             parameter.data.copy_(masters[name])
-    return {name: masters[name] if name in trained else p.detach() for name, p in model.named_parameters()}
+    return {name: (masters[name] if name in trained else p.detach()).cpu() for name, p in model.named_parameters()}
 
 
 @settings(max_examples=20, deadline=None, phases=PHASES)

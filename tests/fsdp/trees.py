@@ -23,6 +23,7 @@ from minift.model.norm import RMSNorm
 from minift.precision import Precision
 from minift.recompute import RecomputeConfig, apply_recompute
 from minift.trace import Recorder
+from tests.ranks import DEVICE
 
 FP32 = Precision(master="float32", wire="float32", reduce="float32")
 BF16 = Precision(master="float32", wire="bfloat16", reduce="float32")
@@ -95,9 +96,9 @@ class Tree(nn.Module):
 
 
 def microbatch(case: Case, rank: int, index: int) -> Tensor:
-    """Token ids of unequal length, a function of (rank, index) only."""
+    """Token ids of unequal length where ranks compute, a function of (rank, index) only."""
     generator = torch.Generator().manual_seed(1000 * rank + index)
-    return torch.randint(case.vocab, (1 + (3 * rank + 5 * index) % 7,), generator=generator)
+    return torch.randint(case.vocab, (1 + (3 * rank + 5 * index) % 7,), generator=generator).to(DEVICE)
 
 
 def set_path(model: Tree, case: Case, index: int) -> None:
@@ -108,7 +109,7 @@ def loss_of(model: Tree, case: Case, rank: int, index: int) -> Tensor:
     """Of a microbatch. What dropout drops is a function of (rank, index) too."""
     set_path(model, case, index)
     torch.manual_seed(1000 * rank + index)
-    return model(microbatch(case, rank, index).to(next(model.parameters()).device))
+    return model(microbatch(case, rank, index))
 
 
 def connect_by(transport: str, world: World) -> Transport:

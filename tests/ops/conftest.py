@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minift.ops import extension
 from tests.cuda_on_cpu import library as cuda_on_cpu
+from tests.cuda_on_cpu.library import guarded
 from tests.ops.elsewhere import kernels_replaced, on_copies
 
 T = TypeVar("T")
@@ -68,12 +69,13 @@ def _running(request) -> Iterator[str]:
         yield "reference"
     elif request.param == "cuda_on_cpu":
         names = request.getfixturevalue("cuda_on_cpu_ops")
-        with kernels_replaced(names, lambda name: on_copies(cuda_on_cpu.op(name), cuda_on_cpu.guarded)):
+        with kernels_replaced(names, lambda name: on_copies(cuda_on_cpu.op(name), guarded, guarded)):
             yield "cuda_on_cpu"
     elif request.param == "cuda":
         names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
         names = [name.removeprefix("minift::") for name in names if name.startswith("minift::")]
-        with kernels_replaced(names, lambda name: on_copies(getattr(torch.ops.minift, name).default, Tensor.cuda)):
+        ops = {name: getattr(torch.ops.minift, name).default for name in names}
+        with kernels_replaced(names, lambda name: on_copies(ops[name], Tensor.cuda, Tensor.clone)):
             yield "cuda"
     else:
         torch.ops.minift.use_instruction_set(request.param)

@@ -13,6 +13,7 @@ import torch
 import minift.ops
 from minift.ops import extension, norm
 
+HAS_CUDA_KERNELS = True
 WITHOUT_EXTENSION = """
 import sys, warnings
 sys.modules["minift._C"] = None  # importing it now raises ImportError, as if it had not been built
@@ -73,6 +74,12 @@ def test_an_unknown_instruction_set_is_refused(instruction_set):
     with pytest.raises(RuntimeError, match="'sse9' is unknown or not offered"):
         torch.ops.minift.use_instruction_set("sse9")
     assert extension.instruction_set() == instruction_set
+
+
+def test_what_a_kernel_refuses_is_an_exception(compiled):
+    """Wherever it runs, and not the end of the process: a build may be such that exceptions do not survive."""
+    with pytest.raises(RuntimeError, match="as long as the last dimension"):
+        norm.rms_norm(torch.ones(2, 4), torch.ones(5), 1e-5)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.ops.sgmv import sgmv_, sgmv_reference
+from tests.cuda_on_cpu import library as cuda_on_cpu
 
 HAS_CUDA_KERNELS = True
 U32 = 2.0**-24
@@ -117,8 +118,31 @@ def test_what_does_not_fit_is_refused(instruction_set):
     assert torch.equal(y, torch.ones(4, 3))
 
 
+def test_numbers_of_segments_that_are_not_on_the_host_are_refused():
+    y, x, A, B, *numbers = two_adapters()
+    for index, devices in enumerate(("meta, cpu, cpu", "cpu, meta, cpu", "cpu, cpu, meta")):
+        spoilt = [tensor.to("meta") if number == index else tensor for number, tensor in enumerate(numbers)]
+        with pytest.raises(ValueError, match=f"ranks, bounds, choice are on {devices}; the host reads them"):
+            sgmv_(y, x, A, B, *spoilt)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(instruction_set, dtype):
     arguments = [torch.ones(shape, dtype=dtype) for shape in ((4, 3), (4, 5), (2, 5), (2, 3))]
     numbers = int32([0, 2], 1, 2), int32([0, 4], -1), int32([0], -1)
     torch.library.opcheck(torch.ops.minift.sgmv_.default, (*arguments, *numbers))
+
+
+def test_kernels_do_not_read_numbers_that_are_not_on_the_host(compiled):
+    """Called past the dispatcher, which has other kernels for tensors without memory."""
+    op = cuda_on_cpu.op("sgmv_") if compiled == "cuda_on_cpu" else torch.ops.minift.sgmv_.default
+    key, device, elsewhere = ("CUDA", "cuda", "cuda") if compiled == "cuda" else ("CPU", "cpu", "meta")
+    *rows, ranks, bounds, choice = two_adapters()
+    rows = [tensor.to(device) for tensor in rows]
+    for spoilt in (
+        (ranks.to(elsewhere), bounds, choice),
+        (ranks, bounds.to(elsewhere), choice),
+        (ranks, bounds, choice.to(elsewhere)),
+    ):
+        with pytest.raises(RuntimeError, match="must be contiguous int32 on the CPU"):
+            op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *rows, *spoilt)
