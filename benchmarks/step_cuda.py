@@ -8,9 +8,13 @@ with torch's `fully_shard`?
 Random weights, random tokens, documents of one length, all tokens predicted, bf16 on the wire, AdamW over what is
 trained; LoRA of rank 16 on all projections, alpha 32, no dropout. The peer has the same shape:
 
-    peft         transformers with sdpa attention, adapters in fp32 (PEFT's default), torch's fused AdamW; QLoRA through
-                 bitsandbytes, where it is installed. Gradient checkpointing as minift recomputes: none or full.
-    fully_shard  minift's model under `fully_shard` with a block to a group, fp32 masters, bf16 compute, fused AdamW
+    peft         transformers with sdpa attention, adapters in fp32 (PEFT's default) under autocast to bf16, torch's
+                 fused AdamW; QLoRA through bitsandbytes, where it is installed. Gradient checkpointing as minift
+                 recomputes, none or full; and full where it runs out of memory without.
+    fully_shard  minift's model under `fully_shard` with a block to a group, fp32 masters, bf16 compute, fused AdamW,
+                 nothing recomputed
+
+All clip gradients to a norm of 1.
 
 Each side is a process of its own (memory is `max_memory_allocated` of steps after the first two), so its steps cannot
 alternate with the other's; the processes do, `--rounds` times, and what was best is compared. Losses of equal models
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
 
     from minift.style import Theme
 
+MAX_GRAD_NORM = 1.0
 DATASHEET_FLOPS = 989e12  # of an H100 SXM in bf16, without sparsity
 Side = tuple[Callable[[], object], dict[str, Any]]  # a step, and what else is known of the side
 
@@ -74,7 +79,7 @@ def minift_side(args: argparse.Namespace, device: torch.device) -> Side:
         adapter=None if args.method == "full" else lora,
         quant=QuantConfig() if args.method == "qlora" else None,
         recompute=RecomputeConfig(args.recompute),
-        optim=OptimConfig(weight_decay=0.0),
+        optim=OptimConfig(weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM),
     )
     config, workload = model_shape(args.model), Workload(tokens=args.tokens, document_tokens=args.document_tokens)
     trial = Trial(config, setup, workload, world)
@@ -113,7 +118,10 @@ def peft_side(args: argparse.Namespace, device: torch.device) -> Side:
     tokens_BT = random_tokens(args, device).view(-1, args.document_tokens)
 
     def step() -> None:
-        model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -123,8 +131,6 @@ def peft_side(args: argparse.Namespace, device: torch.device) -> Side:
 def fully_shard_side(args: argparse.Namespace, device: torch.device) -> Side:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if args.method != "full" or args.recompute != "none":
-        raise SystemExit("fully_shard is compared with full fine-tuning without recompute")
     init_world(device.type)
     with torch.device(device):
         model = CausalLM(ModelConfig.from_hf(MODELS[args.model]))
@@ -145,6 +151,7 @@ def fully_shard_side(args: argparse.Namespace, device: torch.device) -> Side:
 
     def step() -> None:
         (model(tokens_T, positions_T, bounds, length, head=head) / args.tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -182,6 +189,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": median(seconds), "peak_bytes": peak_bytes, **about}
 
 
+def measured(args: argparse.Namespace, side: str) -> dict[str, Any]:
+    """`measure` of a side in a process of its own. Of PEFT with full recompute, if there is no memory for none."""
+    own = [argument for argument in sys.argv[1:] if argument not in ("--write", "--busy")]
+    command = [sys.executable, __file__, *own, "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True)
+    recompute = args.recompute if side != "fully_shard" else "none"
+    if side == "peft" and recompute == "none" and "OutOfMemoryError" in done.stderr:
+        print("peft: out of memory unless it recomputes")
+        recompute = "full"
+        done = subprocess.run([*command, "--recompute", recompute], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1]) | {"recompute": recompute}
+
+
 def products_flops(device: torch.device) -> float:
     """Of bf16 products of this card: 8192³, the median of ten."""
     size = 8192 if device.type == "cuda" else 256
@@ -212,7 +234,7 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
     rows = [(run["parameters"], row) for run in runs for row in run["rows"]]
     figure.set_size_inches(11, 1.0 + 0.45 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
-    names = [f"{row['side']}, {a['model']}, {a['method']}, recompute {a['recompute']}" for a, row in rows]
+    names = [f"{row['side']}, {a['model']}, {a['method']}, recompute {row['recompute']}" for a, row in rows]
     colours = [theme.ours if row["side"] == "minift" else theme.theirs for _, row in rows]
     for axes, title, key in ((left, "tokens a second", "tokens_per_second"), (right, "peak, GB", "peak_gb")):
         axes.set_title(title)
@@ -241,18 +263,15 @@ def main() -> None:
 
     if args.peer == "peft" and (args.method == "full" or args.recompute not in ("none", "full")):
         raise SystemExit("PEFT is a peer of lora and qlora, with recompute none or full; others: --peer none")
+    if args.peer == "fully_shard" and args.method != "full":
+        raise SystemExit("fully_shard is a peer of full fine-tuning; others: --peer none")
     sides = ["minift", *([] if args.peer == "none" else [args.peer])]
     if args.peer == "peft" and args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         sides = ["minift"]
-    own = [argument for argument in sys.argv[1:] if argument not in ("--write", "--busy")]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(args.rounds):
         for side in sides if number % 2 == 0 else sides[::-1]:
-            command = [sys.executable, __file__, *own, "--side", side]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{side} failed:\n{done.stderr[-4000:]}")
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            found[side].append(measured(args, side))
 
     flops, rate = model_flops(model_shape(args.model), args), products_flops(torch.device(args.device))
     result = Result("step_cuda", values={"products_tflops": rate / 1e12})
@@ -261,6 +280,7 @@ def main() -> None:
         result.rows.append(
             {
                 "side": side,
+                "recompute": best["recompute"],
                 "tokens_per_second": args.tokens / best["seconds"],
                 "seconds": best["seconds"],
                 "peak_gb": best["peak_bytes"] / 1e9,
@@ -268,7 +288,8 @@ def main() -> None:
                 "of_products": flops / best["seconds"] / rate,
             }
         )
-        print(f"{side:12}  " + "  ".join(f"{k} {v:.4g}" for k, v in result.rows[-1].items() if k != "side"))
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in result.rows[-1].items() if not isinstance(v, str))
+        print(f"{side:12}  recompute {best['recompute']}  {numbers}")
     ours = result.rows[0]
     result.values |= {
         "tokens_per_second": ours["tokens_per_second"],

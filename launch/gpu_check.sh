@@ -145,10 +145,14 @@ step() { # step SECONDS NAME OPTIONS...
     one "$limit" "$name" "$PYTHON" benchmarks/step_cuda.py "$@" --write --busy
 }
 step 120 'steps: 8B LoRA, and PEFT' --model llama-3.1-8b --method lora --peer peft
-step 80 'steps: 8B QLoRA' --model llama-3.1-8b --method qlora --peer peft
-step 80 'steps: 8B QLoRA, all recomputed' --model llama-3.1-8b --method qlora --peer peft --recompute full
-step 80 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
-step 60 'steps: 3B full' --model llama-3.2-3b --method full --peer none
+step 60 'steps: 8B LoRA, all recomputed, and PEFT' --model llama-3.1-8b --method lora --peer peft --recompute full
+step 40 'steps: 8B QLoRA' --model llama-3.1-8b --method qlora --peer none
+step 40 'steps: 8B QLoRA, cheap ones recomputed' --model llama-3.1-8b --method qlora --peer none --recompute selective
+step 100 'steps: 8B QLoRA, all recomputed, and PEFT' --model llama-3.1-8b --method qlora --peer peft --recompute full
+step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
+step 60 'steps: 1B full, cheap ones recomputed' --model llama-3.2-1b --method full --peer fully_shard \
+    --recompute selective
+step 40 'steps: 3B full' --model llama-3.2-3b --method full --peer none
 
 for file in "benchmarks/results/${name}"_*; do
     if [ -e "$file" ]; then cp "$file" "$OUT/"; fi
