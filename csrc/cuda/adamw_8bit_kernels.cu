@@ -51,7 +51,7 @@ __device__ __forceinline__ Quad dequantize(const uint8_t* codes, int64_t count, 
   PackOf<uint8_t, QUAD> four = load_elements<VECTOR, QUAD>(codes, count);
   Quad moments;
 #pragma unroll
-  for (int k = 0; k < QUAD; ++k) moments.at[k] = k < count ? __fmul_rn(absmax, map.values[four.at[k]]) : 0.0f;
+  for (int k = 0; k < QUAD; ++k) moments.at[k] = k < count ? __fmul_rn(absmax, map.values[four.at(k)]) : 0.0f;
   return moments;
 }
 
@@ -73,13 +73,13 @@ __device__ __forceinline__ void quantize(const Quad (&moments)[QUADS], int64_t s
     int64_t i = start + (q * WARP + threadIdx.x % WARP) * QUAD;
     PackOf<uint8_t, QUAD> four;
 #pragma unroll
-    for (int k = 0; k < QUAD; ++k) four.at[k] = map.code_of(__fmul_rn(moments[q].at[k], inverse));
+    for (int k = 0; k < QUAD; ++k) four.set(k, map.code_of(__fmul_rn(moments[q].at[k], inverse)));
     if (VECTOR) {
-      *reinterpret_cast<PackOf<uint8_t, QUAD>*>(codes + i) = four;
+      store_elements(codes + i, four);
     } else {
 #pragma unroll
       for (int k = 0; k < QUAD; ++k) {
-        if (i + k < n) codes[i + k] = four.at[k];
+        if (i + k < n) codes[i + k] = four.at(k);
       }
     }
   }

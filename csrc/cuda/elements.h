@@ -37,9 +37,30 @@ struct Floats {
 using Pack = Floats<PACK>;
 using Quad = Floats<QUAD>;
 
+// Of bits, the lowest; and back.
+template <class T>
+__device__ inline T from_bits(uint32_t bits) { return {static_cast<uint16_t>(bits)}; }
+template <>
+__device__ inline float from_bits<float>(uint32_t bits) { return __uint_as_float(bits); }
+template <>
+__device__ inline uint8_t from_bits<uint8_t>(uint32_t bits) { return static_cast<uint8_t>(bits); }
+
+template <class T>
+__device__ inline uint32_t to_bits(T value) { return value.bits; }
+__device__ inline uint32_t to_bits(float value) { return __float_as_uint(value); }
+__device__ inline uint32_t to_bits(uint8_t value) { return value; }
+
+// As in memory, and in as many registers: elements of 2 bytes would get a register each.
 template <class T, int SIZE = PACK>
 struct alignas(SIZE * sizeof(T) < 16 ? SIZE * sizeof(T) : 16) PackOf {
-  T at[SIZE];
+  static constexpr int PER_WORD = 4 / sizeof(T), WORDS = SIZE / PER_WORD;
+  uint32_t words[WORDS] = {};
+
+  __device__ T at(int i) const { return from_bits<T>(words[i / PER_WORD] >> shift(i)); }
+  __device__ void set(int i, T value) { words[i / PER_WORD] |= to_bits(value) << shift(i); }  // once, for it was zero
+
+ private:
+  __device__ static int shift(int i) { return i % PER_WORD * (32 / PER_WORD); }
 };
 
 // Whether packs may start at every multiple of SIZE elements from `data`.
@@ -62,7 +83,7 @@ __device__ inline PackOf<T, SIZE> load_elements(const T* from, int64_t count) {
   if (VECTOR && count >= SIZE) return *reinterpret_cast<const PackOf<T, SIZE>*>(from);
   PackOf<T, SIZE> elements;
 #pragma unroll
-  for (int i = 0; i < SIZE; ++i) elements.at[i] = i < count ? from[i] : T{};
+  for (int i = 0; i < SIZE; ++i) elements.set(i, i < count ? from[i] : T{});
   return elements;
 }
 
@@ -70,22 +91,58 @@ template <class T, int SIZE>
 __device__ inline Floats<SIZE> to_floats(const PackOf<T, SIZE>& elements) {
   Floats<SIZE> pack;
 #pragma unroll
-  for (int i = 0; i < SIZE; ++i) pack.at[i] = to_float(elements.at[i]);
+  for (int i = 0; i < SIZE; ++i) pack.at[i] = to_float(elements.at(i));
   return pack;
 }
 
-template <bool VECTOR, class T, int SIZE>
-__device__ inline void store_pack(T* to, const Floats<SIZE>& pack, int64_t count) {
-  if (VECTOR && count >= SIZE) {
-    PackOf<T, SIZE> elements;
+template <class T, int SIZE>
+__device__ inline PackOf<T, SIZE> from_floats(const Floats<SIZE>& pack) {
+  PackOf<T, SIZE> elements;
 #pragma unroll
-    for (int i = 0; i < SIZE; ++i) elements.at[i] = from_float<T>(pack.at[i]);
-    *reinterpret_cast<PackOf<T, SIZE>*>(to) = elements;
+  for (int i = 0; i < SIZE; ++i) elements.set(i, from_float<T>(pack.at[i]));
+  return elements;
+}
+
+// A whole pack to global memory, where `to` is aligned. Of an assignment the compiler makes stores of two bytes in some
+// kernels, for reasons of its own, and those take four times as long.
+template <class T, int SIZE>
+__device__ inline void store_elements(T* to, const PackOf<T, SIZE>& elements) {
+#if defined(__CUDA_ARCH__)
+  constexpr int WORDS = PackOf<T, SIZE>::WORDS;
+  static_assert(WORDS == 1 || WORDS == 2 || WORDS % 4 == 0);
+  const uint32_t* words = elements.words;
+  size_t address = __cvta_generic_to_global(to);
+  if constexpr (WORDS == 1) {
+    asm("st.global.u32 [%0], %1;" ::"l"(address), "r"(words[0]) : "memory");
+  } else if constexpr (WORDS == 2) {
+    asm("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
   } else {
 #pragma unroll
-    for (int i = 0; i < SIZE; ++i) {
-      if (i < count) to[i] = from_float<T>(pack.at[i]);
+    for (int i = 0; i < WORDS; i += 4) {
+      asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address + 4 * i), "r"(words[i]), "r"(words[i + 1]),
+          "r"(words[i + 2]), "r"(words[i + 3])
+          : "memory");
     }
+  }
+#else
+  *reinterpret_cast<PackOf<T, SIZE>*>(to) = elements;
+#endif
+}
+
+// To shared memory, where an assignment does it.
+template <class T, int SIZE>
+__device__ inline void store_shared(T* to, const PackOf<T, SIZE>& elements) {
+  *reinterpret_cast<PackOf<T, SIZE>*>(to) = elements;
+}
+
+// The first `count` elements to global memory. VECTOR: `to` is aligned.
+template <bool VECTOR, class T, int SIZE>
+__device__ inline void store_pack(T* to, const Floats<SIZE>& pack, int64_t count) {
+  PackOf<T, SIZE> elements = from_floats<T>(pack);
+  if (VECTOR && count >= SIZE) return store_elements(to, elements);
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i) {
+    if (i < count) to[i] = elements.at(i);
   }
 }
 

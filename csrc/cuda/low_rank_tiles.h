@@ -81,10 +81,6 @@ __device__ __forceinline__ PackOf<Bf16> load_up_to(const Bf16* from, int64_t cou
   return load_elements<VECTOR>(from, VECTOR ? PACK : count);
 }
 
-__device__ __forceinline__ void store_shared(Bf16* to, const PackOf<Bf16>& pack) {
-  *reinterpret_cast<PackOf<Bf16>*>(to) = pack;
-}
-
 // ROWS x COLUMNS of a wide matrix, zeros beyond its end. In shared memory: rows of STRIDE.
 template <bool VECTOR>
 struct WideTile {

@@ -179,13 +179,13 @@ __global__ void __launch_bounds__(GEMM_THREADS)
         Pack pack;
 #pragma unroll
         for (int k = 0; k < PACK; ++k) pack.at[k] = __fmul_rn(value_of(codebook, now.words[i], k), scale);
-        store_pack(mine.weights + lane * STRIDE + i * PACK, pack, PACK, true);
+        store_shared(mine.weights + lane * STRIDE + i * PACK, from_floats<T>(pack));
       }
 #pragma unroll
       for (int i = 0; i < TILE * CHUNK / PACK / WARP; ++i) {
         int token = (lane + i * WARP) / (CHUNK / PACK), column = (lane + i * WARP) % (CHUNK / PACK) * PACK;
         Pack pack = load_pack(x[first_token + min(int64_t{token}, count - 1)] + chunk * CHUNK + column, PACK, vector);
-        store_pack(mine.tokens + token * STRIDE + column, pack, PACK, true);
+        store_shared(mine.tokens + token * STRIDE + column, from_floats<T>(pack));
       }
       __syncwarp();
 #pragma unroll

@@ -67,6 +67,7 @@ struct Team {
   }
   template <class Visit>
   __device__ void for_each_other(int width, const Visit& visit) const {
+#pragma unroll 1
     for (int i = first + HELD * step(); BLOCK && i < width; i += step()) visit(i);
   }
 };
