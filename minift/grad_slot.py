@@ -2,8 +2,9 @@
 computes them.
 
 FSDP lays a slot on a parameter for the time of its backward: a view of the very buffer that a reduce-scatter sends. A
-function that knows of slots writes its product there, by the GEMM itself where dtypes agree, and returns no gradient to
-autograd. Everything else may ignore slots: FSDP moves an ordinary `.grad` into the slot as soon as autograd has it.
+function that knows of slots writes its product there, by the GEMM itself where that can make the slot's dtype, and
+returns no gradient to autograd. Everything else may ignore slots: FSDP moves an ordinary `.grad` into the slot as soon
+as autograd has it.
 
 A slot takes one gradient per use of the parameter; the second is added to the first.
 """
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from minift.ops.matmul import addmm_, mm
+from minift.ops.matmul import addmm_, adds_up_in, mm
 
 _ADD_BYTES = 1 << 20  # stays in cache
 
@@ -50,8 +51,8 @@ class GradSlot:
             self.state = GradSlot.State.FULL
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Take a @ b; without a temporary if a and b have the slot's dtype."""
-        if a.dtype != self.tensor.dtype or self.state is GradSlot.State.CLAIMED:
+        """Take a @ b; without a temporary if a product of their dtype can be added up in the slot's."""
+        if self.state is GradSlot.State.CLAIMED or not adds_up_in(self.tensor.dtype, a.dtype, a.is_cuda):
             self.add(mm(a, b))
         elif self.state is GradSlot.State.FULL:
             addmm_(self.tensor, a, b)

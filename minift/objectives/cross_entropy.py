@@ -13,18 +13,21 @@ the graph, and hooks on parameters fire once, as for any layer.
 
 Memory, beside the gradients returned: one chunk of logits (two for a module head), and for a trainable head of more
 than one chunk its gradient in fp32, (V, D), until backward, because bf16 would round after each chunk; so too for one
-chunk of fp16, which would overflow.
+chunk of fp16, which would overflow. Where the parameter has an empty slot (`grad_slot`) of that dtype, or of fp32, the
+gradient is made and scaled in there.
 
 Not here: label smoothing, z-loss, second derivatives. The sum is never divided: see `types.LossSum`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minift.grad_slot import claim_slot, slot_of, without_slots
+from minift.grad_slot import GradSlot, claim_slot, slot_of, without_slots
 from minift.ops.cross_entropy import WIDE_BYTES, cross_entropy_
 from minift.ops.matmul import addmm_, mm
 
@@ -122,10 +125,16 @@ def _dense_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, train
     """[loss_sum, its gradient for hidden (or None), and for each of `trainable`], by explicit GEMMs."""
     weight_VD, bias_V = lm_head.weight, lm_head.bias
     d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
-    totals: dict[Tensor, Tensor] = {}
-    loss_sum = hidden_MD.new_zeros((), dtype=_statistics_dtype(hidden_MD))
-    is_one_chunk = 0 < len(hidden_MD) <= chunk_tokens  # several are summed in fp32 first
-    is_fp16 = hidden_MD.dtype == torch.float16
+    sum_dtype = _statistics_dtype(hidden_MD)
+    loss_sum = hidden_MD.new_zeros((), dtype=sum_dtype)
+    # Several chunks are summed in fp32. So is one of fp16: before it is divided by the step's weight, the gradient of a
+    # frequent token may pass 65504, and no loss scale would cure it, as that comes later.
+    is_rounded_once = len(hidden_MD) <= chunk_tokens and hidden_MD.dtype != torch.float16
+    weight_dtype = hidden_MD.dtype if is_rounded_once else sum_dtype
+    sums = {
+        parameter: _claimed_sum(parameter, sum_dtype if parameter is bias_V else weight_dtype, sum_dtype)
+        for parameter in trainable
+    }
     # One buffer for all chunks: on a CPU, fresh pages for each would take as long as the softmax.
     buffer_CV = hidden_MD.new_empty(min(chunk_tokens, len(hidden_MD)), len(weight_VD))
     for start in range(0, len(hidden_MD), chunk_tokens):
@@ -141,20 +150,21 @@ def _dense_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, train
             mm(logits_CV, weight_VD, out=d_hidden_MD[here])
         for parameter in trainable:
             if parameter is bias_V:
-                _add_to(totals, parameter, logits_CV.sum(0, dtype=loss_sum.dtype), is_one_chunk)
-            elif parameter in totals and logits_CV.dtype == loss_sum.dtype:
-                addmm_(totals[parameter], logits_CV.t(), hidden_CD)
+                sums[parameter].add(logits_CV.sum(0, dtype=sum_dtype))
             else:
-                place = claim_slot(parameter, logits_CV.dtype) if is_one_chunk and not is_fp16 else None
-                _add_to(totals, parameter, _sum_over_rows(logits_CV, hidden_CD, place), is_one_chunk)
-    return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
+                sums[parameter].add_product(*_summable(logits_CV.t(), hidden_CD))
+    return [loss_sum, d_hidden_MD, *(_closed(sums[parameter]) for parameter in trainable)]
 
 
 def _module_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, trainable) -> list[Tensor | None]:
     """What `_dense_head` returns, for a head known by its forward only."""
     d_hidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
-    totals: dict[Tensor, Tensor] = {}
     loss_sum = hidden_MD.new_zeros((), dtype=_statistics_dtype(hidden_MD))
+    is_one_chunk = len(hidden_MD) <= chunk_tokens
+    sums = {
+        parameter: _sum(parameter, parameter.dtype if is_one_chunk else _statistics_dtype(parameter))
+        for parameter in trainable
+    }
     needs_any = needs_hidden or bool(trainable)
     for start in range(0, len(hidden_MD), chunk_tokens):
         here = slice(start, start + chunk_tokens)
@@ -171,9 +181,8 @@ def _module_head(hidden_MD, targets_M, lm_head, chunk_tokens, needs_hidden, trai
             if needs_hidden:
                 d_hidden_MD[here], *gradients = gradients
             for parameter, gradient in zip(trainable, gradients, strict=True):
-                # For A + B, autograd returns one tensor twice.
-                _add_to(totals, parameter, gradient.clone(), len(hidden_MD) <= chunk_tokens)
-    return [loss_sum, d_hidden_MD, *(_total(totals, parameter) for parameter in trainable)]
+                sums[parameter].add(gradient)
+    return [loss_sum, d_hidden_MD, *(_closed(sums[parameter]) for parameter in trainable)]
 
 
 def _is_dense(lm_head: nn.Module) -> bool:
@@ -198,27 +207,29 @@ def _statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _sum_over_rows(logits_CV: Tensor, hidden_CD: Tensor, place: Tensor | None) -> Tensor:
-    """The gradient (V, D) of the weight, into `place` if there is one. Of fp16 in fp32: before it is divided by the
-    step's weight, that of a frequent token may pass 65504, and no loss scale would cure it, as that comes later."""
-    if hidden_CD.dtype != torch.float16:
-        return mm(logits_CV.t(), hidden_CD, out=place)
-    if hidden_CD.is_cuda:
-        return torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
-    return torch.mm(logits_CV.t().float(), hidden_CD.float())
+def _sum(parameter: Tensor, dtype: torch.dtype) -> GradSlot:
+    """Where a gradient of `parameter` is added up."""
+    return GradSlot(torch.empty(parameter.shape, dtype=dtype, device=parameter.device))
 
 
-def _add_to(totals: dict[Tensor, Tensor], parameter: Tensor, term: Tensor, is_only: bool) -> None:
-    """An only term is kept as it is (it must be nobody else's memory); of several the sum is formed in place, in fp32,
-    from the first on: that one, a term and fp32 would be more at a time."""
-    if parameter in totals:
-        totals[parameter].add_(term)
-    else:
-        totals[parameter] = term if is_only else term.to(_statistics_dtype(term))
+def _claimed_sum(parameter: Tensor, dtype: torch.dtype, sum_dtype: torch.dtype) -> GradSlot:
+    """The same, in `dtype` or a wider one, in the memory where gradients of `parameter` are reduced if it can be had:
+    see `GradSlot.claim`."""
+    memory = claim_slot(parameter, dtype)
+    if memory is None:
+        memory = claim_slot(parameter, sum_dtype)
+    return _sum(parameter, dtype) if memory is None else GradSlot(memory)
 
 
-def _total(totals: dict[Tensor, Tensor], parameter: Tensor) -> Tensor:
-    return totals[parameter] if parameter in totals else torch.zeros_like(parameter)  # no chunk: nothing supervised
+def _summable(*factors: Tensor) -> Iterator[Tensor]:
+    """`factors` whose product can be summed in fp32. That of fp16 on a CPU would be fp16 first."""
+    is_fp16_on_cpu = factors[0].dtype == torch.float16 and not factors[0].is_cuda
+    return (factor.float() if is_fp16_on_cpu else factor for factor in factors)
+
+
+def _closed(gradient: GradSlot) -> Tensor:
+    gradient.close()  # zero, if nothing is supervised
+    return gradient.tensor
 
 
 def _is_claimed(parameter: Tensor, gradient: Tensor) -> bool:
@@ -236,7 +247,10 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
     """out = gradient · factor; `out` may be `gradient`. The product is formed in fp32, since a bf16 factor, 1 / (tokens
-    of the step), would be off by up to 2^-9 for all; and by few rows, since a head's gradient in fp32 is large."""
+    of the step), would be off by up to 2^-9 for all; and by few rows where that takes memory, since a head is large."""
+    if out.dtype == gradient.dtype == factor.dtype:
+        torch.mul(gradient, factor, out=out)
+        return
     num_rows = max(1, WIDE_BYTES[gradient.device.type] // (4 * max(1, gradient[:1].numel())))
     for out_rows, rows in zip(out.split(num_rows), gradient.split(num_rows), strict=True):
         out_rows.copy_(rows.to(factor.dtype) * factor)

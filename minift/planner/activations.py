@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from minift.model.config import ModelConfig
 from minift.ops.nf4_linear import slice_width
-from minift.planner.shapes import BucketShape, ProjectionShape, RunShape, UnitShape
+from minift.planner.shapes import ProjectionShape, RunShape, UnitShape
 
 RANDOM_STATE_BYTES = 5056
 """The CPU generator's, which a recomputed block keeps (`recompute._random_state`)."""
@@ -274,7 +274,7 @@ class BlockActivations:
     def _product_needs(self, call: Call, needs_dx: bool) -> tuple[int, int]:
         """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts.
 
-        A gradient of W in another format than its slot's passes through a temporary. dropout: x with its zeros; then
+        A gradient of W that its slot cannot add up itself passes through a temporary. dropout: x with its zeros; then
         the product with A, and that with its zeros, beside the sum of earlier ones.
         """
         x, ranks = self._bytes(call.in_features), self._bytes(call.rank)
@@ -300,7 +300,7 @@ class BlockActivations:
 
     def _must_convert(self) -> bool:
         """Whether gradients are computed in another dtype than that in which they wait for their reduction."""
-        return any(_slot_itemsize(b) != b.wire_itemsize for b in self.unit.buckets if b.trainable)
+        return any(not self.run.adds_products_up_in(b.slot_itemsize) for b in self.unit.buckets if b.trainable)
 
     def attention_workspace_bytes(self) -> int:
         """Backward of attention. CPU: documents of 1024 keys and more are cut into up to 4 chunks of 512, each with its
@@ -316,7 +316,3 @@ class BlockActivations:
         # Chunk c begins where (1 - begin / keys)² = 1 - c / chunks, and is seen by the queries after its beginning.
         seen = sum(math.sqrt(1 - c / chunks) for c in range(chunks))
         return int(4 * work.tokens * width * seen)
-
-
-def _slot_itemsize(bucket: BucketShape) -> int:
-    return 4 if bucket.keeps_full_grads else bucket.grad_itemsize

@@ -14,7 +14,7 @@ arXiv 1910.02054, section 3.1) and the optimizer's:
     gathered buffers      rings · largest block, and what is kept beyond its forward
     reduce buffers        2 · largest block and the root, where gradients are computed; paired sends: staging
 
-A step adds activations (`activations.py`) and the head of the loss. Each moment of it has a function of its own below.
+A step adds activations (`activations.py`) and the head of the loss (`head.py`), moment by moment: `_moments`.
 
 Ranks that share memory (`fsdp/shared_memory.py`) have gathered buffers and resident weights once per host: a rank
 counts for 1/N of them. What lies on the host of a GPU (offloaded shards, paged moments), or on a CPU in a file (paged
@@ -31,12 +31,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minift.objectives.cross_entropy import default_chunk_tokens, even_chunk
 from minift.ops.blockwise import BLOCK
-from minift.ops.cross_entropy import WIDE_BYTES
 from minift.optim.memory import PAGED_BUFFER_BYTES
 from minift.optim.moments import MIN_8BIT_ELEMENTS
 from minift.planner.activations import BlockActivations
+from minift.planner.head import head_backward_bytes, head_bytes, tied_head_grad_bytes
 from minift.planner.shapes import BucketShape, ParameterShape, RunShape
 
 PERSISTENT = (
@@ -173,7 +172,7 @@ def _moments(run: RunShape) -> Iterator[Moment]:
     kept += _final_norm_bytes(run, trains)
     yield Moment("head", {"activations": kept + embedded} | head_bytes(run, trains))
     yield Moment("backward of head", {"activations": kept} | head_backward_bytes(run, trains))
-    kept += _tied_head_grad_bytes(run) - _final_norm_bytes(run, trains)
+    kept += tied_head_grad_bytes(run) - _final_norm_bytes(run, trains)
     for block in reversed(blocks):
         if block.needs_dout:
             yield Moment(f"backward of {block.unit.name}", {"activations": kept} | block.backward_needs())
@@ -222,69 +221,3 @@ def _forward_bytes(block: BlockActivations) -> int:
 
 def _forward_workspace(block: BlockActivations) -> int:
     return max((block.slice_bytes(p) for p in block.unit.projections if p.block_size), default=0)
-
-
-def _head_chunk(run: RunShape) -> int:
-    """Rows of logits at a time (`objectives.cross_entropy`)."""
-    rows = run.workload.num_targets
-    trains_head = run.head.trains_weight or run.head.trains_bias or bool(run.head.adapter)
-    is_small = not (run.is_on_gpu or trains_head)
-    return min(rows, even_chunk(rows, default_chunk_tokens(run.model.vocab_size, run.wire_itemsize, is_small)))
-
-
-def head_bytes(run: RunShape, trains: bool) -> dict[str, int]:
-    """The loss, which computes its gradients in forward: rows with a target, M of them, their gradient, a chunk of
-    logits, C of V, and the gradient of a trained head, V·D."""
-    rows, vocab, b = run.workload.num_targets, run.model.vocab_size, run.wire_itemsize
-    chunk = _head_chunk(run)
-    logits = chunk * vocab * b
-    in_rows = (2 if trains else 1) * rows * run.model.hidden_size * b
-    return {"LM head": in_rows + logits + _head_grad_bytes(run) + _head_term_bytes(run)}
-
-
-def _head_grad_bytes(run: RunShape) -> int:
-    """The gradient of a trained head between its forward and its backward; none where it is written into its slot: one
-    chunk, in the dtype of the slot, and nothing there yet. Of several chunks it is summed up in fp32."""
-    head = run.head
-    if not head.trains_weight or not run.workload.num_targets:
-        return 0
-    numel = head.weight_numel
-    if _head_chunk(run) < run.workload.num_targets or run.precision.wire == "float16":
-        return 4 * numel
-    bucket = next(b for b in run.root.buckets if b.trainable)
-    slot_itemsize = 4 if bucket.keeps_full_grads else bucket.grad_itemsize
-    is_empty = not bucket.keeps_full_grads or run.workload.microbatches == 1
-    return 0 if slot_itemsize == run.wire_itemsize and is_empty else numel * run.wire_itemsize
-
-
-def _head_term_bytes(run: RunShape) -> int:
-    """Of the gradient of a trained head what one chunk adds to the sum of all; fp32 goes into the sum at once."""
-    head, b = run.head, run.wire_itemsize
-    if not head.trains_weight or b == 4 or _head_chunk(run) == run.workload.num_targets:
-        return 0
-    return head.weight_numel * (4 if run.precision.wire == "float16" else b)
-
-
-def _tied_head_grad_bytes(run: RunShape) -> int:
-    """The gradient of a head that is the embedding, too, waits for the embedding's, unless it is in its slot."""
-    numel = run.head.weight_numel
-    return numel * run.wire_itemsize if run.model.tie_word_embeddings and _head_grad_bytes(run) else 0
-
-
-def head_backward_bytes(run: RunShape, trains: bool) -> dict[str, int]:
-    """The gradient of all rows of which those with a target are filled, from a scaled copy of these; and the scaled
-    gradient of a trained head, unless it is in its slot."""
-    hidden, b = run.model.hidden_size, run.wire_itemsize
-    rows = run.workload.num_targets
-    grad = _head_grad_bytes(run)
-    head = run.head
-    in_rows = (run.block_tokens + 2 * rows) * hidden * b if trains else 0
-    scaled = head.weight_numel * b if grad else 0
-    num_rows = head.out_features if head.trains_weight and rows else rows if trains else 0
-    scaled_rows = min(num_rows, max(1, _wide_bytes(run) // (4 * hidden)))
-    return {"LM head": in_rows + grad + scaled + (1 if b == 4 else 2) * 4 * hidden * scaled_rows}
-
-
-def _wide_bytes(run: RunShape) -> int:
-    """Of what is computed in fp32 at a time."""
-    return WIDE_BYTES["cuda" if run.is_on_gpu else "cpu"]

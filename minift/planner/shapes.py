@@ -25,6 +25,7 @@ from minift.fsdp.transport import Transport
 from minift.fsdp.unit import Keep, Ring, Unit
 from minift.model.config import ModelConfig
 from minift.model.linear import LinearBase
+from minift.ops.matmul import adds_up_in
 from minift.optim.config import OptimConfig
 from minift.peft.adapter import AdapterConfig, AdapterModule
 from minift.peft.inject import adapters
@@ -120,6 +121,11 @@ class BucketShape:
     gather_bytes: int
     reduce_bytes: int
     local_numel: dict[str, int]
+
+    @property
+    def slot_itemsize(self) -> int:
+        """Of gradients where backward puts them."""
+        return 4 if self.keeps_full_grads else self.grad_itemsize
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,12 @@ class RunShape:
     def wire_itemsize(self) -> int:
         """Bytes an element of weights and activations in forward and backward."""
         return self.precision.wire_dtype.itemsize
+
+    def adds_products_up_in(self, itemsize: int) -> bool:
+        """Whether a product of what is in the wire dtype is added to gradients of so many bytes without a temporary."""
+        if itemsize == self.wire_itemsize:
+            return True
+        return itemsize == 4 and adds_up_in(torch.float32, self.precision.wire_dtype, self.is_on_gpu)
 
     @property
     def shares_memory(self) -> bool:

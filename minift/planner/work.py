@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from minift.objectives.cross_entropy import default_chunk_tokens
 from minift.ops.nf4_linear import GPU_SLICE_BYTES, SLICE_BYTES
+from minift.planner.head import is_claimed_in_fp32
 from minift.planner.op import Op, attention, cast, dequantize, elementwise, product, total_flops, visible_pairs
 from minift.planner.shapes import BucketShape, ProjectionShape, RunShape, UnitShape
 
@@ -114,7 +115,7 @@ class _Projections:
         self.members = [p for p in unit.projections if p.name.rpartition(".")[2] in names]
         self.tokens, self.needs_dx = tokens, needs_dx
         self.dtype = run.precision.wire
-        self.buckets = unit.buckets
+        self.run, self.unit = run, unit
         self.slice_bytes = GPU_SLICE_BYTES if run.is_on_gpu else SLICE_BYTES
         self.out_needs = needs_dx or any(
             p.trains_weight or p.trains_bias or p.updates or p.method.trains for p in self.members
@@ -195,7 +196,7 @@ class _Projections:
         if p.storage == "dense":
             return [product(kind, self.dtype, m, k, n)]
         slices = max(1, round(p.weight_numel * (2 if self.dtype != "float32" else 4) / self.slice_bytes))
-        names = (parameter.name for bucket in self.buckets for parameter in bucket.parameters)
+        names = (parameter.name for bucket in self.unit.buckets for parameter in bucket.parameters)
         is_nested = any(name.startswith(f"{p.name}.") and name.endswith(".nested") for name in names)
         weight = dequantize(
             self.dtype, p.weight_numel / slices, p.block_size, is_nested, kind == "input gradient", slices
@@ -203,10 +204,11 @@ class _Projections:
         return [weight, product(kind, self.dtype, m, k, -(-n // slices), slices)]
 
     def _into_slot(self, numel: int) -> list[Op]:
-        """A product whose slot has another dtype goes there by way of a temporary: `grad_slot.py`."""
-        bucket = next(bucket for bucket in self.buckets if bucket.trainable)
-        slot = "float32" if bucket.keeps_full_grads else _DTYPE_OF_SIZE[bucket.grad_itemsize]
-        return [] if slot == self.dtype else [cast(self.dtype, slot, numel)]
+        """A product that its slot cannot add up itself goes there by way of a temporary: `grad_slot.py`."""
+        slot_itemsize = next(bucket.slot_itemsize for bucket in self.unit.buckets if bucket.trainable)
+        if self.run.adds_products_up_in(slot_itemsize):
+            return []
+        return [cast(self.dtype, _DTYPE_OF_SIZE[slot_itemsize], numel)]
 
 
 # Blocks #
@@ -311,8 +313,8 @@ class _Root:
         ]
         if norm_needs or trains_head or head.rank:
             forward += head.backward()
-        if trains_head and M > default_chunk_tokens(V, size, is_small=False):  # several chunks are added up in fp32
-            forward.append(cast(dtype, "float32", V * D))
+        if trains_head and not run.adds_products_up_in(4) and M > default_chunk_tokens(V, size, is_small=False):
+            forward.append(cast(dtype, "float32", V * D))  # several chunks are added up in fp32
         backward = []
         if norm_needs:
             backward = [
@@ -321,7 +323,7 @@ class _Root:
                 elementwise("rms norm backward", dtype, T * D, 3),
             ]
         if trains_head:
-            backward += _scaled(dtype, V * D)
+            backward += _scaled("float32" if is_claimed_in_fp32(run) else dtype, V * D)
         embedding_backward = []
         if run.trains_before_blocks and not run.num_prompt:
             embedding_backward.append(elementwise("embedding backward", dtype, T * D, 2))
@@ -343,6 +345,8 @@ class _Root:
 def _scaled(dtype: str, elements: int) -> list[Op]:
     """A gradient times a number, formed in fp32: `objectives.cross_entropy._scale_into`."""
     times = elementwise("scale", "float32", elements, 2)
+    if dtype == "float32":
+        return [times]
     return [cast(dtype, "float32", elements), times, cast("float32", dtype, elements)]
 
 

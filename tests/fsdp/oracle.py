@@ -2,13 +2,14 @@
 
 [Note: addends] With 16 bits on the wire, every backward rounds: what one use of a parameter adds to its gradient, a
 product or a sum p, is computed in fp32 and rounded to g in the wire dtype, by the same kernels with the engine and
-without. Where a backward uses each parameter once that is all, because microbatches and ranks are added up in fp32.
-Where it uses one n > 1 times (a tied embedding; a block that runs twice), the engine adds its uses up in fp32 if it
-keeps gradients whole, and else in the wire dtype, in backward's order, sometimes without rounding p to g first
-(`addmm_`). So the oracle gives every use a parameter of its own, and knows each addend g_i. With u the unit roundoff
-of the wire dtype and c_k = k u / (1 - k u), not rounding p_i changes g_i by at most c_1 |g_i|, and n - 1 additions are
-off by at most c_(n-1) times the sum of absolute addends (Higham 2002, Accuracy and Stability, section 4.2). Together,
-because c_k + c_j + c_k c_j <= c_(k+j) (lemma 3.3):
+without. Where a backward uses each parameter once that is all, because microbatches and ranks are added up in fp32;
+except that a GPU, where it adds up in fp32, does not round p to g (`matmul.adds_up_in`). Where it uses one n > 1 times
+(a tied embedding; a block that runs twice), the engine adds its uses up in fp32 if it keeps gradients whole, and else
+in the wire dtype, in backward's order, sometimes without rounding p to g first (`addmm_`). So the oracle gives every
+use a parameter of its own, and knows each addend g_i. With u the unit roundoff of the wire dtype and
+c_k = k u / (1 - k u), not rounding p_i changes g_i by at most c_1 |g_i|, and n - 1 additions are off by at most c_(n-1)
+times the sum of absolute addends (Higham 2002, Accuracy and Stability, section 4.2). Together, because
+c_k + c_j + c_k c_j <= c_(k+j) (lemma 3.3):
 
     |gradient - sum g_i|  <=  c_n · sum |g_i|
 
@@ -103,7 +104,7 @@ def slack_of(addends: list[Tensor], num_sums: int) -> Tensor | float:
     """By how much the sum of all uses in one backward may be off: the bound of [Note: addends]. num_sums: how many
     additions of other ranks' gradients round it besides."""
     n, dtype = len(addends), torch.finfo(addends[0].dtype)
-    if n == 1 and num_sums == 0:
+    if n == 1 and num_sums == 0 and DEVICE.type == "cpu":
         return 0.0
     nu = (n + num_sums) * dtype.eps / 2
     return nu / (1 - nu) * torch.stack(addends).double().abs().sum(0) + n * dtype.smallest_normal * dtype.eps / 2

@@ -220,6 +220,7 @@ def bits_after_steps(case: Case) -> dict[str, Tensor]:
     return {name: (masters[name] if name in trained else p.detach()).cpu() for name, p in model.named_parameters()}
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU adds products to fp32 sums without rounding them to 16 bits")
 @settings(max_examples=20, deadline=None, phases=PHASES)
 @given(case=cases(max_world_size=2, precisions=[BF16, FP16, BF16_MASTERS, NARROW_MASTERS]))
 def test_sums_of_two_gradients_give_the_same_bits_after_steps(case: Case) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.ops import matmul
-from minift.ops.matmul import addmm_, linear, mm
+from minift.ops.matmul import addmm_, adds_up_in, linear, mm
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23, torch.float64: 2.0**-50}
 sizes = st.integers(0, 70)
@@ -71,6 +71,21 @@ def test_sums_are_rounded_once(m, k, n, dtype, layout, out_layout, beta, alpha, 
     magnitude = (beta * before).abs() + abs(alpha) * (a.double().abs() @ b.double().abs())
     assert addmm_(out, a, b, beta=beta, alpha=alpha) is out
     check(out, exact, magnitude, k + 2)
+
+
+def test_what_adds_up_in_what() -> None:
+    """16 bits in fp32 on a GPU only."""
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    wider = {
+        (total, factors)
+        for total in floats
+        for factors in floats
+        if adds_up_in(total, factors, is_on_gpu=True) and total != factors
+    }
+    assert wider == {(torch.float32, torch.float16), (torch.float32, torch.bfloat16)}
+    for total in floats:
+        assert [factors for factors in floats if adds_up_in(total, factors, is_on_gpu=False)] == [total]
+        assert adds_up_in(total, total, is_on_gpu=True)
 
 
 @given(sizes, sizes, sizes, st.sampled_from(list(ROUNDING)), st.booleans(), st.integers(0, 2**31))
