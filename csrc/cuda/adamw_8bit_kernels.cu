@@ -71,7 +71,7 @@ __device__ __forceinline__ void quantize(const Quad (&moments)[QUADS], int64_t s
 #pragma unroll
   for (int q = 0; q < QUADS; ++q) {
     int64_t i = start + (q * WARP + threadIdx.x % WARP) * QUAD;
-    PackOf<uint8_t, QUAD> four;
+    PackOf<uint8_t, QUAD> four{};
 #pragma unroll
     for (int k = 0; k < QUAD; ++k) four.set(k, map.code_of(__fmul_rn(moments[q].at[k], inverse)));
     if (VECTOR) {

@@ -54,10 +54,10 @@ __device__ inline uint32_t to_bits(uint8_t value) { return value; }
 template <class T, int SIZE = PACK>
 struct alignas(SIZE * sizeof(T) < 16 ? SIZE * sizeof(T) : 16) PackOf {
   static constexpr int PER_WORD = 4 / sizeof(T), WORDS = SIZE / PER_WORD;
-  uint32_t words[WORDS] = {};
+  uint32_t words[WORDS];
 
   __device__ T at(int i) const { return from_bits<T>(words[i / PER_WORD] >> shift(i)); }
-  __device__ void set(int i, T value) { words[i / PER_WORD] |= to_bits(value) << shift(i); }  // once, for it was zero
+  __device__ void set(int i, T value) { words[i / PER_WORD] |= to_bits(value) << shift(i); }  // once, where zeros were
 
  private:
   __device__ static int shift(int i) { return i % PER_WORD * (32 / PER_WORD); }
@@ -81,7 +81,7 @@ __host__ inline bool aligned(const Rows<T>& rows) {
 template <bool VECTOR, int SIZE = PACK, class T>
 __device__ inline PackOf<T, SIZE> load_elements(const T* from, int64_t count) {
   if (VECTOR && count >= SIZE) return *reinterpret_cast<const PackOf<T, SIZE>*>(from);
-  PackOf<T, SIZE> elements;
+  PackOf<T, SIZE> elements{};
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) elements.set(i, i < count ? from[i] : T{});
   return elements;
@@ -97,7 +97,7 @@ __device__ inline Floats<SIZE> to_floats(const PackOf<T, SIZE>& elements) {
 
 template <class T, int SIZE>
 __device__ inline PackOf<T, SIZE> from_floats(const Floats<SIZE>& pack) {
-  PackOf<T, SIZE> elements;
+  PackOf<T, SIZE> elements{};
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) elements.set(i, from_float<T>(pack.at[i]));
   return elements;

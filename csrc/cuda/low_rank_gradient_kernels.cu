@@ -9,8 +9,8 @@
 
 #include "low_rank_gradient_kernels.h"
 
+#include "low_rank_operands.h"
 #include "low_rank_splits.h"
-#include "low_rank_tiles.h"
 
 namespace minift::cuda {
 namespace {
@@ -36,69 +36,101 @@ struct GradientWork {
 };
 static_assert(sizeof(GradientWork) <= 3900);
 
+// A block has COLUMNS of a wide matrix: a warp has 32 of them, and shares CHUNK tokens with one other warp. Lane
+// 4 g + q has columns 4 g .. 4 g + 3, which are rows g and g + 8 of two products, and tokens 8 q .. 8 q + 7 of 32.
+constexpr int COLUMNS = 128, SHARERS = WARPS / (COLUMNS / 32);
+
 template <bool VECTOR>
-__global__ void __launch_bounds__(THREADS, VECTOR ? 2 : 1)
-    sum_up(const __grid_constant__ GradientWork work, int64_t strips) {
-  struct Tiles {
-    Bf16 wide[ROWS * STRIDE];
-    Bf16 narrows[GROUP][ROWS * TILE];
+__global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ GradientWork work, int64_t strips) {
+  using Narrows = Operands<VECTOR>;
+  constexpr int STEP = Narrows::ALONG, STEPS = CHUNK / SHARERS / STEP;  // tokens
+  constexpr int AHEAD = VECTOR ? STEPS : 1;  // that are loaded while others are multiplied
+  constexpr int STRIDE = TILE + 1;  // of sums: lanes use other banks, whichever way they go
+  union alignas(16) Memory {
+    Four narrows[GROUP][Narrows::FOURS];
+    float sums[SHARERS][COLUMNS * STRIDE];
   };
-  union alignas(32) Memory {
-    Tiles tiles;
-    float sums[GROUP][COLUMNS * TILE];
-  };
-  static_assert(COLUMNS == THREADS / WARP * TILE);
   __shared__ Memory memory;
-  int first_of_warp = threadIdx.x / WARP * TILE;  // of the columns
+  int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4, warp = threadIdx.x / WARP;
+  int mine = warp % (COLUMNS / 32) * 32 + 4 * g, sharer = warp / (COLUMNS / 32);
   for (int64_t item = blockIdx.x; item < work.num_groups * strips * work.splits; item += gridDim.x) {
     const Group& group = work.groups[item / (strips * work.splits)];
     const GradientTile* tiles = work.tiles + group.first_tile;
     int64_t column = item / work.splits % strips * COLUMNS, split = item % work.splits;
     if (column >= group.wide.width) continue;
     int64_t first = split * work.tokens_of_split, end = min(first + work.tokens_of_split, work.tokens);
-    Accumulator sums[GROUP];
+    Four wide[AHEAD][2][4];
+    auto load_wide = [&](int step, int64_t token) {
 #pragma unroll
-    for (int t = 0; t < GROUP; ++t) wmma::fill_fragment(sums[t], 0.0f);
-    WideTile<VECTOR> wide;
-    NarrowTiles<VECTOR> narrows;
-    wide.load(group.wide, first, end, column);
-    narrows.load(tiles, group.num_tiles, first, end);
-    for (int64_t token = first; token < end; token += ROWS) {
+      for (int half = 0; half < 2; ++half) {
+        int64_t at = token + (sharer * STEPS + step) * STEP + 8 * q + 4 * half, stride = group.wide.stride;
+        const Bf16* from = group.wide.data + at * stride + column + mine;
+        load_lines<VECTOR>(wide[step % AHEAD][half], from, stride, end - at, group.wide.width - column - mine);
+      }
+    };
+    Narrows narrows;
+    auto load_narrows = [&](int64_t token) {
+#pragma unroll
+      for (int round = 0; round < Narrows::ROUNDS; ++round) {
+        if (Narrows::tile(round) >= group.num_tiles) continue;
+        const GradientTile& tile = tiles[Narrows::tile(round)];
+        const Bf16* from = tile.narrow + token * tile.narrow_stride;
+        narrows.load(round, from, tile.narrow_stride, true, end - token, tile.ranks);
+      }
+    };
+    float sums[GROUP][2][TILE / 8][4] = {};
+#pragma unroll
+    for (int step = 0; VECTOR && step < STEPS; ++step) load_wide(step, first);
+    load_narrows(first);
+    for (int64_t token = first; token < end; token += CHUNK) {
       __syncthreads();  // what was here has been multiplied, or read
-      wide.store(memory.tiles.wide);
-      narrows.store(memory.tiles.narrows);
-      if (token + ROWS < end) {
-        wide.load(group.wide, token + ROWS, end, column);
-        narrows.load(tiles, group.num_tiles, token + ROWS, end);
+#pragma unroll
+      for (int round = 0; round < Narrows::ROUNDS; ++round) {
+        if (Narrows::tile(round) < group.num_tiles) narrows.store(round, true, memory.narrows);
       }
       __syncthreads();
-#pragma unroll 1
-      for (int k = 0; k < ROWS; k += TILE) {
-        auto a = load_a<ColumnsOfA>(memory.tiles.wide + k * STRIDE + first_of_warp, STRIDE);
+#pragma unroll(AHEAD)
+      for (int step = 0; step < STEPS; ++step) {
+        if (!VECTOR) load_wide(step, token);
+        Four columns[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) columns[i / 4][i % 4] = across(wide[step % AHEAD][i / 4], i % 4);
+        if (VECTOR) load_wide(step, token + CHUNK);
 #pragma unroll
         for (int t = 0; t < GROUP; ++t) {
-          if (t < group.num_tiles) multiply<RowsOfB>(sums[t], a, memory.tiles.narrows[t] + k * TILE, TILE);
+          if (t >= group.num_tiles) continue;
+#pragma unroll
+          for (int n = 0; n < TILE / 8; ++n) {
+            int at = Narrows::place((sharer * STEPS + step) * STEP + 8 * q, 8 * n + g);
+            auto ranks = *reinterpret_cast<Eight*>(&memory.narrows[t][at]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const Four(&of)[4] = columns[half];
+              for (int m = 0; m < 2; ++m) multiply(sums[t][m][n], of[2 * m], of[2 * m + 1], half_of(ranks, half));
+            }
+          }
         }
       }
+      if (token + CHUNK < end) load_narrows(token + CHUNK);
     }
-    __syncthreads();  // tiles end, sums begin
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) {
       if (t >= group.num_tiles) continue;
-      if (tiles[t].r_stride == 1) {
-        wmma::store_matrix_sync(memory.sums[t] + first_of_warp * TILE, sums[t], TILE, wmma::mem_row_major);
-      } else {
-        wmma::store_matrix_sync(memory.sums[t] + first_of_warp, sums[t], COLUMNS, wmma::mem_col_major);
-      }
-    }
-    __syncthreads();
-    for (int t = 0; t < group.num_tiles; ++t) {
       const GradientTile& tile = tiles[t];
+      __syncthreads();  // what was here has been read
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        int m = i / 8, n = i / 4 % 2, w = mine + 2 * m + i / 2 % 2, r = 8 * n + 2 * q + i % 2;
+        memory.sums[sharer][w * STRIDE + r] = sums[t][m][n][i % 4];
+      }
+      __syncthreads();
       for (int i = threadIdx.x; i < COLUMNS * TILE; i += THREADS) {
         bool by_rows = tile.r_stride == 1;
         int w = by_rows ? i / TILE : i % COLUMNS, r = by_rows ? i % TILE : i / COLUMNS;
         if (column + w >= group.wide.width || r >= tile.ranks) continue;
-        tile.sums[split * work.split_stride + (column + w) * tile.w_stride + r * tile.r_stride] = memory.sums[t][i];
+        float sum = memory.sums[0][w * STRIDE + r];
+        for (int s = 1; s < SHARERS; ++s) sum += memory.sums[s][w * STRIDE + r];
+        tile.sums[split * work.split_stride + (column + w) * tile.w_stride + r * tile.r_stride] = sum;
       }
     }
   }
@@ -122,7 +154,7 @@ int64_t gradient_splits(const std::vector<FactorGradient>& gradients, int64_t to
     bool joins = &of != &gradients[0] && (&of)[-1].wide == of.wide;  // the group of the last one
     if (!joins) blocks += blocks_of(of.wide.width, COLUMNS);
   }
-  return splits_for(blocks, tokens / (4 * ROWS));
+  return splits_for(blocks, tokens / CHUNK);
 }
 
 void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t tokens, int64_t splits, float* sums,
@@ -131,7 +163,7 @@ void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t toke
   GradientWork work{};
   work.tokens = tokens;
   work.splits = splits;
-  work.tokens_of_split = blocks_of(blocks_of(tokens, ROWS), splits) * ROWS;
+  work.tokens_of_split = blocks_of(blocks_of(tokens, CHUNK), splits) * CHUNK;
   for (const FactorGradient& of : gradients) {
     vector &= in_packs(of.wide.data, of.wide.stride, of.wide.width) && in_packs(of.narrow, of.narrow_stride, of.rank);
     work.split_stride += of.wide.width * of.rank;

@@ -12,9 +12,9 @@ namespace minift::cuda::low_rank {
 
 constexpr int ADD_THREADS = 256;
 
-// Two for each multiprocessor of an H100. Tests want few, so that small matrices have both one split and several.
+// One for each multiprocessor of an H100. Tests want few, so that small matrices have both one split and several.
 #if !defined(MINIFT_WANTED_BLOCKS)
-#define MINIFT_WANTED_BLOCKS 264
+#define MINIFT_WANTED_BLOCKS 132
 #endif
 constexpr int64_t WANTED_BLOCKS = MINIFT_WANTED_BLOCKS;
 

@@ -24,7 +24,7 @@ from minift.ops import extension
 from minift.ops.matmul import addmm_, linear, mm
 
 MOST_TILES_ON_GPU, RANK_TILE = 4, 16
-"""Ranks of one wide matrix that its kernels take at once (csrc/cuda/low_rank_tiles.h: GROUP tiles of TILE)."""
+"""Ranks of one wide matrix that its kernels take at once (csrc/cuda/low_rank_work.h: GROUP tiles of TILE)."""
 
 
 def to_rank(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:

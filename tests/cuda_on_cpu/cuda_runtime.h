@@ -192,15 +192,16 @@ MINIFT_UNWATCHED inline void run_block(const std::function<void()>& kernel, uint
   if (!mine.error.empty()) fail(mine.error);
 }
 
-// `bits` to the other lanes of the warp, those of one of them from there.
-MINIFT_UNWATCHED inline uint64_t show(uint64_t bits, unsigned from_lane) {
+// `bits` to the other lanes of the warp, all of theirs from there: until the next meeting but one.
+MINIFT_UNWATCHED inline const uint64_t* shown_by_all(uint64_t bits) {
   watch.is_on = false;
   auto& two = reinterpret_cast<Meeting(&)[2]>(block->shuffles[block->current / WARP * 2]);
-  Meeting& all = meet(two, block->threads[block->current].shuffles, WARP, &bits);
-  watch.is_on = false;
-  bits = all.shown[from_lane % WARP];
-  watch.is_on = true;
-  return bits;
+  return meet(two, block->threads[block->current].shuffles, WARP, &bits).shown;
+}
+
+// Those of one of them.
+MINIFT_UNWATCHED inline uint64_t show(uint64_t bits, unsigned from_lane) {
+  return shown_by_all(bits)[from_lane % WARP];
 }
 
 template <class T>

@@ -70,15 +70,36 @@ def test_to_rank(implementation, run, draw_tensor, rounding, tokens, sizes, is_s
         assert ((part.double() - exact).abs() <= unit * size + 1.01 * rounding(exact, torch.bfloat16)).all()
 
 
-def test_to_rank_of_few_tokens_and_many_columns(implementation, run, rounding):
-    """Parts of the width are summed up on their own where a GPU would have nothing to do otherwise."""
+@pytest.mark.parametrize("tokens, width", [(70, 700), (70, 704), (150, 2056), (300, 1031)])
+def test_to_rank_of_many_columns(implementation, run, rounding, tokens, width):
+    """More than are multiplied at once, and parts of the width that are summed up on their own where a GPU would have
+    nothing to do otherwise."""
     generator = torch.Generator().manual_seed(0)
-    wide, *factors = (torch.randn(s, generator=generator).bfloat16() for s in ((70, 700), (700, 16), (700, 24)))
+    wide, *factors = (torch.randn(s, generator=generator).bfloat16() for s in ((tokens, width), (width, 16)))
+    factors.append(torch.randn(24, width, generator=generator).bfloat16().t())
     narrow = run["to_rank"]([wide], factors, [1.0, -2.5])
     factor = torch.cat([factors[0].double(), -2.5 * factors[1].double()], dim=1)
     exact, size = wide.double() @ factor, wide.double().abs() @ factor.abs()
-    unit = 702 * U + (2.0**-8 if implementation == "reference" else 0.0)
+    unit = (width + 2) * U + (2.0**-8 if implementation == "reference" else 0.0)
     assert ((narrow.double() - exact).abs() <= unit * size + 1.01 * rounding(exact, torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("widths", [(700, 300), (704, 296)])
+@pytest.mark.parametrize("rank", [16, 72])
+def test_from_rank_of_many_columns(run, rounding, widths, rank):
+    """More than are made at once, by few tiles of ranks and by many; of both layouts of factors, with and without a
+    bias."""
+    generator = torch.Generator().manual_seed(rank)
+    narrows = [torch.randn(140, rank, generator=generator).bfloat16() for _ in widths]
+    factors = [torch.randn(widths[0], rank, generator=generator).bfloat16()]
+    factors.append(torch.randn(rank, widths[1], generator=generator).bfloat16().t())
+    biases = [torch.randn(widths[0], generator=generator).bfloat16(), torch.empty(0, dtype=torch.bfloat16)]
+    wides = run["from_rank"](narrows, factors, [1, 1], biases)
+    for wide, narrow, factor, bias in zip(wides, narrows, factors, biases, strict=True):
+        bias = bias.double() if bias.numel() else torch.zeros(())
+        exact = bias + narrow.double() @ factor.double().t()
+        size = bias.abs() + narrow.double().abs() @ factor.double().abs().t()
+        assert ((wide.double() - exact).abs() <= (rank + 2) * U * size + 1.01 * rounding(exact, torch.bfloat16)).all()
 
 
 @property_test
@@ -113,9 +134,9 @@ def test_from_rank(
         assert ((wide.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("count", [1, 20, 40])
+@pytest.mark.parametrize("count", [1, 20, 32])
 def test_many_terms_and_many_wide_matrices(implementation, run, rounding, count):
-    """More than a kernel takes as its arguments: 48 tiles of ranks, 32 wide matrices."""
+    """More than a kernel takes as its arguments: 48 tiles of ranks, 32 of one wide matrix."""
     generator = torch.Generator().manual_seed(count)
     narrows = [torch.randn(5, 3, generator=generator).bfloat16() for _ in range(2 * count)]
     factors = [torch.randn(24, 3, generator=generator).bfloat16() for _ in range(2 * count)]
