@@ -78,14 +78,20 @@ struct Scales {
 
   MINIFT_HOST_DEVICE float operator[](int64_t block) const {
     if (absmax != nullptr) return absmax[block];
-    float product = map[bytes[block]] * nested_absmax[block / NESTED_BLOCK_SIZE];
-    // Rounded before the addition, as bitsandbytes does it, and not fused with it.
-#if defined(__CUDA_ARCH__)
-    return __fadd_rn(product, *offset);
-#else
-    __asm__("" : "+m"(product));
-    return product + *offset;
-#endif
+    return expanded(map[bytes[block]], nested_absmax[block / NESTED_BLOCK_SIZE]);
+  }
+
+  // Of several blocks: their loads do not wait for each other.
+  template <int COUNT>
+  MINIFT_HOST_DEVICE void gather(const int64_t (&blocks)[COUNT], float (&to)[COUNT]) const {
+    if (absmax != nullptr) {
+      for (int i = 0; i < COUNT; ++i) to[i] = absmax[blocks[i]];
+      return;
+    }
+    float of_group[COUNT];
+    for (int i = 0; i < COUNT; ++i) of_group[i] = nested_absmax[blocks[i] / NESTED_BLOCK_SIZE];
+    for (int i = 0; i < COUNT; ++i) to[i] = map[bytes[blocks[i]]];
+    for (int i = 0; i < COUNT; ++i) to[i] = expanded(to[i], of_group[i]);
   }
 
   MINIFT_HOST_DEVICE void copy(int64_t first, int64_t count, float* to) const {
@@ -94,6 +100,18 @@ struct Scales {
     } else {
       for (int64_t i = 0; i < count; ++i) to[i] = (*this)[first + i];
     }
+  }
+
+ private:
+  MINIFT_HOST_DEVICE float expanded(float number, float of_group) const {
+    float product = number * of_group;
+    // Rounded before the addition, as bitsandbytes does it, and not fused with it.
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(product, *offset);
+#else
+    __asm__("" : "+m"(product));
+    return product + *offset;
+#endif
   }
 };
 

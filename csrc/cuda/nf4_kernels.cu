@@ -79,40 +79,45 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Packs in flight for each thread: their loads do not wait for each other.
+// Packs of a thread, of which everything is loaded before the first is stored.
 constexpr int UNROLLED = 4;
 
-template <class T>
+// VECTOR: rows are whole packs, and aligned; so are codes, four bytes a pack.
+template <class T, bool VECTOR>
 __global__ void __launch_bounds__(THREADS)
     dequantize(const uint8_t* codes, nf4::Scales scales, int block_size_log2, T* out, uint32_t packs_per_row,
-               int64_t num_packs, int64_t width, int64_t start, int64_t stride, bool aligned_codes, bool vector,
+               int64_t num_packs, int64_t width, int64_t start, int64_t stride,
                const __grid_constant__ Table table) {
   __shared__ float codebook[16];
   fill(codebook, table);
   int64_t step = int64_t{THREADS} * UNROLLED;
   for (int64_t first = blockIdx.x * step + threadIdx.x; first < num_packs; first += gridDim.x * step) {
+    int64_t rows[UNROLLED], columns[UNROLLED], blocks[UNROLLED];
+    uint32_t four_bytes[UNROLLED];
+    float scale[UNROLLED];
 #pragma unroll
     for (int u = 0; u < UNROLLED; ++u) {
-      int64_t pack_index = first + u * THREADS;
-      if (pack_index >= num_packs) continue;
-      int64_t row = packs_per_row == 0 ? 0 : static_cast<uint32_t>(pack_index) / packs_per_row;
-      int64_t column = (pack_index - row * packs_per_row) * PACK, element = start + row * stride + column;
-      int64_t count = width - column;
-      uint32_t four_bytes = 0;
-      if (count >= PACK && aligned_codes) {
-        four_bytes = *reinterpret_cast<const uint32_t*>(codes + element / 2);
-      } else {
-        for (int k = 0; k < PACK / 2 && 2 * k < count; ++k) four_bytes |= uint32_t{codes[element / 2 + k]} << (8 * k);
-      }
-      float scale = scales[element >> block_size_log2];
+      // What would be past the end is the first once more: no branch stands between the loads.
+      int64_t pack = first + u * THREADS < num_packs ? first + u * THREADS : first;
+      rows[u] = packs_per_row == 0 ? 0 : static_cast<uint32_t>(pack) / packs_per_row;
+      columns[u] = (pack - rows[u] * packs_per_row) * PACK;
+      int64_t element = start + rows[u] * stride + columns[u];
+      blocks[u] = element >> block_size_log2;
+      int64_t num_bytes = VECTOR ? PACK / 2 : (width - columns[u] + 1) / 2;
+      four_bytes[u] = load_elements<VECTOR, 4>(codes + element / 2, num_bytes).words[0];
+    }
+    scales.gather(blocks, scale);
+#pragma unroll
+    for (int u = 0; u < UNROLLED; ++u) {
+      if (first + u * THREADS >= num_packs) break;
       Pack pack;
 #pragma unroll
       for (int k = 0; k < PACK; k += 2) {
-        uint8_t byte = static_cast<uint8_t>(four_bytes >> (4 * k));
-        pack.at[k] = __fmul_rn(codebook[nf4::even_code(byte)], scale);
-        pack.at[k + 1] = __fmul_rn(codebook[nf4::odd_code(byte)], scale);
+        uint8_t byte = static_cast<uint8_t>(four_bytes[u] >> (4 * k));
+        pack.at[k] = __fmul_rn(codebook[nf4::even_code(byte)], scale[u]);
+        pack.at[k + 1] = __fmul_rn(codebook[nf4::odd_code(byte)], scale[u]);
       }
-      store_pack(out + row * width + column, pack, count, vector);
+      store_pack<VECTOR>(out + rows[u] * width + columns[u], pack, VECTOR ? PACK : width - columns[u]);
     }
   }
 }
@@ -138,9 +143,10 @@ void nf4_dequantize(const uint8_t* codes, nf4::Scales scales, int64_t block_size
   if (rows > 1 && num_packs > UINT32_MAX) {
     throw std::runtime_error("nf4_dequantize: more than 2^35 elements in several rows");
   }
-  launch("nf4_dequantize", dequantize<T>, blocks_for(num_packs, THREADS * UNROLLED), THREADS, stream, codes, scales,
-         log2_of(block_size), out, rows > 1 ? static_cast<uint32_t>(packs_per_row) : 0u, num_packs, width, start,
-         stride, reinterpret_cast<uintptr_t>(codes) % 4 == 0, aligned(out), Table(nf4::CODEBOOK));
+  bool vector = width % PACK == 0 && aligned(out) && reinterpret_cast<uintptr_t>(codes) % 4 == 0;
+  launch("nf4_dequantize", vector ? &dequantize<T, true> : &dequantize<T, false>,
+         blocks_for(num_packs, THREADS * UNROLLED), THREADS, stream, codes, scales, log2_of(block_size), out,
+         rows > 1 ? static_cast<uint32_t>(packs_per_row) : 0u, num_packs, width, start, stride, Table(nf4::CODEBOOK));
 }
 
 #define INSTANTIATE(T)                                                                                            \
