@@ -47,15 +47,19 @@ def rows(make: Maker) -> Iterator[Case]:
         return (x, weight), lambda: eager_rms_norm(x, weight)
 
     yield formula("rms_norm", lambda x, w: rms_norm(x, w, EPS)[0], eager_rms_norm, one_x, wide_bytes, 2 * wide_bytes)
-    for name, is_trained in (("rms_norm backward, frozen weight", False), ("rms_norm backward", True)):
+    for name, is_trained, adds in (
+        ("rms_norm backward, frozen weight", False, False),
+        ("rms_norm backward, frozen weight, and a residual's gradient", False, True),
+        ("rms_norm backward", True, False),
+    ):
 
-        def normed(is_trained: bool = is_trained) -> Inputs:
+        def normed(is_trained: bool = is_trained, adds: bool = adds) -> Inputs:
             x, dy = make.random(s.tokens, s.hidden), make.random(s.tokens, s.hidden)
-            if is_trained:
-                eager = backward(eager_rms_norm, (x, weight), dy)
-            else:
-                eager = backward(lambda x: eager_rms_norm(x, weight), (x,), dy)
-            return (dy, x, weight, rms_norm(x, weight, EPS)[1]), eager
+            dresidual = make.random(s.tokens, s.hidden) if adds else None
+            leaves = (x, weight) if is_trained else (x,)
+            eager = backward(lambda x, w=weight: eager_rms_norm(x, w), leaves, dy)
+            both = (lambda: (eager()[0] + dresidual,)) if adds else eager
+            return (dy, x, weight, rms_norm(x, weight, EPS)[1], dresidual), both
 
         def norm_backward(*inputs: Tensor, is_trained: bool = is_trained) -> tuple[Tensor, ...]:
             return rms_norm_backward(*inputs, is_trained)[: 1 + is_trained]
@@ -63,7 +67,7 @@ def rows(make: Maker) -> Iterator[Case]:
         def norm_formula(*inputs: Tensor, is_trained: bool = is_trained) -> tuple[Tensor, ...]:
             return rms_norm_backward_reference(*inputs, is_trained)
 
-        yield formula(name, norm_backward, norm_formula, normed, 2 * wide_bytes, 3 * wide_bytes)
+        yield formula(name, norm_backward, norm_formula, normed, (2 + adds) * wide_bytes, (3 + adds) * wide_bytes)
 
     def gate_and_up() -> Inputs:
         both = tuple(make.random(s.tokens, s.intermediate) for _ in range(2))

@@ -97,12 +97,12 @@ def make_cases(args: argparse.Namespace, dtype: torch.dtype) -> list[Case]:
         Case(
             "rms_norm backward, frozen weight",
             backward(lambda x: eager_rms_norm(x, weight), [x], dy),
-            lambda: rms_norm_backward(dy, x, weight, rstd, False)[:1],
+            lambda: rms_norm_backward(dy, x, weight, rstd, None, False)[:1],
         ),
         Case(
             "rms_norm backward",
             backward(eager_rms_norm, [x, weight], dy),
-            lambda: rms_norm_backward(dy, x, weight, rstd, True),
+            lambda: rms_norm_backward(dy, x, weight, rstd, None, True),
         ),
         Case("swiglu", lambda: (eager_swiglu(gate, up),), lambda: (swiglu(gate, up),)),
         Case("swiglu backward", backward(eager_swiglu, [gate, up], dy_mlp), backward(swiglu, [gate, up], dy_mlp)),

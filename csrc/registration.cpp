@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(minift, m) {
   // minift/ops/norm.py. rstd is fp32 with x's leading shape; dweight is fp32 and has no elements unless needed.
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
   m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_dweight)"
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual, bool need_dweight)"
       " -> (Tensor dx, Tensor dweight)");
 
   // minift/ops/swiglu.py. In place, dy becomes dgate.

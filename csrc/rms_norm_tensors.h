@@ -4,6 +4,8 @@
 
 #include "tensors.h"
 
+#include <optional>
+
 namespace minift {
 
 inline void check_rms_norm(const Tensor& x, const Tensor& weight) {
@@ -13,9 +15,11 @@ inline void check_rms_norm(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "rms_norm: weight must have the dtype of x");
 }
 
-inline void check_rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd) {
+inline void check_rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                    const std::optional<Tensor>& dresidual) {
   check_rms_norm(x, weight);
   check_same(dy, x, "rms_norm_backward: dy must have the shape and dtype of x");
+  if (dresidual) check_same(*dresidual, x, "rms_norm_backward: dresidual must have the shape and dtype of x");
   STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous(),
                   "rms_norm_backward: rstd must be contiguous float32, as rms_norm returns it");
   STD_TORCH_CHECK(rstd.numel() == row_layout(x).count,

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from minift.model.cheap import CheapOps
+from minift.model.cheap import CheapOps, Result
 from minift.trace import Recorder
 
 Policy = Literal["none", "full", "selective", "offload"]
@@ -279,10 +279,11 @@ class _Selective:
         finally:
             self._recipes = None
 
-    def _cheap(self, operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _cheap(self, operation: Callable[..., Result], *inputs: Tensor) -> Result:
         result = operation(*inputs)
         if self._recipes is not None:
-            self._recipes.append((weakref.ref(result), _Recipe(operation, [x.detach() for x in inputs], self)))
+            recipe = _Recipe(operation, [x.detach() for x in inputs], self)
+            self._recipes.append((weakref.ref(_first(result)), recipe))
         return result
 
     def _pack(self, saved: Tensor) -> Tensor | _Recipe:
@@ -300,10 +301,14 @@ class _Selective:
         return saved if saved.is_leaf else saved.detach()
 
 
+def _first(result: Result) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
 class _Recipe:
     """How to make one cheap result, and the result for as long as readers wait for it."""
 
-    def __init__(self, operation: Callable[..., Tensor], inputs: list[Tensor], unit: _Selective) -> None:
+    def __init__(self, operation: Callable[..., Result], inputs: list[Tensor], unit: _Selective) -> None:
         self.num_readers = 0
         self._operation = operation
         self._inputs = inputs
@@ -315,7 +320,7 @@ class _Recipe:
         """The result for one reader. A second backward over the same graph begins anew."""
         if self._result is None:
             with self._unit.recorder.during("compute", "recompute", self._unit.name), torch.no_grad():
-                self._result = self._operation(*self._inputs)
+                self._result = _first(self._operation(*self._inputs))
             self._num_waiting = self.num_readers
         result = self._result
         self._num_waiting -= 1

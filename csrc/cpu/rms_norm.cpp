@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #define MINIFT_KERNELS "rms_norm_kernels.h"
@@ -37,9 +38,12 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                             const Tensor& rstd, bool need_dweight) {
-  check_rms_norm_backward(dy, x, weight, rstd);
+                                             const Tensor& rstd, const std::optional<Tensor>& dresidual,
+                                             bool need_dweight) {
+  check_rms_norm_backward(dy, x, weight, rstd, dresidual);
   Tensor dy_rows = with_rows(dy), x_rows = with_rows(x), weight_row = torch::stable::contiguous(weight);
+  std::optional<Tensor> residual_rows;
+  if (dresidual) residual_rows = with_rows(*dresidual);
   int64_t width = weight.size(0), count = rstd.numel();
   int64_t block_rows = std::max(MIN_DWEIGHT_BLOCK_ROWS, (count + MAX_DWEIGHT_BLOCKS - 1) / MAX_DWEIGHT_BLOCKS);
   int64_t num_blocks = need_dweight ? (count + block_rows - 1) / block_rows : 0;
@@ -52,13 +56,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
   dispatch_dtype(x, "rms_norm_backward", [&](auto element) {
     using T = decltype(element);
     Rows<const T> d = rows<const T>(dy_rows), in = rows<const T>(x_rows);
+    Rows<const T> added = residual_rows ? rows<const T>(*residual_rows) : Rows<const T>{};
     Rows<T> out = rows<T>(dx);
     const T* w = static_cast<const T*>(weight_row.data_ptr());
     const float* scale = static_cast<const float*>(rstd.data_ptr());
     if (!need_dweight) {
       auto* kernel = MINIFT_KERNEL(rms_norm_backward<T, false>);
       parallel_rows(count, width, [&](int64_t begin, int64_t end) {
-        kernel(d, in, w, scale, out, nullptr, begin, end);
+        kernel(d, in, w, scale, added, out, nullptr, begin, end);
       });
       return;
     }
@@ -66,7 +71,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
     parallel_rows(num_blocks, block_rows * width, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         int64_t first = block * block_rows, last = std::min(first + block_rows, count);
-        kernel(d, in, w, scale, out, partial + block * width, first, last);
+        kernel(d, in, w, scale, added, out, partial + block * width, first, last);
       }
     });
   });

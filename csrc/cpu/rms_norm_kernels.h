@@ -56,27 +56,31 @@ struct ScaledDot {
   }
 };
 
-// With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n.
-// dweight (fp32, width) receives the sum over these rows; null if not wanted.
+// With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n. dx is rounded, then
+// dresidual is added, if its data is not null. dweight (fp32, width) receives the sum over these rows; null if not
+// wanted.
 template <class T, bool NEED_DWEIGHT>
-void rms_norm_backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, Rows<T> dx,
-                       float* dweight, int64_t begin, int64_t end) {
+void rms_norm_backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, Rows<const T> dresidual,
+                       Rows<T> dx, float* dweight, int64_t begin, int64_t end) {
   int64_t width = x.width;
+  bool adds = dresidual.data != nullptr;
   if (NEED_DWEIGHT) __builtin_memset(dweight, 0, width * sizeof(float));
   for (int64_t row = begin; row < end; ++row) {
-    const T *dy_row = dy[row], *x_row = x[row];
+    const T *dy_row = dy[row], *x_row = x[row], *residual_row = adds ? dresidual[row] : nullptr;
     T* dx_row = dx[row];
     float scale = rstd[row];
     float projection = sum_over(width, ScaledDot<T>{dy_row, weight, x_row}) / float(width) * scale * scale * scale;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
       F32 d = load(dy_row + i), v = load(x_row + i);
-      store(dx_row + i, d * load(weight + i) * scale - v * projection);
+      F32 g = d * load(weight + i) * scale - v * projection;
+      store(dx_row + i, adds ? round_to<T>(g) + load(residual_row + i) : g);
       if (NEED_DWEIGHT) store(dweight + i, load(dweight + i) + d * (v * scale));
     }
     if (int64_t left = width - i; left > 0) {
       F32 d = load(dy_row + i, left), v = load(x_row + i, left);
-      store(dx_row + i, d * load(weight + i, left) * scale - v * projection, left);
+      F32 g = d * load(weight + i, left) * scale - v * projection;
+      store(dx_row + i, adds ? round_to<T>(g) + load(residual_row + i, left) : g, left);
       if (NEED_DWEIGHT) store(dweight + i, load(dweight + i, left) + d * (v * scale), left);
     }
   }

@@ -59,6 +59,14 @@ struct alignas(SIZE * sizeof(T) < 16 ? SIZE * sizeof(T) : 16) PackOf {
   __device__ T at(int i) const { return from_bits<T>(words[i / PER_WORD] >> shift(i)); }
   __device__ void set(int i, T value) { words[i / PER_WORD] |= to_bits(value) << shift(i); }  // once, where zeros were
 
+  // What is computed of it from here on is computed again: the fp32 of before need not wait in twice the registers.
+  __device__ void forget_floats() {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) asm("" : "+r"(words[i]));
+#endif
+  }
+
  private:
   __device__ static int shift(int i) { return i % PER_WORD * (32 / PER_WORD); }
 };

@@ -1,7 +1,7 @@
 // RMS normalisation on the GPU. A row is the work of a team of threads: lanes of a warp if their registers hold it, or
 // else a block. It is loaded once, and kept as it was in memory until its sum is known; what a row has beyond HELD
-// packs for each thread of a block is read a second time, from cache, and so are rows that are not aligned. The weight
-// stays in the first level of cache.
+// packs for each thread of a block is read a second time, from cache, and so are rows that are not aligned. All that is
+// held of the row and of the weight is in flight before the first of it is used: nothing is waited for after the sum.
 //
 // The sum over rows for dweight is made without atomics, so that its bits are the same in every run: every thread sums
 // its columns in registers over the rows of its team, every block its teams, and a second kernel the blocks.
@@ -40,10 +40,15 @@ struct Team {
     return reduce_warp<Sum>(value, lanes);
   }
 
-  // The packs of a row that the calling thread holds: zeros past its end.
+  // The packs of a row that the calling thread holds: zeros past its end, which add nothing to a sum.
   template <class T>
   struct Held {
     PackOf<T> at[HELD + !HELD];
+
+    __device__ void forget_floats() {
+#pragma unroll
+      for (int k = 0; k < HELD; ++k) at[k].forget_floats();
+    }
   };
 
   template <class T>
@@ -57,7 +62,7 @@ struct Team {
     return held;
   }
 
-  // visit(i, k) for each of them, and visit(i) for each of the others: i is where in the row it begins.
+  // visit(i, k) for each that is in the row, and visit(i) for each of the others: i is where in the row it begins.
   template <class Visit>
   __device__ void for_each_held(int width, const Visit& visit) const {
 #pragma unroll
@@ -96,6 +101,7 @@ __global__ void __launch_bounds__(THREADS)
   auto load = [&](const T* row, int i) {
     return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i));
   };
+  auto weights = team.load_held(weight, width);
   // Every team of a warp goes through the loop equally often, for all lanes shuffle together.
   for (int64_t row_of_first = int64_t{blockIdx.x} * team.teams(); row_of_first < x.count;
        row_of_first += int64_t{gridDim.x} * team.teams()) {
@@ -103,17 +109,19 @@ __global__ void __launch_bounds__(THREADS)
     const T* x_row = x[row];
     auto held = team.load_held(x_row, width);
     float sum = 0.0f;
-    team.for_each_held(width, [&](int, int k) { sum += sum_of_squares(to_floats(held.at[k])); });
+#pragma unroll
+    for (int k = 0; k < team.HELD; ++k) sum += sum_of_squares(to_floats(held.at[k]));
     team.for_each_other(width, [&](int i) { sum += sum_of_squares(load(x_row, i)); });
     float scale = 1.0f / sqrtf(team.sum(sum) / static_cast<float>(width) + eps);
+    held.forget_floats();
+    weights.forget_floats();
     if (row_of_first + team.index > row) continue;  // there is no such row
     if (team.first == 0) rstd[row] = scale;
-    auto finish = [&](int i, const Pack& elements) {
-      Pack y_pack = normalised<T>(elements, load(weight, i), scale);
-      store_pack<VECTOR>(y + row * width + i, y_pack, VECTOR ? PACK : width - i);
+    auto finish = [&](int i, const Pack& elements, const Pack& w) {
+      store_pack<VECTOR>(y + row * width + i, normalised<T>(elements, w, scale), VECTOR ? PACK : width - i);
     };
-    team.for_each_held(width, [&](int i, int k) { finish(i, to_floats(held.at[k])); });
-    team.for_each_other(width, [&](int i) { finish(i, load(x_row, i)); });
+    team.for_each_held(width, [&](int i, int k) { finish(i, to_floats(held.at[k]), to_floats(weights.at[k])); });
+    team.for_each_other(width, [&](int i) { finish(i, load(x_row, i), load(weight, i)); });
   }
 }
 
@@ -136,12 +144,26 @@ __device__ void add_dweight(Pack& dweight, const Pack& dy, const Pack& x, float 
   for (int i = 0; i < PACK; ++i) dweight.at[i] += dy.at[i] * (x.at[i] * scale);
 }
 
-// With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n.
-// Block b writes its part of dweight to parts + b * width. Without a number of blocks in its bounds the compiler spills
-// a register or two, for an occupancy of its own choice.
+// Blocks of a multiprocessor at once, at least: what their registers allow without a spill. A row in flight hides the
+// sum of another.
+template <class T, bool BLOCK, bool NEED_DWEIGHT>
+constexpr int RESIDENT = NEED_DWEIGHT || sizeof(T) > 2 ? 1 : BLOCK ? 4 : 2;
+
+template <class T>
+__device__ Pack plus_residual(const Pack& dx, const Pack& dresidual) {
+  Pack sum;
+#pragma unroll
+  for (int i = 0; i < PACK; ++i) sum.at[i] = round_to<T>(dx.at[i]) + dresidual.at[i];
+  return sum;
+}
+
+// With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n; dx is rounded, then
+// dresidual is added, if there is one.
+// Block b writes its part of dweight to parts + b * width.
 template <class T, bool BLOCK, bool VECTOR, bool NEED_DWEIGHT>
-__global__ void __launch_bounds__(THREADS, NEED_DWEIGHT ? 1 : 2)
-    backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, T* dx, float* parts, int lanes) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<T, BLOCK, NEED_DWEIGHT>)
+    backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, Rows<const T> dresidual, T* dx,
+             float* parts, int lanes) {
   Team<BLOCK, VECTOR> team(lanes);
   int width = static_cast<int>(x.width);
   float* part = parts + int64_t{blockIdx.x} * width;
@@ -149,30 +171,38 @@ __global__ void __launch_bounds__(THREADS, NEED_DWEIGHT ? 1 : 2)
   auto load = [&](const T* row, int i) {
     return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i));
   };
+  bool adds = dresidual.data != nullptr;
+  auto weights = team.load_held(weight, width);
   for (int64_t row_of_first = int64_t{blockIdx.x} * team.teams(); row_of_first < x.count;
        row_of_first += int64_t{gridDim.x} * team.teams()) {
     int64_t row = min(row_of_first + team.index, x.count - 1);
-    const T *dy_row = dy[row], *x_row = x[row];
+    const T *dy_row = dy[row], *x_row = x[row], *residual_row = adds ? dresidual[row] : nullptr;
     auto held_dy = team.load_held(dy_row, width), held_x = team.load_held(x_row, width);
+    auto held_residual = team.load_held(residual_row, adds ? width : 0);
     float scale = rstd[row], dot = 0.0f;
-    team.for_each_held(width, [&](int i, int k) {
-      dot += scaled_dot(to_floats(held_dy.at[k]), load(weight, i), to_floats(held_x.at[k]));
-    });
+#pragma unroll
+    for (int k = 0; k < team.HELD; ++k) {
+      dot += scaled_dot(to_floats(held_dy.at[k]), to_floats(weights.at[k]), to_floats(held_x.at[k]));
+    }
     team.for_each_other(width, [&](int i) { dot += scaled_dot(load(dy_row, i), load(weight, i), load(x_row, i)); });
     float projection = team.sum(dot) / static_cast<float>(width) * scale * scale * scale;
+    held_dy.forget_floats();
+    held_x.forget_floats();
+    weights.forget_floats();
     if (row_of_first + team.index > row) continue;
-    auto finish = [&](int i, const Pack& dy_pack, const Pack& x_pack) {
-      Pack dx_pack = gradient(dy_pack, load(weight, i), x_pack, scale, projection);
+    auto finish = [&](int i, const Pack& dy_pack, const Pack& w, const Pack& x_pack, const Pack& residual) {
+      Pack dx_pack = gradient(dy_pack, w, x_pack, scale, projection);
+      if (adds) dx_pack = plus_residual<T>(dx_pack, residual);
       store_pack<VECTOR>(dx + row * width + i, dx_pack, VECTOR ? PACK : width - i);
     };
     team.for_each_held(width, [&](int i, int k) {
       Pack dy_pack = to_floats(held_dy.at[k]), x_pack = to_floats(held_x.at[k]);
-      finish(i, dy_pack, x_pack);
+      finish(i, dy_pack, to_floats(weights.at[k]), x_pack, to_floats(held_residual.at[k]));
       if (NEED_DWEIGHT) add_dweight(sums[k], dy_pack, x_pack, scale);
     });
     team.for_each_other(width, [&](int i) {
       Pack dy_pack = load(dy_row, i), x_pack = load(x_row, i);
-      finish(i, dy_pack, x_pack);
+      finish(i, dy_pack, load(weight, i), x_pack, adds ? load(residual_row, i) : Pack{});
       if (!NEED_DWEIGHT) return;
       Pack sum = row_of_first == blockIdx.x ? Pack{} : to_floats(load_elements<false>(part + i, width - i));
       add_dweight(sum, dy_pack, x_pack, scale);
@@ -257,14 +287,15 @@ int64_t rms_norm_dweight_parts(int64_t count, int64_t width) {
 }
 
 template <class T>
-void rms_norm_backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, T* dx,
-                       float* dweight, float* parts, cudaStream_t stream) {
+void rms_norm_backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, Rows<const T> dresidual,
+                       T* dx, float* dweight, float* parts, cudaStream_t stream) {
   check_width(x.width);
   bool vector = aligned(dy) && aligned(x) && aligned(dx) && aligned(weight);
+  vector &= dresidual.data == nullptr || aligned(dresidual);
   int lanes = vector ? lanes_for(x.width) : THREADS;
   auto run = [&](auto* kernel, int64_t blocks) {
-    launch("rms_norm_backward", kernel, static_cast<unsigned>(blocks), THREADS, stream, dy, x, weight, rstd, dx, parts,
-           lanes);
+    launch("rms_norm_backward", kernel, static_cast<unsigned>(blocks), THREADS, stream, dy, x, weight, rstd, dresidual,
+           dx, parts, lanes);
   };
   if (dweight == nullptr) {
     run(backward_kernel<T, false>(lanes, vector), blocks_for(x.count, THREADS / lanes));
@@ -277,9 +308,9 @@ void rms_norm_backward(Rows<const T> dy, Rows<const T> x, const T* weight, const
 }
 
 #define INSTANTIATE(T)                                                                                           \
-  template void rms_norm(Rows<const T>, const T*, float, T*, float*, cudaStream_t);                         \
-  template void rms_norm_backward(Rows<const T>, Rows<const T>, const T*, const float*, T*, float*, float*, \
-                                  cudaStream_t);
+  template void rms_norm(Rows<const T>, const T*, float, T*, float*, cudaStream_t);                              \
+  template void rms_norm_backward(Rows<const T>, Rows<const T>, const T*, const float*, Rows<const T>, T*, float*, \
+                                  float*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(Bf16)
 INSTANTIATE(Fp16)

@@ -6,7 +6,7 @@ everything else in one `Packing`.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minift.model.attention import Attention, Packing
 from minift.model.cheap import CheapOps
@@ -28,5 +28,10 @@ class Block(CheapOps):
         self.mlp = MLP(config)
 
     def forward(self, hidden_TD: Tensor, packing: Packing) -> Tensor:
-        hidden_TD = hidden_TD + self.self_attn(self.cheap(self.input_layernorm, hidden_TD), packing)
-        return hidden_TD + self.mlp(self.cheap(self.post_attention_layernorm, hidden_TD), self.result_is_read)
+        hidden_TD = self._plus(self.self_attn, self.input_layernorm, hidden_TD, packing)
+        return self._plus(self.mlp, self.post_attention_layernorm, hidden_TD, self.result_is_read)
+
+    def _plus(self, branch: nn.Module, norm: RMSNorm, hidden_TD: Tensor, *others: object) -> Tensor:
+        """hidden + branch(norm(hidden), *others)."""
+        normed_TD, hidden_TD = self.cheap(norm.with_residual, hidden_TD)
+        return hidden_TD + branch(normed_TD, *others)

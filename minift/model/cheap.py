@@ -8,8 +8,11 @@ next to nothing. Only the model knows these places, so it names them here; what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
 
 class CheapOps(nn.Module):
@@ -19,8 +22,9 @@ class CheapOps(nn.Module):
     keeps_cheap = True
     """Whether such results are kept for backward. Selective recomputation says no."""
 
-    def cheap(self, operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """operation(*inputs). Selective recomputation puts another function in this one's place.
+    def cheap(self, operation: Callable[..., Result], *inputs: Tensor) -> Result:
+        """operation(*inputs): a tensor, or a tuple of one that is meant and of others that are the inputs. Selective
+        recomputation puts another function in this one's place.
 
         `operation` may then run once more in backward, without a graph, on the same inputs: it draws no random numbers,
         changes nothing, and reads parameters from their Parameter objects. Worth it where backward keeps the inputs

@@ -14,20 +14,27 @@ from minift.ops.norm import rms_norm, rms_norm_backward
 
 
 class _RMSNorm(torch.autograd.Function):
+    """The result, and x again: what reads x beside the norm reads this, and its gradient is added here."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x_ND = x.reshape(-1, x.shape[-1])
         y_ND, rstd_N = rms_norm(x_ND, weight_D, eps)
         ctx.weight = weight_D
         ctx.save_for_backward(x_ND, rstd_N)
-        return y_ND.view(x.shape)
+        ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(x)
+        return y_ND.view(x.shape), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx, dy: Tensor | None, dresidual: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if dy is None:
+            return dresidual, None, None
         x_ND, rstd_N = ctx.saved_tensors
-        dy_ND = dy.reshape(-1, dy.shape[-1])
-        dx_ND, dweight_D = rms_norm_backward(dy_ND, x_ND, ctx.weight, rstd_N, ctx.needs_input_grad[1])
+        dy_ND, dresidual_ND = (None if of is None else of.reshape(-1, of.shape[-1]) for of in (dy, dresidual))
+        dx_ND, dweight_D = rms_norm_backward(dy_ND, x_ND, ctx.weight, rstd_N, dresidual_ND, ctx.needs_input_grad[1])
         if dweight_D is not None:
             dweight_D = dweight_D.to(ctx.weight.dtype)
         return dx_ND.view(dy.shape), dweight_D, None
@@ -42,6 +49,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)[0]
+
+    def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, x). Whoever reads that x, and not the argument, has its gradient added to the norm's in one pass over
+        memory instead of two."""
         return _RMSNorm.apply(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:

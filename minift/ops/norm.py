@@ -28,17 +28,17 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def rms_norm_backward(
-    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, need_dweight: bool
+    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dresidual_ND: Tensor | None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients for `rms_norm`: dx (..., D) in x's dtype, and dweight (D) in fp32 if needed, else None.
 
     With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n. Differs from
     Hugging Face's autograd by keeping n and g in fp32, which is more exact. dweight does not depend on the number of
-    threads.
+    threads. dresidual (..., D): x's gradient of another origin, which is added to the rounded dx, in the same pass.
     """
     _check_dtypes("rms_norm_backward", x_ND, weight_D)
     backward = rms_norm_backward_reference if x_ND.dtype == torch.float64 else _rms_norm_backward
-    dx_ND, dweight_D = backward(dy_ND, x_ND, weight_D, rstd_N, need_dweight)
+    dx_ND, dweight_D = backward(dy_ND, x_ND, weight_D, rstd_N, dresidual_ND, need_dweight)
     return dx_ND, dweight_D if need_dweight else None
 
 
@@ -50,15 +50,15 @@ def rms_norm_reference(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tens
 
 
 def rms_norm_backward_reference(
-    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, need_dweight: bool
+    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dresidual_ND: Tensor | None, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm_backward` in plain PyTorch; dweight has no elements when it is not needed."""
     dy, rstd = _at_least_fp32(dy_ND), rstd_N.unsqueeze(-1)
     normed = _at_least_fp32(x_ND) * rstd
     scaled = dy * _at_least_fp32(weight_D)
-    dx_ND = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    dx_ND = (rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))).to(x_ND.dtype)
     dweight_D = (dy * normed).flatten(0, -2).sum(0) if need_dweight else rstd_N.new_empty(0)
-    return dx_ND.to(x_ND.dtype), dweight_D
+    return dx_ND if dresidual_ND is None else dx_ND + dresidual_ND, dweight_D
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def _rms_norm_backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_dweight: bool
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_dweight else 0, dtype=torch.float32)
 

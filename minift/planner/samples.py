@@ -158,7 +158,7 @@ class _Maker:
         rstd = torch.ones(T, device=self.device)
         earlier = self.turns(T, D)
         yield sample("rms norm", 2, self.kept(lambda: rms_norm(x, weight, 1e-5)[0]))
-        yield sample("rms norm backward", 3, lambda: rms_norm_backward(y, earlier(), weight, rstd, False))
+        yield sample("rms norm backward", 3, lambda: rms_norm_backward(y, earlier(), weight, rstd, None, False))
         heads = x.view(T, -1, 64)
         angle = torch.rand(T, 32, device=self.device)
         cos, sin = angle.cos(), angle.sin()

@@ -242,7 +242,11 @@ class _Block:
         pairs += (run.num_prompt + run.num_prefix) * run.workload.tokens + visible_pairs([run.num_prompt], None)
         attend, attend_backward = attention(dtype, T, pairs, H, K, E)
         norm = elementwise("rms norm", dtype, T * D, 2)
-        norm_backward = elementwise("rms norm backward", dtype, T * D, 3)
+
+        def norm_backward(adds: bool) -> Op:
+            """adds: the gradient of the residual, in the same pass."""
+            return elementwise("rms norm backward", dtype, T * D, 4 if adds else 3)
+
         turn = [elementwise("rope", dtype, T * heads * E, 2) for heads in (H, K)]
         head_norms = [elementwise("rms norm", dtype, T * heads * E, 2) for heads in (H, K)] if config.qk_norm else []
         head_norms_backward = (
@@ -261,13 +265,11 @@ class _Block:
             *down.backward(),
             *([gated_backward] if gate_up.out_needs else []),
             *gate_up.backward(),
-            *([norm_backward] if second_norm_needs else []),
-            *([add] if middle_needs and gate_up.out_needs else []),
+            *([norm_backward(middle_needs)] if second_norm_needs else []),
             *o.backward(),
             *([attend_backward, *turn, *head_norms_backward] if self.mixes else []),
             *qkv.backward(),
-            *([norm_backward] if norm_needs else []),
-            *([add] if x_needs else []),
+            *([norm_backward(x_needs)] if norm_needs else []),
         ]
 
     def work(self) -> UnitWork:

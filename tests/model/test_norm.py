@@ -46,6 +46,33 @@ def test_gradients(shape):
     torch.testing.assert_close(norm.weight.grad, (dy * normed).flatten(0, -2).sum(0))
 
 
+@given(trains=st.booleans(), x_needs=st.booleans(), seed=st.integers(0, 99))
+def test_a_residual_s_gradient_has_the_bits_of_an_addition(trains, x_needs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, factor, dy, dresidual = (torch.randn(3, 2, 8, generator=generator).bfloat16() for _ in range(4))
+    norm = RMSNorm(8, 1e-5).bfloat16().requires_grad_(trains)
+    norm.weight.data = torch.randn(8, generator=generator).bfloat16()
+
+    def gradients(of_both):
+        leaf, norm.weight.grad = x.clone().requires_grad_(x_needs), None
+        y, residual = of_both(leaf * factor)  # not a leaf, as in a model
+        assert torch.equal(residual, x * factor) and residual.requires_grad == x_needs
+        outputs = [(of, grad) for of, grad in ((y, dy), (residual, dresidual)) if of.requires_grad]
+        if outputs:
+            torch.autograd.backward(*zip(*outputs, strict=True))
+        return leaf.grad, norm.weight.grad
+
+    for one, two in zip(gradients(norm.with_residual), gradients(lambda x: (norm(x), x)), strict=True):
+        assert (one is None) == (two is None) and (one is None or torch.equal(one, two))
+
+
+def test_a_residual_alone_has_a_gradient():
+    norm = RMSNorm(4, 1e-5)
+    x = torch.randn(3, 4, requires_grad=True)
+    norm.with_residual(x)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 4)) and norm.weight.grad is None
+
+
 def test_a_frozen_weight_gets_no_gradient():
     norm = RMSNorm(4, 1e-5)
     torch.nn.init.ones_(norm.weight)

@@ -50,8 +50,8 @@ def rows_cases(device: torch.device) -> None:
         x, dy = (draw(device, dtype, rows, width, packed) for _ in range(2))
         weight = draw(device, dtype, 1, width, packed)[0]
         _, rstd = rms_norm(x, weight, 1e-5)
-        for trains in (True, False):
-            rms_norm_backward(dy, x, weight, rstd, trains)
+        for trains, dresidual in itertools.product((True, False), (None, x)):
+            rms_norm_backward(dy, x, weight, rstd, dresidual, trains)
         gate, up = (tensor.detach().requires_grad_() for tensor in (x, dy))
         swiglu(gate, up).backward(dy)
         swiglu_backward_(dy.contiguous(), gate.detach(), up.detach())

@@ -32,7 +32,7 @@ rope.apply_rope(x, torch.ones(2, 4), torch.zeros(2, 4)).sum().backward()
 bounds = torch.tensor([0, 2], dtype=torch.int32)
 attention.causal_attention(x, x, x, bounds, bounds, None).sum().backward()
 y, rstd = norm.rms_norm(x.detach(), torch.ones(8, dtype=torch.bfloat16), 1e-5)
-assert norm.rms_norm_backward(y, x.detach(), torch.ones(8, dtype=torch.bfloat16), rstd, False)[1] is None
+assert norm.rms_norm_backward(y, x.detach(), torch.ones(8, dtype=torch.bfloat16), rstd, None, False)[1] is None
 assert torch.equal(dropout.dropout(y, 1, 0), y)
 assert cross_entropy.cross_entropy_(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), True).tolist() == [0.0, 0.0]
 wide, factor = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8, 1, dtype=torch.bfloat16)

@@ -7,6 +7,8 @@ rounding to the dtype what conftest.py's `rounding` says.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -71,9 +73,9 @@ def test_backward_is_autograd_of_the_formula(
     weight = draw_tensor(generator, shape[-1:], dtype)
     _, rstd = norm.rms_norm_reference(x, weight, eps)
     if implementation == "reference":
-        dx, dweight = norm.rms_norm_backward_reference(dy, x, weight, rstd, need_dweight)
+        dx, dweight = norm.rms_norm_backward_reference(dy, x, weight, rstd, None, need_dweight)
     else:
-        dx, dweight = norm.rms_norm_backward(dy, x, weight, rstd, need_dweight)
+        dx, dweight = norm.rms_norm_backward(dy, x, weight, rstd, None, need_dweight)
         assert (dweight is not None) == need_dweight
 
     x64, weight64 = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -94,6 +96,31 @@ def test_backward_is_autograd_of_the_formula(
         assert ((dweight.double() - exact_dweight).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@property_test
+@given(
+    shape=SHAPES,
+    layout=st.sampled_from(LAYOUTS),
+    residual_layout=st.sampled_from(LAYOUTS),
+    need_dweight=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_a_residual_s_gradient_is_added_to_the_rounded_dx(
+    implementation, draw_tensor, dtype, shape, layout, residual_layout, need_dweight, seed
+):
+    """To the bit what an addition after it gives."""
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = draw_tensor(generator, shape, dtype, layout), draw_tensor(generator, shape, dtype, layout)
+    dresidual = draw_tensor(generator, shape, dtype, residual_layout)
+    weight = draw_tensor(generator, shape[-1:], dtype)
+    _, rstd = norm.rms_norm_reference(x, weight, 1e-5)
+    backward = norm.rms_norm_backward_reference if implementation == "reference" else norm.rms_norm_backward
+    dx, dweight = backward(dy, x, weight, rstd, None, need_dweight)
+    total, same_dweight = backward(dy, x, weight, rstd, dresidual, need_dweight)
+    assert torch.equal(total, dx + dresidual)
+    assert not need_dweight or torch.equal(dweight, same_dweight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_where_hugging_face_rounds(implementation, dtype):
     """rstd may differ in its last bit, which moves a row element over a rounding border once in hundreds."""
@@ -112,7 +139,7 @@ def test_dweight_of_many_rows_does_not_depend_on_the_number_of_threads(instructi
     torch.manual_seed(0)
     x, dy, weight = torch.randn(3001, 48), torch.randn(3001, 48), torch.randn(48)
     _, rstd = norm.rms_norm(x, weight, 1e-5)
-    one, two, three = in_threads(lambda: norm.rms_norm_backward(dy, x, weight, rstd, True)[1])
+    one, two, three = in_threads(lambda: norm.rms_norm_backward(dy, x, weight, rstd, None, True)[1])
     assert torch.equal(one, two) and torch.equal(one, three)
     terms = dy.double() * x.double() * rstd.double().unsqueeze(-1)
     # At most 64 blocks of 47 rows, and two products.
@@ -131,7 +158,7 @@ def test_no_rows(implementation):
     rms_norm = norm.rms_norm_reference if implementation == "reference" else norm.rms_norm
     y, rstd = rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5)
     assert y.shape == (0, 8) and rstd.shape == (0,)
-    _, dweight = norm.rms_norm_backward(y, y, torch.ones(8), rstd, True)
+    _, dweight = norm.rms_norm_backward(y, y, torch.ones(8), rstd, y, True)
     assert torch.equal(dweight, torch.zeros(8))
 
 
@@ -140,7 +167,7 @@ def test_float64_is_computed_in_float64():
     x, weight = torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     y, rstd = norm.rms_norm(x, weight, 1e-5)
     torch.testing.assert_close(y, formula(x, weight, 1e-5), rtol=1e-14, atol=1e-14)
-    assert norm.rms_norm_backward(y, x, weight, rstd, True)[1].dtype == torch.float64
+    assert norm.rms_norm_backward(y, x, weight, rstd, x, True)[1].dtype == torch.float64
 
 
 def test_a_weight_of_another_dtype_is_refused():
@@ -152,7 +179,11 @@ def test_wrong_shapes_are_refused(instruction_set):
     with pytest.raises(RuntimeError, match="as long as the last dimension"):
         norm.rms_norm(torch.ones(2, 4), torch.ones(5), 1e-5)
     with pytest.raises(RuntimeError, match="one element for every row"):
-        norm.rms_norm_backward(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), torch.ones(3), False)
+        norm.rms_norm_backward(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), torch.ones(3), None, False)
+    with pytest.raises(RuntimeError, match="dresidual must have the shape"):
+        norm.rms_norm_backward(
+            torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), torch.ones(2), torch.ones(2, 5), False
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,5 +192,6 @@ def test_opcheck(instruction_set, draw_tensor, dtype):
     x = draw_tensor(generator, (3, 5, 20), dtype, "slice of wider rows")
     weight, rstd = draw_tensor(generator, (20,), dtype), torch.ones(3, 5)
     torch.library.opcheck(torch.ops.minift.rms_norm.default, (x, weight, 1e-5))
-    for need_dweight in (False, True):
-        torch.library.opcheck(torch.ops.minift.rms_norm_backward.default, (x, x, weight, rstd, need_dweight))
+    for dresidual, need_dweight in itertools.product((None, x), (False, True)):
+        args = (x, x, weight, rstd, dresidual, need_dweight)
+        torch.library.opcheck(torch.ops.minift.rms_norm_backward.default, args)
