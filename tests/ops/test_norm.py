@@ -108,8 +108,8 @@ def test_backward_is_autograd_of_the_formula(
 def test_a_residual_s_gradient_is_added_to_the_rounded_dx(
     implementation, draw_tensor, dtype, shape, layout, residual_layout, need_dweight, seed
 ):
-    """To the bit what an addition after it gives, where rows are alike, for it depends on how they lie which kernel runs;
-    and, in whatever rows it comes, to a dx of zero."""
+    """To the bit what an addition after it gives, where rows are alike: how they lie decides which kernel runs. And, in
+    whatever rows it comes, to a dx of zero."""
     generator = torch.Generator().manual_seed(seed)
     x, dy, alike = (draw_tensor(generator, shape, dtype, layout) for _ in range(3))
     other = draw_tensor(generator, shape, dtype, residual_layout)
