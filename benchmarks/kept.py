@@ -1,4 +1,5 @@
-"""What the results files say, for the texts that are made of them: the newest measurement on the machine HARDWARE."""
+"""What the results files say, for the texts that are made of them: the newest measurement on a machine, HARDWARE where
+none is named."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ class NotMeasured(LookupError):
     """There is no such run on the machine yet."""
 
 
-def run(question: str, **parameters: Any) -> dict[str, Any]:
+def run(question: str, hardware: str = HARDWARE, **parameters: Any) -> dict[str, Any]:
     """The newest run with these parameters. NotMeasured if there is none."""
-    for candidate in all_runs(question):
+    for candidate in all_runs(question, hardware):
         if all(candidate["parameters"].get(name) == value for name, value in parameters.items()):
             return candidate
-    raise NotMeasured(f"no file of {question} on {HARDWARE} has a run with {parameters}")
+    raise NotMeasured(f"no file of {question} on {hardware} has a run with {parameters}")
 
 
-def all_runs(question: str) -> list[dict[str, Any]]:
+def all_runs(question: str, hardware: str = HARDWARE) -> list[dict[str, Any]]:
     """Newest first; none, if it was never measured."""
-    return [run for path in files_of(question, HARDWARE) for run in reversed(runs_of(path))]
+    return [run for path in files_of(question, hardware) for run in reversed(runs_of(path))]
 
 
 def rows(question: str, key: str, **parameters: Any) -> dict[Any, dict[str, Any]]:
@@ -46,11 +47,11 @@ def merged(question: str) -> dict[str, Any]:
     return {name: value for run in reversed(all_runs(question)) for name, value in run["values"].items()}
 
 
-def picture(question: str, what: str) -> str:
+def picture(question: str, what: str, hardware: str = HARDWARE) -> str:
     """The newest one; light or dark, as the reader's page is, if there are both."""
-    path = next((path for path in files_of(question, HARDWARE) if path.with_suffix(".png").exists()), None)
+    path = next((path for path in files_of(question, hardware) if path.with_suffix(".png").exists()), None)
     if path is None:
-        raise NotMeasured(f"no result of {question} on {HARDWARE} has a picture")
+        raise NotMeasured(f"no result of {question} on {hardware} has a picture")
     stem = f"benchmarks/results/{path.stem}"
     if not path.with_name(f"{path.stem}_dark.png").exists():
         return f"![{what}]({stem}.png)"

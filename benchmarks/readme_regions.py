@@ -7,22 +7,11 @@ Change a sentence here, not there. Ratios are rounded where they are shown.
 from __future__ import annotations
 
 import statistics
-import textwrap
 
+from gpu_regions import GPU
 from interview_cells import CELLS
 from kept import NotMeasured, all_runs, any_was_disturbed, merged, picture, questions, rows, run
-
-COLUMNS = 160
-
-
-def paragraph(text: str) -> str:
-    """Lines as long as the README's, however they are broken here."""
-    return textwrap.fill(" ".join(text.split()), COLUMNS, break_long_words=False, break_on_hyphens=False)
-
-
-def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ("---",) * len(head), *lines))
-
+from markdown import paragraph, table
 
 # ----------------------------------------------------------------------------------------------------------- quickstart
 
@@ -437,4 +426,4 @@ REGIONS = {
     "switches": switches,
     "numbers": numbers,
     "conditions": conditions,
-} | CELLS
+} | GPU | CELLS
