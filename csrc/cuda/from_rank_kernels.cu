@@ -27,10 +27,10 @@ struct ColumnFactors {
     return column / COLUMNS * FOURS + j / 2 * (FOURS / 2) + (4 * g + q) * 2 + j % 2;
   }
 
-  // `columns` from the first on, of each of the tiles.
+  // `columns` of each of the tiles from `first` on, after which the wide matrix has `left`.
   template <bool VECTOR>
   __device__ static __forceinline__ void load(const RankTile* tiles, int num_tiles, int64_t first, int columns,
-                                              int64_t width, Four* shared) {
+                                              int left, Four* shared) {
     int jobs = columns * TILE / (4 * PACK);  // of a tile
     for (int job = threadIdx.x; job < num_tiles * jobs; job += THREADS) {
       const RankTile& tile = tiles[job / jobs];
@@ -39,16 +39,14 @@ struct ColumnFactors {
       Eight lines[4];
       if (tile.ranks_adjacent) {
         int rank = i % 2 * PACK, column = i / 2 * QUAD;
-        int64_t at = first + column;
-        const Bf16* from = tile.factor + at * tile.factor_stride + rank;
-        load_lines<VECTOR>(lines, from, tile.factor_stride, width - at, tile.ranks - rank);
+        const Bf16* from = tile.factor + (first + column) * tile.factor_stride + rank;
+        load_lines<VECTOR>(lines, from, tile.factor_stride, left - column, tile.ranks - rank);
 #pragma unroll
         for (int k = 0; k < PACK; ++k) to[place(rank / QUAD + k % 2, column + k / 2)] = half_of(lines[k / 2], k % 2);
       } else {
         int rank = i % 4 * QUAD, column = i / 4 * PACK;
-        int64_t at = first + column;
-        const Bf16* from = tile.factor + rank * tile.factor_stride + at;
-        load_lines<VECTOR>(lines, from, tile.factor_stride, tile.ranks - rank, width - at);
+        const Bf16* from = tile.factor + rank * tile.factor_stride + first + column;
+        load_lines<VECTOR>(lines, from, tile.factor_stride, tile.ranks - rank, left - column);
 #pragma unroll
         for (int k = 0; k < PACK; ++k) to[place(rank / QUAD, column + k)] = across(lines, k);
       }
@@ -80,11 +78,13 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 4 : 1) from_rank_kernel(cons
       for (int r = 0; r < 2; ++r) narrows[t][r] = load_narrow(tiles[t], r);
     }
     __syncthreads();  // what was here has been multiplied
-    ColumnFactors::load<VECTOR>(tiles, group.num_tiles, first, work.columns_of_block, width, shared);
+    int columns = work.columns_of_block, columns_left = static_cast<int>(width - first);
+    ColumnFactors::load<VECTOR>(tiles, group.num_tiles, first, columns, columns_left, shared);
     __syncthreads();
 #pragma unroll 1
-    for (int c = 0; c < work.columns_of_block && first + c < width; c += COLUMNS) {
-      int64_t column = first + c + q * PACK, left = width - column;
+    for (int c = 0; c < min(columns, columns_left); c += COLUMNS) {
+      int64_t column = first + c + q * PACK;
+      int left = columns_left - c - q * PACK;
       Pack bias{};
       if (group.bias != nullptr && left > 0) bias = to_floats(load_elements<VECTOR>(group.bias + column, left));
       float sums[4][4];
@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 4 : 1) from_rank_kernel(cons
       for (int j = 0; j < 4; ++j) {
         for (int i = 0; i < 4; ++i) sums[j][i] = bias.at[i % 2 * 4 + j];
       }
+      __syncwarp();  // lanes that had nothing to store wait for the others
       auto add_tile = [&](int t, const Four& row_0, const Four& row_8) {
-        const Four* from = shared + (t * work.columns_of_block + c) * (TILE / QUAD) + 2 * lane;
+        const Four* from = shared + (t * columns + c) * (TILE / QUAD) + 2 * lane;
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
           auto factors = *reinterpret_cast<const Eight*>(from + j / 2 * (ColumnFactors::FOURS / 2));

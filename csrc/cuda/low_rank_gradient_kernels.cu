@@ -59,13 +59,14 @@ __global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ Gra
     int64_t column = item / work.splits % strips * COLUMNS, split = item % work.splits;
     if (column >= group.wide.width) continue;
     int64_t first = split * work.tokens_of_split, end = min(first + work.tokens_of_split, work.tokens);
+    int left = static_cast<int>(group.wide.width - column) - mine;
     Four wide[AHEAD][2][4];
     auto load_wide = [&](int step, int64_t token) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int64_t at = token + (sharer * STEPS + step) * STEP + 8 * q + 4 * half, stride = group.wide.stride;
         const Bf16* from = group.wide.data + at * stride + column + mine;
-        load_lines<VECTOR>(wide[step % AHEAD][half], from, stride, end - at, group.wide.width - column - mine);
+        load_lines<VECTOR>(wide[step % AHEAD][half], from, stride, static_cast<int>(end - at), left);
       }
     };
     Narrows narrows;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ Gra
         if (Narrows::tile(round) >= group.num_tiles) continue;
         const GradientTile& tile = tiles[Narrows::tile(round)];
         const Bf16* from = tile.narrow + token * tile.narrow_stride;
-        narrows.load(round, from, tile.narrow_stride, true, end - token, tile.ranks);
+        narrows.load(round, from, tile.narrow_stride, true, static_cast<int>(end - token), tile.ranks);
       }
     };
     float sums[GROUP][2][TILE / 8][4] = {};

@@ -19,7 +19,7 @@ struct Operands {
   __device__ static int tile(int round) { return (threadIdx.x + round * THREADS) / JOBS; }
 
   // Element (k, rank) at from[k * stride + rank] if ranks are adjacent, else at from[k + rank * stride].
-  __device__ __forceinline__ void load(int round, const Bf16* from, int64_t stride, bool ranks_adjacent, int64_t count,
+  __device__ __forceinline__ void load(int round, const Bf16* from, int64_t stride, bool ranks_adjacent, int count,
                                        int ranks) {
     int job = threadIdx.x % JOBS;
     if (ranks_adjacent) {

@@ -25,7 +25,9 @@ __device__ __forceinline__ Four half_of(const Eight& eight, int half) {
 
 #if defined(__CUDACC__)
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  // Volatile: it must not move to where only some lanes need a sum.
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -39,17 +41,17 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Four& row, cons
 
 // The first `count` elements, and zeros. VECTOR: `from` is aligned, and there are all of them, or none.
 template <bool VECTOR, int SIZE>
-__device__ __forceinline__ PackOf<Bf16, SIZE> load_up_to(const Bf16* from, int64_t count) {
+__device__ __forceinline__ PackOf<Bf16, SIZE> load_up_to(const Bf16* from, int count) {
   if (VECTOR && count <= 0) return PackOf<Bf16, SIZE>{};
   return load_elements<VECTOR, SIZE>(from, VECTOR ? SIZE : count);
 }
 
 // Four lines, zeros beyond the first `lines` and their first `length` elements.
 template <bool VECTOR, int SIZE>
-__device__ __forceinline__ void load_lines(PackOf<Bf16, SIZE> (&to)[4], const Bf16* from, int64_t stride,
-                                           int64_t lines, int64_t length) {
+__device__ __forceinline__ void load_lines(PackOf<Bf16, SIZE> (&to)[4], const Bf16* from, int64_t stride, int lines,
+                                           int length) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = load_up_to<VECTOR, SIZE>(from + i * stride, i < lines ? length : 0);
+  for (int i = 0; i < 4; ++i, from += stride) to[i] = load_up_to<VECTOR, SIZE>(from, i < lines ? length : 0);
 }
 
 // Element i of each of them.

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_consta
         if (Factors::tile(round) >= group.num_tiles) continue;
         const RankTile& tile = tiles[Factors::tile(round)];
         const Bf16* from = tile.factor + column * (tile.ranks_adjacent ? tile.factor_stride : 1);
-        factors.load(round, from, tile.factor_stride, tile.ranks_adjacent, end - column, tile.ranks);
+        int left = static_cast<int>(end - column);
+        factors.load(round, from, tile.factor_stride, tile.ranks_adjacent, left, tile.ranks);
       }
     };
     float sums[GROUP][TILE / 8][4] = {};
