@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.cuda_on_cpu import library
 
@@ -18,7 +20,7 @@ ARCHITECTURES = ["80", "90", "90a"]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 _pool = ThreadPoolExecutor(1)
-_compiled: dict[Path, Future] = {}
+_compiled: dict[Path, Future[Compiled]] = {}
 
 
 def start() -> None:
@@ -30,8 +32,16 @@ def start() -> None:
             compiled(source)
 
 
-def compiled(source: Path) -> Future:
-    """nvcc's end, and what it said of every kernel."""
+@dataclass(frozen=True)
+class Compiled:
+    """stderr: what nvcc said, of every kernel, too. ptx: of sm_90."""
+
+    returncode: int
+    stderr: str
+    ptx: str
+
+
+def compiled(source: Path) -> Future[Compiled]:
     if source not in _compiled:
         _compiled[source] = _pool.submit(_compile, source)
     return _compiled[source]
@@ -42,7 +52,11 @@ def stop() -> None:
     _pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(source: Path) -> subprocess.CompletedProcess:
+def _compile(source: Path) -> Compiled:
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
     command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", str(source), *targets]
-    return subprocess.run(["nice", *command, "-o", os.devnull], capture_output=True, text=True)
+    with TemporaryDirectory() as folder:
+        command += ["-o", os.devnull, "--keep", "--keep-dir", folder]
+        done = subprocess.run(["nice", *command], capture_output=True, text=True)
+        ptx = Path(folder, f"{source.stem}.compute_90.ptx")
+        return Compiled(done.returncode, done.stderr, ptx.read_text() if ptx.exists() else "")

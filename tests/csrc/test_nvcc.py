@@ -34,6 +34,26 @@ def test_compiles_without_warnings_and_spills(source):
     assert in_memory == []
 
 
+@pytest.mark.parametrize(
+    "name, kernels_of_packs",
+    [
+        ("rope", r"rotateI\w+?Lb1E"),
+        ("swiglu", r"elementwiseILb1E"),
+        ("dropout", r"elementwiseILb1E"),
+        ("rms_norm", r"forwardI\w+?Lb[01]ELb1E|backwardI\w+?Lb[01]ELb1ELb0E"),
+    ],
+)
+def test_packs_are_moved_whole(name, kernels_of_packs):
+    """In kernels that are told that packs are aligned, every access to global memory is of 16 bytes, or of a row's one
+    fp32 number. The compiler takes structs apart and does not always put them together again."""
+    ptx = compiled(CSRC / "cuda" / f"{name}_kernels.cu").result().ptx
+    entries = re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, flags=re.DOTALL)
+    of_packs = [body for entry, body in entries if re.search(kernels_of_packs, entry)]
+    accesses = {access for body in of_packs for access in re.findall(r"\b(?:ld|st)\.global\.[.\w]+", body)}
+    assert {"ld.global.v4.u32", "st.global.v4.u32"} <= accesses
+    assert accesses <= {f"{op}.global.{of}" for op in ("ld", "st") for of in ("v4.u32", "v4.f32", "f32")}
+
+
 def test_what_ops_include_agrees_with_the_headers_of_cuda(tmp_path):
     """Their host compiler sees CUDA's own headers, without what only nvcc knows and tests/cuda_on_cpu has; and torch's,
     whose declarations for CUDA are also where no CUDA build of it is."""
