@@ -76,35 +76,18 @@ struct Scales {
   const float* map;             // what a byte stands for, 256 numbers
   const float* offset;          // one number
 
-  MINIFT_HOST_DEVICE float operator[](int64_t block) const {
-    if (absmax != nullptr) return absmax[block];
-    return expanded(map[bytes[block]], nested_absmax[block / NESTED_BLOCK_SIZE]);
+  // What the scale of a block is made of. Between the two steps a kernel has time for something else.
+  struct Entry {
+    float number;  // the scale, or that of the group
+    uint8_t byte;
+  };
+  MINIFT_HOST_DEVICE Entry entry(int64_t block) const {
+    if (absmax != nullptr) return {absmax[block], 0};
+    return {nested_absmax[block / NESTED_BLOCK_SIZE], bytes[block]};
   }
-
-  // Of several blocks: their loads do not wait for each other.
-  template <int COUNT>
-  MINIFT_HOST_DEVICE void gather(const int64_t (&blocks)[COUNT], float (&to)[COUNT]) const {
-    if (absmax != nullptr) {
-      for (int i = 0; i < COUNT; ++i) to[i] = absmax[blocks[i]];
-      return;
-    }
-    float of_group[COUNT];
-    for (int i = 0; i < COUNT; ++i) of_group[i] = nested_absmax[blocks[i] / NESTED_BLOCK_SIZE];
-    for (int i = 0; i < COUNT; ++i) to[i] = map[bytes[blocks[i]]];
-    for (int i = 0; i < COUNT; ++i) to[i] = expanded(to[i], of_group[i]);
-  }
-
-  MINIFT_HOST_DEVICE void copy(int64_t first, int64_t count, float* to) const {
-    if (absmax != nullptr) {
-      __builtin_memcpy(to, absmax + first, count * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = (*this)[first + i];
-    }
-  }
-
- private:
-  MINIFT_HOST_DEVICE float expanded(float number, float of_group) const {
-    float product = number * of_group;
+  MINIFT_HOST_DEVICE float scale(Entry entry) const {
+    if (absmax != nullptr) return entry.number;
+    float product = map[entry.byte] * entry.number;
     // Rounded before the addition, as bitsandbytes does it, and not fused with it.
 #if defined(__CUDA_ARCH__)
     return __fadd_rn(product, *offset);
@@ -112,6 +95,16 @@ struct Scales {
     __asm__("" : "+m"(product));
     return product + *offset;
 #endif
+  }
+
+  MINIFT_HOST_DEVICE float operator[](int64_t block) const { return scale(entry(block)); }
+
+  MINIFT_HOST_DEVICE void copy(int64_t first, int64_t count, float* to) const {
+    if (absmax != nullptr) {
+      __builtin_memcpy(to, absmax + first, count * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = (*this)[first + i];
+    }
   }
 };
 

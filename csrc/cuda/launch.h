@@ -25,6 +25,14 @@ inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
   return static_cast<unsigned>(std::min(MAX_BLOCKS, (items + items_per_block - 1) / items_per_block));
 }
 
+// Those that the GPU holds at once, `each` of them on a multiprocessor.
+inline unsigned resident_blocks(int each) {
+  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return static_cast<unsigned>(each * multiprocessors);
+}
+
 inline int log2_of(int64_t power_of_two) {
   int log2 = 0;
   while (int64_t{1} << log2 < power_of_two) ++log2;

@@ -1,6 +1,9 @@
 // Quantising to NF4 and back on the GPU. Both are bound by memory: one pass, 16 bytes an access, nothing in between.
 //
 // The scale of a block is expanded in registers, double-quantised or not: one launch.
+//
+// Dequantising has as many blocks as fit the GPU, and each of their warps loads its next codes and scales while it
+// writes: only the first loads are waited for, and no block at the end begins when the others are through.
 
 #include "nf4_kernels.h"
 
@@ -79,46 +82,79 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Packs of a thread, of which everything is loaded before the first is stored.
-constexpr int UNROLLED = 4;
+constexpr int UNROLLED = 4, PACKS_OF_WARP = UNROLLED * WARP;  // at a time
+constexpr int RESIDENT = 4;                                   // blocks of a multiprocessor
 
-// VECTOR: rows are whole packs, and aligned; so are codes, four bytes a pack.
-template <class T, bool VECTOR>
-__global__ void __launch_bounds__(THREADS)
-    dequantize(const uint8_t* codes, nf4::Scales scales, int block_size_log2, T* out, uint32_t packs_per_row,
-               int64_t num_packs, int64_t width, int64_t start, int64_t stride,
-               const __grid_constant__ Table table) {
-  __shared__ float codebook[16];
-  fill(codebook, table);
-  int64_t step = int64_t{THREADS} * UNROLLED;
-  for (int64_t first = blockIdx.x * step + threadIdx.x; first < num_packs; first += gridDim.x * step) {
-    int64_t rows[UNROLLED], columns[UNROLLED], blocks[UNROLLED];
-    uint32_t four_bytes[UNROLLED];
-    float scale[UNROLLED];
+// What is dequantised: elements of rows, which follow each other in the result, and `gap` apart in the weight.
+struct Packs {
+  int64_t count, elements, start, gap;
+  uint32_t per_row;  // 0: there is one row
+  int block_size_log2;
+
+  __device__ int64_t element(int64_t pack) const {
+    return start + pack * PACK + (per_row == 0 ? 0 : static_cast<uint32_t>(pack) / per_row * gap);
+  }
+  __device__ int64_t elements_from(int64_t pack) const { return elements - pack * PACK; }
+  __device__ int from(int64_t first) const { return static_cast<int>(min(count - first, int64_t{PACKS_OF_WARP})); }
+  __device__ int packs_of_block_log2() const { return block_size_log2 - 3; }
+};
+static_assert(PACK == 1 << 3 && nf4::SMALLEST_BLOCK_SIZE * WARP >= PACKS_OF_WARP * PACK);
+
+// What a lane needs for the packs of its warp from `first` on: codes of its own, and the scale of one of their blocks,
+// for blocks begin in all rows at multiples of as many packs.
+struct Loaded {
+  uint32_t codes[UNROLLED];
+  nf4::Scales::Entry entry;
+
+  template <bool VECTOR>
+  __device__ void load(const uint8_t* from, const nf4::Scales& scales, const Packs& packs, int64_t first) {
+    int lane = threadIdx.x % WARP, last = packs.from(first) - 1;
+    int64_t of_entry = first + min(lane << packs.packs_of_block_log2(), last);
+    entry = scales.entry(packs.element(of_entry) >> packs.block_size_log2);
 #pragma unroll
     for (int u = 0; u < UNROLLED; ++u) {
-      // What would be past the end is the first once more: no branch stands between the loads.
-      int64_t pack = first + u * THREADS < num_packs ? first + u * THREADS : first;
-      rows[u] = packs_per_row == 0 ? 0 : static_cast<uint32_t>(pack) / packs_per_row;
-      columns[u] = (pack - rows[u] * packs_per_row) * PACK;
-      int64_t element = start + rows[u] * stride + columns[u];
-      blocks[u] = element >> block_size_log2;
-      int64_t num_bytes = VECTOR ? PACK / 2 : (width - columns[u] + 1) / 2;
-      four_bytes[u] = load_elements<VECTOR, 4>(codes + element / 2, num_bytes).words[0];
+      // What would be past the end is the last once more: no branch stands between the loads.
+      int64_t pack = first + min(u * WARP + lane, last);
+      int64_t num_bytes = VECTOR ? PACK / 2 : (packs.elements_from(pack) + 1) / 2;
+      codes[u] = load_elements<VECTOR, 4>(from + packs.element(pack) / 2, num_bytes).words[0];
     }
-    scales.gather(blocks, scale);
+  }
+};
+
+// VECTOR: all packs are whole and aligned; so are their codes, four bytes each.
+template <class T, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    dequantize(const uint8_t* codes, nf4::Scales scales, T* out, Packs packs, const __grid_constant__ Table table) {
+  __shared__ float codebook[16];
+  int lane = threadIdx.x % WARP;
+  int64_t first = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / WARP * PACKS_OF_WARP;
+  int64_t step = int64_t{gridDim.x} * (THREADS / WARP) * PACKS_OF_WARP;
+  Loaded now;
+  if (first < packs.count) now.load<VECTOR>(codes, scales, packs, first);
+  fill(codebook, table);
+  for (; first < packs.count; first += step) {
+    Loaded next = now;
+    if (first + step < packs.count) next.load<VECTOR>(codes, scales, packs, first + step);
+    int of_warp = packs.from(first);
+    float scale_of_block = scales.scale(now.entry), scale[UNROLLED];
 #pragma unroll
     for (int u = 0; u < UNROLLED; ++u) {
-      if (first + u * THREADS >= num_packs) break;
-      Pack pack;
+      scale[u] = __shfl_sync(ALL_LANES, scale_of_block, (u * WARP + lane) >> packs.packs_of_block_log2());
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLLED; ++u) {
+      int64_t pack = first + u * WARP + lane;
+      if (u * WARP + lane >= of_warp) break;
+      Pack values;
 #pragma unroll
       for (int k = 0; k < PACK; k += 2) {
-        uint8_t byte = static_cast<uint8_t>(four_bytes[u] >> (4 * k));
-        pack.at[k] = __fmul_rn(codebook[nf4::even_code(byte)], scale[u]);
-        pack.at[k + 1] = __fmul_rn(codebook[nf4::odd_code(byte)], scale[u]);
+        uint8_t byte = static_cast<uint8_t>(now.codes[u] >> (4 * k));
+        values.at[k] = __fmul_rn(codebook[nf4::even_code(byte)], scale[u]);
+        values.at[k + 1] = __fmul_rn(codebook[nf4::odd_code(byte)], scale[u]);
       }
-      store_pack<VECTOR>(out + rows[u] * width + columns[u], pack, VECTOR ? PACK : width - columns[u]);
+      store_pack<VECTOR>(out + pack * PACK, values, VECTOR ? PACK : packs.elements_from(pack));
     }
+    now = next;
   }
 }
 
@@ -144,9 +180,11 @@ void nf4_dequantize(const uint8_t* codes, nf4::Scales scales, int64_t block_size
     throw std::runtime_error("nf4_dequantize: more than 2^35 elements in several rows");
   }
   bool vector = width % PACK == 0 && aligned(out) && reinterpret_cast<uintptr_t>(codes) % 4 == 0;
-  launch("nf4_dequantize", vector ? &dequantize<T, true> : &dequantize<T, false>,
-         blocks_for(num_packs, THREADS * UNROLLED), THREADS, stream, codes, scales, log2_of(block_size), out,
-         rows > 1 ? static_cast<uint32_t>(packs_per_row) : 0u, num_packs, width, start, stride, Table(nf4::CODEBOOK));
+  uint32_t per_row = rows > 1 ? static_cast<uint32_t>(packs_per_row) : 0u;
+  Packs packs{num_packs, rows * width, start, stride - width, per_row, log2_of(block_size)};
+  unsigned blocks = std::min(blocks_for(num_packs, THREADS * UNROLLED), resident_blocks(RESIDENT));
+  launch("nf4_dequantize", vector ? &dequantize<T, true> : &dequantize<T, false>, blocks, THREADS, stream, codes,
+         scales, out, packs, Table(nf4::CODEBOOK));
 }
 
 #define INSTANTIATE(T)                                                                                            \

@@ -263,6 +263,10 @@ MINIFT_UNWATCHED inline void __syncthreads() {
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::shuffle(mask, 0, 0); }
 
 template <class T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return cuda_on_cpu::shuffle(mask, value, from);
+}
+template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int with) {
   return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ with);
 }
@@ -294,6 +298,8 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
 inline int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }
 
 template <class... Parameters, class... Arguments>
