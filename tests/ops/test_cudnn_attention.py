@@ -11,6 +11,7 @@ allowed to be 4 such halves.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -31,12 +32,13 @@ LENGTHS = st.lists(st.sampled_from([1, 1, 2, 3, 5, 16, 31, 64, 127, 128, 129, 20
 
 
 @pytest.fixture(params=["pretended", *(["cuda"] if torch.cuda.is_available() else [])])
-def device(request, monkeypatch) -> torch.device:
+def device(request, monkeypatch) -> Iterator[torch.device]:
     """Where tensors are; without a GPU, cuDNN is pretended to be there."""
     if request.param == "cuda":
         if not is_usable(torch.device("cuda", 0)):
             pytest.skip("cuDNN's frontend is not installed, or this GPU is older than Hopper")
-        return torch.device("cuda", 0)
+        yield torch.device("cuda", 0)
+        return
     module._plan.cache_clear()
     module._handle.cache_clear()
     monkeypatch.setitem(sys.modules, "cudnn", pretended_cudnn)
