@@ -14,6 +14,8 @@ namespace {
 
 using namespace low_rank;
 
+constexpr int ROWS = WARPS * 16;  // tokens of a block: 16 for each warp
+
 // Of from_rank: a warp writes 32 columns at a time, and lane 4 g + q of them 8 q .. 8 q + 7 of rows g and g + 8. These
 // come from four products: column 4 g + j of the 32 is column g of the factor in product j, so sums 2 q and 2 q + 1 are
 // those of columns 8 q + j and 8 q + 4 + j.
@@ -59,13 +61,13 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 4 : 1) from_rank_kernel(cons
   constexpr int COLUMNS = ColumnFactors::COLUMNS;
   alignas(16) __shared__ Four shared[ColumnFactors::MOST_FOURS];
   int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
-  int64_t row_blocks = (work.tokens + ROWS - 1) / ROWS, blocks = row_blocks * work.column_blocks;
-  for (int64_t item = blockIdx.x; item < blocks * work.num_groups; item += gridDim.x) {
+  int blocks = work.row_blocks * work.column_blocks, items = blocks * work.num_groups;
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const Group& group = work.groups[item / blocks];
     const RankTile* tiles = work.tiles + group.first_tile;
     // Neighbours in the grid have neighbouring columns: rows of a wide matrix are written in order.
-    int64_t first = item % work.column_blocks * work.columns_of_block, width = group.wide.width;
-    int64_t row = item % blocks / work.column_blocks * ROWS + threadIdx.x / WARP * 16 + g;
+    int64_t first = int64_t{item % work.column_blocks} * work.columns_of_block, width = group.wide.width;
+    int64_t row = int64_t{item % blocks / work.column_blocks} * ROWS + threadIdx.x / WARP * 16 + g;
     if (first >= width) continue;
     auto load_narrow = [&](const RankTile& tile, int r) {
       const Bf16* from = tile.narrow + (row + 8 * r) * tile.narrow_stride + q * QUAD;
@@ -134,7 +136,8 @@ void from_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, cudaStre
     work.columns_of_block = CHUNK;
     while (work.columns_of_block * most_tiles > CHUNK * GROUP) work.columns_of_block /= 2;
     work.column_blocks = static_cast<int>(blocks_of(widest, work.columns_of_block));
-    int64_t blocks = blocks_of(tokens, ROWS) * work.column_blocks * work.num_groups;
+    work.row_blocks = static_cast<int>(blocks_of(tokens, ROWS));
+    int64_t blocks = int64_t{work.row_blocks} * work.column_blocks * work.num_groups;
     launch("from_rank", kernel, blocks_for(blocks, 1), THREADS, stream, work);
   });
 }

@@ -40,23 +40,24 @@ static_assert(sizeof(GradientWork) <= 3900);
 // 4 g + q has columns 4 g .. 4 g + 3, which are rows g and g + 8 of two products, and tokens 8 q .. 8 q + 7 of 32.
 constexpr int COLUMNS = 128, SHARERS = WARPS / (COLUMNS / 32);
 
-template <bool VECTOR>
-__global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ GradientWork work, int64_t strips) {
-  using Narrows = Operands<VECTOR>;
+template <bool VECTOR, int TILES>
+__global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ GradientWork work, int strips) {
+  using Narrows = Operands<VECTOR, TILES, CHUNK>;
   constexpr int STEP = Narrows::ALONG, STEPS = CHUNK / SHARERS / STEP;  // tokens
   constexpr int AHEAD = VECTOR ? STEPS : 1;  // that are loaded while others are multiplied
   constexpr int STRIDE = TILE + 1;  // of sums: lanes use other banks, whichever way they go
   union alignas(16) Memory {
-    Four narrows[GROUP][Narrows::FOURS];
+    Four narrows[TILES][Narrows::FOURS];
     float sums[SHARERS][COLUMNS * STRIDE];
   };
   __shared__ Memory memory;
   int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4, warp = threadIdx.x / WARP;
   int mine = warp % (COLUMNS / 32) * 32 + 4 * g, sharer = warp / (COLUMNS / 32);
-  for (int64_t item = blockIdx.x; item < work.num_groups * strips * work.splits; item += gridDim.x) {
-    const Group& group = work.groups[item / (strips * work.splits)];
+  int splits = static_cast<int>(work.splits), items = work.num_groups * strips * splits;
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const Group& group = work.groups[item / (strips * splits)];
     const GradientTile* tiles = work.tiles + group.first_tile;
-    int64_t column = item / work.splits % strips * COLUMNS, split = item % work.splits;
+    int64_t column = int64_t{item / splits % strips} * COLUMNS, split = item % splits;
     if (column >= group.wide.width) continue;
     int64_t first = split * work.tokens_of_split, end = min(first + work.tokens_of_split, work.tokens);
     int left = static_cast<int>(group.wide.width - column) - mine;
@@ -79,16 +80,17 @@ __global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ Gra
         narrows.load(round, from, tile.narrow_stride, true, static_cast<int>(end - token), tile.ranks);
       }
     };
-    float sums[GROUP][2][TILE / 8][4] = {};
+    float sums[TILES][2][TILE / 8][4] = {};
+    load_narrows(first);
 #pragma unroll
     for (int step = 0; VECTOR && step < STEPS; ++step) load_wide(step, first);
-    load_narrows(first);
     for (int64_t token = first; token < end; token += CHUNK) {
       __syncthreads();  // what was here has been multiplied, or read
 #pragma unroll
       for (int round = 0; round < Narrows::ROUNDS; ++round) {
         if (Narrows::tile(round) < group.num_tiles) narrows.store(round, true, memory.narrows);
       }
+      if (token + CHUNK < end) load_narrows(token + CHUNK);
       __syncthreads();
 #pragma unroll(AHEAD)
       for (int step = 0; step < STEPS; ++step) {
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ Gra
         for (int i = 0; i < 8; ++i) columns[i / 4][i % 4] = across(wide[step % AHEAD][i / 4], i % 4);
         if (VECTOR) load_wide(step, token + CHUNK);
 #pragma unroll
-        for (int t = 0; t < GROUP; ++t) {
+        for (int t = 0; t < TILES; ++t) {
           if (t >= group.num_tiles) continue;
 #pragma unroll
           for (int n = 0; n < TILE / 8; ++n) {
@@ -112,10 +114,9 @@ __global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ Gra
           }
         }
       }
-      if (token + CHUNK < end) load_narrows(token + CHUNK);
     }
 #pragma unroll
-    for (int t = 0; t < GROUP; ++t) {
+    for (int t = 0; t < TILES; ++t) {
       if (t >= group.num_tiles) continue;
       const GradientTile& tile = tiles[t];
       __syncthreads();  // what was here has been read
@@ -140,9 +141,15 @@ __global__ void __launch_bounds__(THREADS, 1) sum_up(const __grid_constant__ Gra
 void launch_sums(GradientWork& work, bool vector, cudaStream_t stream) {
   if (work.num_tiles == 0) return;
   int64_t widest = 0;
-  for (int g = 0; g < work.num_groups; ++g) widest = std::max(widest, work.groups[g].wide.width);
+  int most_tiles = 0;
+  for (int g = 0; g < work.num_groups; ++g) {
+    widest = std::max(widest, work.groups[g].wide.width);
+    most_tiles = std::max(most_tiles, work.groups[g].num_tiles);
+  }
   int64_t strips = blocks_of(widest, COLUMNS);
-  launch("factor_gradients_", vector ? &sum_up<true> : &sum_up<false>,
+  auto* kernel = most_tiles > GROUP / 2 ? &sum_up<true, GROUP> : &sum_up<true, GROUP / 2>;
+  if (!vector) kernel = &sum_up<false, GROUP>;
+  launch("factor_gradients_", kernel,
          blocks_for(work.num_groups * strips * work.splits, 1), THREADS, stream, work, strips);
   work.num_tiles = work.num_groups = 0;
 }

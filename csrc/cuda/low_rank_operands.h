@@ -7,13 +7,14 @@
 
 namespace minift::cuda::low_rank {
 
-// CHUNK x TILE elements of each of up to GROUP tiles, on their way through registers: of factors, or of narrow
+// LENGTH x TILE elements of each of up to TILES tiles, on their way through registers: of factors, or of narrow
 // matrices. In shared memory 32 elements along k are neighbours, then come the other ranks: lane 4 g + q finds, of rank
 // g, elements 8 q .. 8 q + 7 of these 32 in one access of 16 bytes, which is what two products take.
-template <bool VECTOR>
+template <bool VECTOR, int TILES, int LENGTH>
 struct Operands {
-  static constexpr int ALONG = 32, FOURS = CHUNK * TILE / QUAD;  // of a tile
-  static constexpr int JOBS = CHUNK * TILE / (4 * PACK), ROUNDS = GROUP * JOBS / THREADS;  // a job: four lines of eight
+  static constexpr int ALONG = 32, FOURS = LENGTH * TILE / QUAD;  // of a tile
+  // A job is four lines of eight elements.
+  static constexpr int JOBS = LENGTH * TILE / (4 * PACK), ROUNDS = TILES * JOBS / THREADS;
   Eight lines[ROUNDS][4];
 
   __device__ static int tile(int round) { return (threadIdx.x + round * THREADS) / JOBS; }

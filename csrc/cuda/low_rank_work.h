@@ -15,7 +15,6 @@
 namespace minift::cuda::low_rank {
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
-constexpr int ROWS = WARPS * 16;  // tokens of a block: 16 for each warp
 constexpr int TILE = RANK_TILE;
 constexpr int GROUP = 4;    // tiles that a block takes at once
 constexpr int CHUNK = 256;  // columns or tokens that it takes at once
@@ -49,6 +48,7 @@ struct Work {
   int64_t splits, columns_of_split, split_stride;
   float* sums;
   const Bf16* narrow;
+  int row_blocks;  // how often there are the tokens of a block
   // Of from_rank: columns that a block takes, and how often the widest matrix has so many.
   int columns_of_block, column_blocks;
 };

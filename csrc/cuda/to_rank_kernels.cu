@@ -19,19 +19,34 @@ namespace {
 
 using namespace low_rank;
 
+// What a block does: with few ranks it has half as many tokens, and twice the columns at a time, which two warps share.
+// Then there are enough blocks of 8192 tokens without splits, and factors take no more of shared memory.
+template <int HALVES>
+struct Shape {
+  static constexpr int TILES = GROUP / HALVES, COLUMNS = CHUNK * HALVES, ROW_TILES = WARPS / HALVES;
+  static constexpr int ROWS = ROW_TILES * 16;
+};
+
 // Lane 4 g + q has rows g and g + 8 of its warp's.
-template <bool VECTOR>
+template <bool VECTOR, int HALVES>
 __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_constant__ Work work) {
-  using Factors = Operands<VECTOR>;
+  constexpr int TILES = Shape<HALVES>::TILES, COLUMNS = Shape<HALVES>::COLUMNS, ROW_TILES = Shape<HALVES>::ROW_TILES;
+  using Factors = Operands<VECTOR, TILES, COLUMNS>;
   constexpr int STEP = 64, STEPS = CHUNK / STEP, PARTS = STEP / Factors::ALONG;  // columns: 128 bytes of a row
   constexpr int AHEAD = VECTOR ? STEPS : 1;  // that are loaded while others are multiplied
-  alignas(16) __shared__ Four shared[GROUP][Factors::FOURS];
-  int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
-  int64_t row_blocks = (work.tokens + ROWS - 1) / ROWS;
-  for (int64_t item = blockIdx.x; item < row_blocks * work.splits * work.num_groups; item += gridDim.x) {
-    const Group& group = work.groups[item / (row_blocks * work.splits)];
+  union alignas(16) Memory {
+    Four factors[TILES][Factors::FOURS];
+    float sums[ROW_TILES][TILES][TILE / 8][4][WARP];
+  };
+  __shared__ Memory memory;
+  int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+  int row_tile = threadIdx.x / WARP % ROW_TILES, half_of_columns = threadIdx.x / WARP / ROW_TILES;
+  int splits = static_cast<int>(work.splits), items = work.row_blocks * splits * work.num_groups;
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const Group& group = work.groups[item / (work.row_blocks * splits)];
     const RankTile* tiles = work.tiles + group.first_tile;
-    int64_t row = item / work.splits % row_blocks * ROWS + threadIdx.x / WARP * 16 + g, split = item % work.splits;
+    int64_t row = int64_t{item / splits % work.row_blocks} * Shape<HALVES>::ROWS + row_tile * 16 + g;
+    int64_t split = item % splits;
     int64_t first = split * work.columns_of_split, end = min(first + work.columns_of_split, group.wide.width);
     const Bf16* rows[2];  // beyond the last token that one once more: nobody stores what comes of it
 #pragma unroll
@@ -43,7 +58,7 @@ __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_consta
       int left = static_cast<int>(end - column) - q * PACK;
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
-        int at = step * STEP + part * Factors::ALONG;
+        int at = half_of_columns * CHUNK + step * STEP + part * Factors::ALONG;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           wide[step % AHEAD][part][r] = load_up_to<VECTOR, PACK>(rows[r] + column + at, left - at);
@@ -61,17 +76,18 @@ __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_consta
         factors.load(round, from, tile.factor_stride, tile.ranks_adjacent, left, tile.ranks);
       }
     };
-    float sums[GROUP][TILE / 8][4] = {};
+    float sums[TILES][TILE / 8][4] = {};
+    load_factors(first);
 #pragma unroll
     for (int step = 0; VECTOR && step < STEPS; ++step) load_wide(step, first);
-    load_factors(first);
-    for (int64_t column = first; column < end; column += CHUNK) {
-      __syncthreads();  // what was here has been multiplied
+    for (int64_t column = first; column < end; column += COLUMNS) {
+      __syncthreads();  // what was here has been multiplied, or read
 #pragma unroll
       for (int round = 0; round < Factors::ROUNDS; ++round) {
         int t = Factors::tile(round);
-        if (t < group.num_tiles) factors.store(round, tiles[t].ranks_adjacent, shared);
+        if (t < group.num_tiles) factors.store(round, tiles[t].ranks_adjacent, memory.factors);
       }
+      if (column + COLUMNS < end) load_factors(column + COLUMNS);
       __syncthreads();
 #pragma unroll(AHEAD)
       for (int step = 0; step < STEPS; ++step) {
@@ -80,12 +96,12 @@ __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_consta
         for (int part = 0; part < PARTS; ++part) {
           const Eight(&of_rows)[2] = wide[step % AHEAD][part];
 #pragma unroll
-          for (int t = 0; t < GROUP; ++t) {
+          for (int t = 0; t < TILES; ++t) {
             if (t >= group.num_tiles) continue;
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n) {
-              int at = Factors::place(step * STEP + part * Factors::ALONG + q * PACK, 8 * n + g);
-              auto factor = *reinterpret_cast<Eight*>(&shared[t][at]);
+              int k = half_of_columns * CHUNK + step * STEP + part * Factors::ALONG + q * PACK;
+              auto factor = *reinterpret_cast<Eight*>(&memory.factors[t][Factors::place(k, 8 * n + g)]);
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
                 multiply(sums[t][n], half_of(of_rows[0], half), half_of(of_rows[1], half), half_of(factor, half));
@@ -93,12 +109,25 @@ __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_consta
             }
           }
         }
-        if (VECTOR) load_wide(step, column + CHUNK);
+        if (VECTOR) load_wide(step, column + COLUMNS);
       }
-      if (column + CHUNK < end) load_factors(column + CHUNK);
+    }
+    if (HALVES > 1) {
+      auto& of_tile = memory.sums[row_tile];
+      __syncthreads();  // factors end, sums begin
+#pragma unroll
+      for (int i = 0; i < TILES * TILE / 8 * 4; ++i) {
+        if (half_of_columns > 0) of_tile[i / 8][i / 4 % 2][i % 4][lane] = sums[i / 8][i / 4 % 2][i % 4];
+      }
+      __syncthreads();
+      if (half_of_columns > 0) continue;
+#pragma unroll
+      for (int i = 0; i < TILES * TILE / 8 * 4; ++i) {
+        sums[i / 8][i / 4 % 2][i % 4] += of_tile[i / 8][i / 4 % 2][i % 4][lane];
+      }
     }
 #pragma unroll
-    for (int t = 0; t < GROUP; ++t) {
+    for (int t = 0; t < TILES; ++t) {
       if (t >= group.num_tiles) continue;
 #pragma unroll
       for (int i = 0; i < TILE / 8 * 4; ++i) {
@@ -114,26 +143,46 @@ __global__ void __launch_bounds__(THREADS, 1) to_rank_kernel(const __grid_consta
   }
 }
 
+bool has_few_ranks(const std::vector<LowRankGroup>& groups) {
+  return std::all_of(groups.begin(), groups.end(), [](const LowRankGroup& group) {
+    int64_t tiles = 0;
+    for (const LowRankTerm& term : group.terms) tiles += blocks_of(term.rank, TILE);
+    return tiles <= Shape<2>::TILES;
+  });
+}
+
+// Calls function(shape, kernel).
+template <class Function>
+auto with_shape(const std::vector<LowRankGroup>& groups, const Function& function) {
+  if (!vectors(groups)) return function(Shape<1>(), &to_rank_kernel<false, 1>);
+  if (!has_few_ranks(groups)) return function(Shape<1>(), &to_rank_kernel<true, 1>);
+  return function(Shape<2>(), &to_rank_kernel<true, 2>);
+}
+
 }  // namespace
 
 int64_t to_rank_splits(const std::vector<LowRankGroup>& groups, int64_t tokens) {
-  int64_t parts = 0;
-  for_each_work(groups, tokens, GROUP, [&](const Work& work) { parts += work.num_groups; });
-  return splits_for(blocks_of(tokens, ROWS) * parts, blocks_of(widest_of(groups), CHUNK));
+  return with_shape(groups, [&](auto shape, auto*) {
+    int64_t parts = 0;
+    for_each_work(groups, tokens, shape.TILES, [&](const Work& work) { parts += work.num_groups; });
+    return splits_for(blocks_of(tokens, shape.ROWS) * parts, blocks_of(widest_of(groups), shape.COLUMNS));
+  });
 }
 
 void to_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, Bf16* narrow, int64_t rank, int64_t splits,
              float* sums, cudaStream_t stream) {
   int64_t widest = widest_of(groups), count = tokens * rank;
-  auto* kernel = vectors(groups) ? &to_rank_kernel<true> : &to_rank_kernel<false>;
-  for_each_work(groups, tokens, GROUP, [&](Work& work) {
-    work.splits = splits;
-    work.columns_of_split = blocks_of(blocks_of(widest, CHUNK), splits) * CHUNK;
-    work.split_stride = count;
-    work.sums = splits > 1 ? sums : nullptr;
-    work.narrow = narrow;
-    int64_t blocks = blocks_of(tokens, ROWS) * splits * work.num_groups;
-    launch("to_rank", kernel, blocks_for(blocks, 1), THREADS, stream, work);
+  with_shape(groups, [&](auto shape, auto* kernel) {
+    for_each_work(groups, tokens, shape.TILES, [&](Work& work) {
+      work.splits = splits;
+      work.columns_of_split = blocks_of(blocks_of(widest, shape.COLUMNS), splits) * shape.COLUMNS;
+      work.split_stride = count;
+      work.sums = splits > 1 ? sums : nullptr;
+      work.narrow = narrow;
+      work.row_blocks = static_cast<int>(blocks_of(tokens, shape.ROWS));
+      int64_t blocks = work.row_blocks * splits * work.num_groups;
+      launch("to_rank", kernel, blocks_for(blocks, 1), THREADS, stream, work);
+    });
   });
   if (splits == 1) return;
   SplitSums all{{{sums, narrow, count, std::max<int64_t>(1, count), 0, ElementType::BF16}}, splits, count};

@@ -71,12 +71,13 @@ def test_to_rank(implementation, run, draw_tensor, rounding, tokens, sizes, is_s
 
 
 @pytest.mark.parametrize("tokens, width", [(70, 700), (70, 704), (150, 2056), (300, 1031)])
-def test_to_rank_of_many_columns(implementation, run, rounding, tokens, width):
+@pytest.mark.parametrize("rank", [8, 24])
+def test_to_rank_of_many_columns(implementation, run, rounding, tokens, width, rank):
     """More than are multiplied at once, and parts of the width that are summed up on their own where a GPU would have
     nothing to do otherwise."""
     generator = torch.Generator().manual_seed(0)
     wide, *factors = (torch.randn(s, generator=generator).bfloat16() for s in ((tokens, width), (width, 16)))
-    factors.append(torch.randn(24, width, generator=generator).bfloat16().t())
+    factors.append(torch.randn(rank, width, generator=generator).bfloat16().t())
     narrow = run["to_rank"]([wide], factors, [1.0, -2.5])
     factor = torch.cat([factors[0].double(), -2.5 * factors[1].double()], dim=1)
     exact, size = wide.double() @ factor, wide.double().abs() @ factor.abs()
@@ -175,12 +176,13 @@ def test_factor_gradients(
 
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("tokens", [0, 600, 1100])
-def test_gradients_of_many_tokens_and_of_none(run, rounding, tokens, is_shared):
+@pytest.mark.parametrize("rank", [8, 24])
+def test_gradients_of_many_tokens_and_of_none(run, rounding, tokens, is_shared, rank):
     """Sums of parts of the tokens, where a GPU would have nothing to do otherwise."""
     generator = torch.Generator().manual_seed(tokens)
     wides = [torch.randn(tokens, 200, generator=generator).bfloat16() for _ in range(2 - is_shared)]
-    narrows = [torch.randn(tokens, rank, generator=generator).bfloat16() for rank in (16, 24)]
-    gradients = [torch.full((200, 16), torch.nan), torch.full((24, 200), torch.nan, dtype=torch.bfloat16).t()]
+    narrows = [torch.randn(tokens, rank, generator=generator).bfloat16() for rank in (16, rank)]
+    gradients = [torch.full((200, 16), torch.nan), torch.full((rank, 200), torch.nan, dtype=torch.bfloat16).t()]
     run["factor_gradients_"](gradients, wides, narrows)
     for i, (gradient, narrow) in enumerate(zip(gradients, narrows, strict=True)):
         wide = wides[0 if is_shared else i].double()
