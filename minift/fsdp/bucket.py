@@ -9,7 +9,8 @@ Bytes held by a bucket on each of N ranks, with F = full_numel (see `flat`):
     gathered        F · wire itemsize         borrowed from a buffer while the unit is FULL; always, if resident
     gradients       F/N · 4                   trainable only: the fp32 sum over ranks and microbatches
       while they are computed, F · (wire itemsize, or reduce itemsize if the transport adds in the dtype it sends),
-      borrowed from a buffer; or, where the policy adds up microbatches before it reduces, F · 4 always instead of both
+      borrowed from a buffer; or, where the policy adds up microbatches before it reduces, F · 4 instead of both.
+      On a GPU from a step's first backward of the unit (of the root: forward) to `clear_grads`; else always
 
 A bucket is resident if gathering would only copy what all ranks can see already: storage and wire dtype are the same
 (frozen, or trained in fp32 throughout), and there is one rank, or the transport shares memory between ranks and has
@@ -86,7 +87,8 @@ class Bucket:
         self._placeholders = [_placeholder(p.shape, dtypes.wire, self.world.device) for p in params.values()]
         self._full: Tensor | None = None  # 1-D, wire dtype, while gathering or gathered
         self.shard = self._make_shard()  # 1-D, storage dtype
-        self.grad: Tensor | None = None  # 1-D fp32, shard_numel; `make_grads` or the engine gives it
+        self.grad: Tensor | None = None  # 1-D fp32, shard_numel; while it has memory: `have_grads`
+        self._grads_stay = offload or not are_grads_made_anew(self.world.device)
         self.grad_is_empty = True  # nothing was added up since `clear_grads`: overwrite instead of adding
         self._slots: list[GradSlot] = []
         self._full_grad: Tensor | None = None  # 1-D, full_numel
@@ -176,29 +178,44 @@ class Bucket:
 
     def use_scratch(self, scratch: Tensor) -> None:
         """From now on gradients are added up in the beginning of `scratch` (1-D fp32)."""
-        self.grad = scratch[: self.layout.shard_numel]
-        self.flat_shard().grad = self.grad
+        self._grads_stay = True
+        self._set_grad(scratch[: self.layout.shard_numel])
 
     def make_grads(self, scratch: Tensor | None) -> None:
-        """Allocate what gradients are added up in; or, if it is given, begin with `scratch` as in `use_scratch`."""
+        """Say what an optimizer updates. scratch: see `use_scratch`."""
+        self._flat_shard = FlatShard(self.name, self.shard, None, self.layout.local_ranges(self.world.rank))
+        if scratch is not None:
+            self.use_scratch(scratch)
+        elif self._grads_stay:
+            self.have_grads()
+
+    def have_grads(self) -> None:
+        """Allocate what gradients are added up in, unless there is such memory. On the stream that will free it, after
+        it has waited for whoever used it."""
+        if self.grad is not None:
+            return
         numel = self.layout.shard_numel
         if self.keeps_full_grads:
             (self.kept_buffer,) = self._transport.reduce_buffers(1, self.layout.full_numel * 4)
             self.kept_buffer.acquire()
-            self._full_grad = self.kept_buffer.memory.view(torch.float32).zero_()
+            self._full_grad = self.kept_buffer.memory.view(torch.float32)
+            for part in [slice(None)] if self._grads_stay else self.layout.gaps():
+                self._full_grad[part].zero_()
             self._slots = [GradSlot(view) for view in self.layout.views(self._full_grad)]
-            self.grad = self.layout.chunk(self._full_grad, self.world.rank)
-        elif scratch is not None:
-            self.grad = scratch[:numel]
+            self._set_grad(self.layout.chunk(self._full_grad, self.world.rank))
         elif self._offload:
-            self.grad = _host_zeros(numel, torch.float32, self.world.device)
+            self._set_grad(_host_zeros(numel, torch.float32, self.world.device))
         else:
-            self.grad = torch.zeros(numel, dtype=torch.float32, device=self.world.device)
-        self._flat_shard = FlatShard(self.name, self.shard, self.grad, self.layout.local_ranges(self.world.rank))
+            self._set_grad(torch.zeros(numel, dtype=torch.float32, device=self.world.device))
+
+    def _set_grad(self, grad: Tensor | None) -> None:
+        self.grad = self.flat_shard().grad = grad
 
     def open_slots(self, memory: Tensor | None) -> None:
         """Lay a slot on every parameter: in `memory` (1-D uint8, reduce_bytes long), or in the gradients kept."""
-        if not self.keeps_full_grads:
+        if self.keeps_full_grads:
+            self.have_grads()
+        else:
             assert memory is not None
             self._full_grad = memory.view(self.dtypes.grad)
             for gap in self.layout.gaps():  # the memory still holds another unit's values
@@ -217,7 +234,7 @@ class Bucket:
         return self._full_grad
 
     def clear_grads(self) -> None:
-        """Forget the gradients; touches no memory, the next ones overwrite them."""
+        """Forget the gradients: their memory, or that it is not empty, so that the next ones overwrite them."""
         if self.kept_buffer is not None and not self.grad_is_empty:
             self.kept_buffer.release()
             self.kept_buffer.acquire()  # the other ranks have read what they needed of it
@@ -226,6 +243,10 @@ class Bucket:
             slot.clear()
             lay_slot(parameter, None)
             parameter.grad = None
+        if not self._grads_stay:
+            self.kept_buffer = self._full_grad = None
+            self._slots = []
+            self._set_grad(None)
 
     # Storage #
 
@@ -257,6 +278,13 @@ class Bucket:
         """What the optimizer updates: master, gradient, and which elements belong to which parameter."""
         assert self._flat_shard is not None, f"{self.name} is frozen"
         return self._flat_shard
+
+
+def are_grads_made_anew(device: torch.device) -> bool:
+    """Whether gradients get memory in each step and give it back. On a GPU, where PyTorch's allocator has it at hand,
+    they do: it is what activations lay in before. On a CPU they would get fresh pages, which cost more than they save;
+    and in the host memory of a GPU, pinned ones."""
+    return device.type == "cuda"
 
 
 def _into_slot_of(name: str) -> Callable[[Tensor], None]:

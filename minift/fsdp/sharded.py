@@ -7,7 +7,7 @@ F = full_numel; s, w, g: itemsizes of storage, wire and gradients; N: ranks of t
     gathered   zero3: (1 + prefetch) · max_blocks Σ F·w  +  Σ_kept blocks F·w  +  root F·w
                others: Σ F·w           resident buckets need F·w each always and no buffer
     gradients  zero2, zero3: Σ_trainable F/N · 4  +  2 · max_blocks Σ F·g  +  root F·g
-               others, and N = 1: Σ_trainable F·4
+               others, and N = 1: Σ_trainable F·4       on a GPU, what is a sum is there from backward to update
                step_in_backward, any N: instead of the sum, 2 · max_blocks Σ F/N · 4  +  root F/N · 4
     staging    paired sends only: (N-1)/N of the reduce buffers
 
@@ -130,7 +130,8 @@ class ShardedModel:
     # Gradients #
 
     def trainable_shards(self) -> list[FlatShard]:
-        """One flat shard per trainable bucket: what an optimizer, a norm or a checkpoint works on."""
+        """One flat shard per trainable bucket: what an optimizer, a norm or a checkpoint works on. On a GPU they have
+        gradients from the last backward of a step to `clear_gradients`."""
         return [bucket.flat_shard() for bucket in self.buckets if bucket.trainable]
 
     def expect_microbatch(self, is_last: bool) -> None:
@@ -141,7 +142,7 @@ class ShardedModel:
         self.hooks.is_last_microbatch = is_last
 
     def clear_gradients(self) -> None:
-        """The step is over: the next gradients start from zero. Touches no memory."""
+        """The step is over: the next gradients start from zero. Writes nothing."""
         for unit in self.units:
             unit.clear_gradients()
 

@@ -242,10 +242,10 @@ class Unit:
         self.grad_state = GradState.REDUCING
         fulls = [bucket.close_slots() for bucket in self.trainable]
         is_sent = not self.keeps_full_grads or (is_last_microbatch and not self.reduces_alone)
+        self._make_grads()
         with self._links.reduce_lane.run():
             started = self._links.recorder.mark() if is_sent else None
             if self._grad_buffer is not None:
-                self._take_scratch(self._grad_buffer)
                 accumulate = not self.trainable[0].grad_is_empty
                 outs = [bucket.grad for bucket in self.trainable]
                 self._reducing = self._links.reduce.reduce_scatter(self._grad_buffer, fulls, outs, accumulate)
@@ -270,20 +270,21 @@ class Unit:
         self._links.recorder.span("reduce-scatter", "reduce-scatter", self.name, *self._reduce_time)
         self._give_buffer_back()
 
-    def _take_scratch(self, buffer: Buffer) -> None:
-        """Where gradients live only until the update that follows, their memory goes with the reduce buffer."""
-        if self.takes_turns:
-            start = 0
-            for bucket in self.trainable:
+    def _make_grads(self) -> None:
+        """Memory for the gradient shards. If they live only until the update that follows, it goes with the reduce
+        buffer."""
+        start = 0
+        for bucket in self.trainable:
+            if self.takes_turns:
+                buffer = self._grad_buffer or self.reduce_ring.buffers[0]
                 bucket.use_scratch(self.reduce_ring.scratch_of(buffer)[start:])
                 start += bucket.layout.shard_numel
+            bucket.have_grads()
 
     def zero_gradients(self) -> None:
         """No backward of this step came here: the gradient is zero. Nothing may be under way."""
-        if self.trainable and not self.keeps_full_grads:
-            self._take_scratch(self.reduce_ring.buffers[0])
+        self._make_grads()
         for bucket in self.trainable:
-            assert bucket.grad is not None
             bucket.grad.zero_()
             bucket.grad_is_empty = False
 

@@ -94,6 +94,7 @@ class AdamW:
     def update(self, shard: FlatShard, grad_factor: float | Tensor = 1.0) -> None:
         """The part of `step` that updates this one of `shards`."""
         assert shard.name in self._due, f"{shard.name}: a second update in one step, or one before begin_step()"
+        assert shard.grad is not None, f"{shard.name}: an update before a backward"
         self._due.remove(shard.name)
         if self.before_update is not None:
             self.before_update(shard)

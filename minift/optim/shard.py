@@ -36,6 +36,7 @@ class FlatShard:
     name: unique among the shards of a model and the same on every rank (it is the key of the optimizer state).
     master: (n,) fp32 or bf16, the weights that the optimizer updates in place; bf16 is rounded stochastically.
     grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into; may be scaled (AdamW's grad_factor).
+        None: there is none at the moment, and no memory for it.
     ranges: ordered, not overlapping. Elements in no range are padding: zero in `master` and in `grad`.
     wire: (n,) where its owner sends weights from, in the dtype in which they are sent; the optimizer, which has each
         weight at hand, writes it there too. None: the owner casts for itself.
@@ -44,7 +45,7 @@ class FlatShard:
 
     name: str
     master: Tensor
-    grad: Tensor
+    grad: Tensor | None
     ranges: list[ParamRange]
     wire: Tensor | None = None
     wire_is_written: bool = False
@@ -52,7 +53,7 @@ class FlatShard:
     def __post_init__(self) -> None:
         valid = self.master.dim() == 1 and self.master.dtype in (torch.float32, torch.bfloat16)
         assert valid, f"{self.name}: master must be 1-D fp32 or bf16"
-        valid = self.grad.shape == self.master.shape and self.grad.dtype == torch.float32
+        valid = self.grad is None or (self.grad.shape == self.master.shape and self.grad.dtype == torch.float32)
         assert valid, f"{self.name}: grad must be fp32 of the shape of master"
         end = 0
         for piece in self.ranges:

@@ -169,7 +169,7 @@ def _gradient_bytes(engine: ShardedModel) -> int:
     """Buffers that gradients are kept in; else the shards, of which blocks may have the same (step_in_backward)."""
     trainable = [bucket for bucket in engine.buckets if bucket.trainable]
     kept = sum(bucket.kept_buffer.num_bytes for bucket in trainable if bucket.kept_buffer is not None)
-    storages = [b.grad.untyped_storage() for b in trainable if b.kept_buffer is None]
+    storages = [b.grad.untyped_storage() for b in trainable if b.kept_buffer is None and b.grad is not None]
     return kept + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -9,7 +9,8 @@ arXiv 1910.02054, section 3.1) and the optimizer's:
 
     weights               Σ F/N · storage itemsize; resident F · wire itemsize, and no gathered form beside it
     quantization scales   the part of the NF4 bytes that are no codes
-    gradients             Σ_trainable F/N · 4, or F · 4 where microbatches are added up before they are reduced
+    gradients             Σ_trainable F/N · 4, or F · 4 where microbatches are added up before they are reduced; on a
+                          GPU from a unit's first backward in a step (of the root: forward) to the update
     optimizer state       fp32: 8 bytes an element of a trainable shard; 8bit: 2.03, small parameters 8 more
     gathered buffers      rings · largest block, and what is kept beyond its forward
     reduce buffers        2 · largest block and the root, where gradients are computed; paired sends: staging
@@ -78,8 +79,8 @@ class MemoryPlan:
 
     def categories(self) -> dict[str, int]:
         """What the peak is made of."""
-        at_peak = self.persistent | self.peak.bytes
-        return {name: at_peak.get(name, 0) for name in (*PERSISTENT, *TRANSIENT)}
+        always, then = self.persistent, self.peak.bytes
+        return {name: always.get(name, 0) + then.get(name, 0) for name in (*PERSISTENT, *TRANSIENT)}
 
 
 def plan_memory(run: RunShape) -> MemoryPlan:
@@ -101,7 +102,7 @@ def persistent_bytes(run: RunShape) -> tuple[dict[str, int], dict[str, int]]:
         _add(shards, "weights", weights)
         _add(shards, "quantization scales", scales)
         if bucket.trainable:
-            _add(shards, "gradients", _grad_bytes(bucket, run))
+            _add(shards, "gradients", 0 if _makes_grads_anew(run) else _grad_bytes(bucket, run))
             _add(host if is_offloaded or run.optim.paged else device, "optimizer state", moment_bytes(bucket, run))
     _add(shards, "gradients", run.scratch_bytes)
     for ring in {r.key: r for unit in run.units for r in (unit.gather_ring, unit.reduce_ring)}.values():
@@ -161,26 +162,66 @@ def _staging_bytes(num_bytes: int, run: RunShape) -> int:
 def _moments(run: RunShape) -> Iterator[Moment]:
     """Forward of every block, the head, its backward, backward of the blocks from the last to the first, the update."""
     blocks = block_activations(run)
+    gradients = _GradientsInStep(run)
     always = batch_bytes(run)
     kept = always + rotary_bytes(run)
     embedded = run.wire_itemsize * run.block_tokens * run.model.hidden_size
     for block in blocks:
-        needs = {"activations": kept, "backward": 0, "workspace": _forward_workspace(block)}
-        yield Moment(f"forward of {block.unit.name}", needs | {"recompute": _forward_bytes(block)})
+        needs = {"activations": kept, "recompute": _forward_bytes(block), "workspace": _forward_workspace(block)}
+        yield Moment(f"forward of {block.unit.name}", needs | gradients.before_blocks())
         kept += block.kept_bytes()
     trains = blocks[-1].needs_dout if blocks else run.root.trains
     kept += _final_norm_bytes(run, trains)
-    yield Moment("head", {"activations": kept + embedded} | head_bytes(run, trains))
-    yield Moment("backward of head", {"activations": kept} | head_backward_bytes(run, trains))
+    held = gradients.before_blocks()
+    yield Moment("head", {"activations": kept + embedded} | head_bytes(run, trains) | held)
+    yield Moment("backward of head", {"activations": kept} | head_backward_bytes(run, trains) | held)
     kept += tied_head_grad_bytes(run) - _final_norm_bytes(run, trains)
-    for block in reversed(blocks):
+    for number, block in reversed(list(enumerate(blocks))):
         if block.needs_dout:
-            yield Moment(f"backward of {block.unit.name}", {"activations": kept} | block.backward_needs())
+            needs = {"activations": kept} | block.backward_needs() | gradients.in_backward_of(number)
+            yield Moment(f"backward of {block.unit.name}", needs)
         kept -= block.kept_bytes()
     if run.is_on_gpu and (embedding := _trained_embedding(run)):  # whole: model/embedding.py
         whole = embedding.numel * run.wire_itemsize
-        yield Moment("backward of embedding", {"activations": kept + embedded, "backward": whole})
-    yield Moment("optimizer", {"activations": always})
+        needs = {"activations": kept + embedded, "backward": whole} | gradients.after_blocks()
+        yield Moment("backward of embedding", needs)
+    yield Moment("optimizer", {"activations": always} | gradients.in_update())
+
+
+def _makes_grads_anew(run: RunShape) -> bool:
+    """Whether gradients have memory from backward to update only (`fsdp.bucket.are_grads_made_anew`)."""
+    return run.is_on_gpu and not run.policy.offload
+
+
+class _GradientsInStep:
+    """Gradients, at moments of the last microbatch, that are not there all the time. Whole ones, that are kept, get
+    memory when the backward of their unit begins, of the root when its forward does; the shards of others when it ends.
+    Earlier microbatches have left all of them."""
+
+    def __init__(self, run: RunShape) -> None:
+        units = run.units if _makes_grads_anew(run) else ()
+        sizes = [sum(_grad_bytes(b, run) for b in unit.buckets if b.trainable) for unit in units]
+        self._root, self._blocks = (sizes[0], sizes[1:]) if units else (0, [0] * len(run.blocks))
+        self._begins_with_all = run.workload.microbatches > 1
+        self._is_whole = any(b.keeps_full_grads for b in run.buckets)
+
+    def before_blocks(self) -> dict[str, int]:
+        return self._of(len(self._blocks))
+
+    def in_backward_of(self, number: int) -> dict[str, int]:
+        return self._of(number if self._is_whole else number + 1)
+
+    def after_blocks(self) -> dict[str, int]:
+        return self._of(0)
+
+    def in_update(self) -> dict[str, int]:
+        return {"gradients": self._root + sum(self._blocks)}
+
+    def _of(self, first: int) -> dict[str, int]:
+        """Of blocks from number `first` on."""
+        if self._begins_with_all:
+            return self.in_update()
+        return {"gradients": sum(self._blocks[first:]) + (self._root if self._is_whole else 0)}
 
 
 def _trained_embedding(run: RunShape) -> ParameterShape | None:

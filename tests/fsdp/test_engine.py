@@ -55,8 +55,11 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 STRATEGIES = ["zero3", "zero2", "zero1", "ddp"]
 TRANSPORTS = ["shared", "paired"]
 # fp32 masters with an fp32 wire are not gathered where ranks share memory. Narrower masters are, and compute in fp32.
-WAYS = [{"transport": "shared"}, {"transport": "shared", "precision": NARROW_MASTERS}, {"transport": "paired"}]
-in_every_way = pytest.mark.parametrize("way", WAYS, ids=["resident", "shared", "paired"])
+WAYS = [
+    {"transport": "shared"}, {"transport": "shared", "precision": NARROW_MASTERS}, {"transport": "paired"},
+    {"transport": "paired", "grads_anew": True},
+]  # fmt: skip
+in_every_way = pytest.mark.parametrize("way", WAYS, ids=["resident", "shared", "paired", "anew"])
 PRECISIONS = [FP32, FP32, FP32, NARROW_MASTERS, BF16, FP16, BF16_MASTERS]
 
 
@@ -377,9 +380,10 @@ def gradients_after_clearing(world: World, case: Case) -> dict[str, Tensor]:
     return gathered_gradients(engine)
 
 
+@pytest.mark.parametrize("grads_anew", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_clearing_gradients_after_a_forward_loses_none(strategy: str) -> None:
-    case = Case(2, policy=ShardPolicy(strategy=strategy))
+def test_clearing_gradients_after_a_forward_loses_none(strategy: str, grads_anew: bool) -> None:
+    case = Case(2, policy=ShardPolicy(strategy=strategy), transport="paired", grads_anew=grads_anew)
     expected = reference_gradients(case)
     for gradients in run_ranks(2, gradients_after_clearing, case):
         for name, gradient in gradients.items():
@@ -609,8 +613,10 @@ def padding_on_rank(world: World, case: Case) -> float:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_padding_has_no_gradient(world_size: int, strategy: str) -> None:
-    case = Case(world_size, tied=False, microbatches=2, policy=ShardPolicy(strategy=strategy), depth=5, uneven=True)
+@pytest.mark.parametrize("how", [{}, {"transport": "paired", "grads_anew": True}], ids=["stay", "anew"])
+def test_padding_has_no_gradient(world_size: int, strategy: str, how: dict) -> None:
+    policy = ShardPolicy(strategy=strategy)
+    case = Case(world_size, tied=False, microbatches=2, policy=policy, depth=5, uneven=True, **how)
     assert run_ranks(world_size, padding_on_rank, case) == [0.0] * world_size
 
 

@@ -117,6 +117,34 @@ def test_memory_is_the_closed_form(policy: ShardPolicy, world_size: int, transpo
             assert grown == sum(expected.values()) + staging
 
 
+def gradients_over_a_step(world: World, case: Case) -> tuple[list[int], int]:
+    """Bytes of them after a step; after one microbatch of two; after both; and cleared. What buffers take of them."""
+    model, engine = sharded(case, world, BF16)
+    run_microbatches(model, engine, case, world.rank)
+    engine.clear_gradients()
+    held = [engine.held_bytes()["gradients"]]
+    for is_last in (False, True):
+        engine.expect_microbatch(is_last)
+        model(microbatch(case, world.rank, 0)).backward()
+        held.append(engine.held_bytes()["gradients"])
+    engine.clear_gradients()
+    assert all(shard.grad is None for shard in engine.trainable_shards())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    rings = {id(unit.reduce_ring): unit.reduce_ring for unit in engine.units}.values()
+    return [*held, engine.held_bytes()["gradients"]], sum(len(ring.buffers) * ring.num_bytes for ring in rings)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "zero2", "zero1", "ddp"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_made_anew_are_there_from_backward_to_update(world_size: int, strategy: str) -> None:
+    policy = ShardPolicy(strategy=strategy)
+    how = {"transport": "paired", "policy": policy, "grads_anew": True}
+    case = Case(world_size, WIDTH, HIDDEN, DEPTH, VOCAB, frozen="up", **how)
+    all_of_them = closed_form(case, 2, policy.shard_size(world_size))["gradients"]
+    for held, buffers in run_ranks(world_size, gradients_over_a_step, case):
+        assert held == [buffers, all_of_them, all_of_them, buffers]
+
+
 def levels_on_rank(world: World, case: Case) -> tuple[dict[str, int], dict[str, int]]:
     """The most of each kind that was lent at a time, in a step; and what there is to lend."""
     recorder = Recorder(world.rank, world.device)

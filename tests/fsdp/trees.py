@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class Case:
     precision: Precision = FP32
     recompute: RecomputeConfig = RecomputeConfig()
     dropout: float = 0.0
+    grads_anew: bool = False  # as on a GPU; not in shared memory
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
@@ -135,7 +137,10 @@ def sharded(
     def connect(world: World) -> Transport:
         return connect_by(case.transport, world)
 
-    return model, shard(model, list(model.blocks), world, case.policy, precision or case.precision, recorder, connect)
+    units, precision = list(model.blocks), precision or case.precision
+    is_anew = world.device.type == "cuda" or (case.grads_anew and (case.transport == "paired" or world.size == 1))
+    with mock.patch("minift.fsdp.bucket.are_grads_made_anew", lambda device: is_anew):
+        return model, shard(model, units, world, case.policy, precision, recorder, connect)
 
 
 def run_microbatches(model: Tree, engine: ShardedModel, case: Case, rank: int) -> None:
@@ -202,4 +207,5 @@ def cases(draw, max_world_size: int = 4, replicas: bool = False, precisions: Seq
         precision=draw(st.sampled_from(precisions)),
         recompute=draw(RECOMPUTES),
         dropout=draw(st.sampled_from([0.0, 0.3])),
+        grads_anew=draw(st.booleans()),
     )
