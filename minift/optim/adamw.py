@@ -81,8 +81,9 @@ class AdamW:
             tensor on the shards' device, which the host does not wait for.
         """
         self.begin_step(lr_scale)
+        factors = {device: _as_tensor(grad_factor, device) for device in self._memory}  # once, not for every shard
         for shard in self.shards:
-            self.update(shard, grad_factor)
+            self.update(shard, factors[shard.master.device])
 
     def begin_step(self, lr_scale: float) -> None:
         """Count a step, whose `update` of each shard is to follow."""
@@ -91,15 +92,13 @@ class AdamW:
         self._due = {shard.name for shard in self.shards}
 
     @torch.no_grad()
-    def update(self, shard: FlatShard, grad_factor: float | Tensor = 1.0) -> None:
-        """The part of `step` that updates this one of `shards`."""
+    def update(self, shard: FlatShard, grad_factor: Tensor | None = None) -> None:
+        """The part of `step` that updates this one of `shards`. grad_factor: 0-dim fp32 on its device; None: 1."""
         assert shard.name in self._due, f"{shard.name}: a second update in one step, or one before begin_step()"
         assert shard.grad is not None, f"{shard.name}: an update before a backward"
         self._due.remove(shard.name)
         if self.before_update is not None:
             self.before_update(shard)
-        if not isinstance(grad_factor, Tensor):
-            grad_factor = torch.full((), grad_factor, device=shard.grad.device) if grad_factor != 1.0 else None
         moments, memory = self._moments[shard.name], self._memory[shard.master.device]
         steps = {segment: self._constants(segment) for segment in self._segments[shard.name]}
         pieces = [(segment, here) for segment in steps for here in segment.pieces(memory.piece_elements)]
@@ -171,3 +170,10 @@ class AdamW:
             for key, ours in expected[name].items():
                 ours.copy_(state[name][key])
         self.num_steps = step
+
+
+def _as_tensor(factor: float | Tensor, device: torch.device) -> Tensor | None:
+    """What an update multiplies gradients with; None: nothing."""
+    if isinstance(factor, Tensor):
+        return factor
+    return None if factor == 1.0 else torch.full((), factor, device=device)

@@ -168,7 +168,7 @@ def test_shards_updated_one_by_one_in_any_order_get_the_same_bits(seed, master_d
         for index in order:
             shard = apart.shards[index]
             shard.grad.copy_(gradient[borders[index] : borders[index + 1]])
-            apart.update(shard, grad_factor=0.5)
+            apart.update(shard, grad_factor=torch.tensor(0.5))
     assert apart.num_steps == together.num_steps and torch.equal(flatten(together), flatten(apart))
 
 
