@@ -4,7 +4,8 @@
 // held of the row and of the weight is in flight before the first of it is used: nothing is waited for after the sum.
 //
 // The sum over rows for dweight is made without atomics, so that its bits are the same in every run: every thread sums
-// its columns in registers over the rows of its team, every block its teams, and a second kernel the blocks.
+// its columns in registers over the rows of its team, every block its teams, and a second kernel the blocks. Blocks
+// are few there and have many rows, of which they load the next while they sum up one.
 
 #include "rms_norm_kernels.h"
 
@@ -17,14 +18,14 @@
 namespace minift::cuda {
 namespace {
 
-constexpr int THREADS = 256;
-constexpr int64_t MAX_DWEIGHT_PARTS = 512, MIN_DWEIGHT_ROWS = 4;  // rows: of each team in a part
+constexpr int64_t DWEIGHT_THREADS = 1 << 16, MIN_DWEIGHT_ROWS = 4;  // of all parts; of each team in one
 
-// How a block works: `lanes` neighbours are a team, and each holds up to HELD packs of its row. BLOCK: all are one.
-// VECTOR: all rows are aligned and made of whole packs.
-template <bool BLOCK, bool VECTOR>
+// How a block of THREADS works: `lanes` neighbours are a team, and each holds up to HELD packs of its row. BLOCK: all
+// are one. VECTOR: all rows are aligned and made of whole packs.
+template <int THREADS_, bool BLOCK_, bool VECTOR_>
 struct Team {
-  static constexpr int HELD = !VECTOR ? 0 : BLOCK ? 2 : 4;
+  static constexpr int THREADS = THREADS_, HELD = !VECTOR_ ? 0 : BLOCK_ ? 2 : 4;
+  static constexpr bool BLOCK = BLOCK_, VECTOR = VECTOR_;
 
   int lanes, index, first;  // its number in the block, and where in the row the calling thread's packs begin
 
@@ -93,10 +94,11 @@ __device__ Pack normalised(const Pack& x, const Pack& weight, float scale) {
   return y;
 }
 
-template <class T, bool BLOCK, bool VECTOR>
-__global__ void __launch_bounds__(THREADS)
+template <class T, class Team>
+__global__ void __launch_bounds__(Team::THREADS)
     forward(Rows<const T> x, const T* weight, float eps, T* y, float* rstd, int lanes) {
-  Team<BLOCK, VECTOR> team(lanes);
+  constexpr bool VECTOR = Team::VECTOR;
+  Team team(lanes);
   int width = static_cast<int>(x.width);
   auto load = [&](const T* row, int i) {
     return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i));
@@ -146,8 +148,8 @@ __device__ void add_dweight(Pack& dweight, const Pack& dy, const Pack& x, float 
 
 // Blocks of a multiprocessor at once, at least: what their registers allow without a spill. A row in flight hides the
 // sum of another.
-template <class T, bool BLOCK, bool NEED_DWEIGHT>
-constexpr int RESIDENT = NEED_DWEIGHT || sizeof(T) > 2 ? 1 : BLOCK ? 4 : 2;
+template <class T, class Team, bool NEED_DWEIGHT>
+constexpr int RESIDENT = NEED_DWEIGHT || sizeof(T) > 2 ? 1 : Team::BLOCK ? 1024 / Team::THREADS : 2;
 
 template <class T>
 __device__ Pack plus_residual(const Pack& dx, const Pack& dresidual) {
@@ -158,46 +160,58 @@ __device__ Pack plus_residual(const Pack& dx, const Pack& dresidual) {
 }
 
 // With n = x rstd and g = dy weight: dx = rstd (g - n mean(g n)), dweight = sum over rows of dy n; dx is rounded, then
-// dresidual is added, if there is one.
-// Block b writes its part of dweight to parts + b * width.
-template <class T, bool BLOCK, bool VECTOR, bool NEED_DWEIGHT>
-__global__ void __launch_bounds__(THREADS, RESIDENT<T, BLOCK, NEED_DWEIGHT>)
+// dresidual is added, if there is one. Block b writes its part of dweight to parts + b * width.
+template <class T, class Team, bool NEED_DWEIGHT>
+__global__ void __launch_bounds__(Team::THREADS, RESIDENT<T, Team, NEED_DWEIGHT>)
     backward(Rows<const T> dy, Rows<const T> x, const T* weight, const float* rstd, Rows<const T> dresidual, T* dx,
              float* parts, int lanes) {
-  Team<BLOCK, VECTOR> team(lanes);
+  constexpr bool VECTOR = Team::VECTOR, LOADS_NEXT = NEED_DWEIGHT && Team::BLOCK && sizeof(T) == 2;
+  struct Row {
+    typename Team::template Held<T> dy, x, residual;
+    float rstd;
+  };
+  Team team(lanes);
   int width = static_cast<int>(x.width);
   float* part = parts + int64_t{blockIdx.x} * width;
   Pack sums[team.HELD + !team.HELD] = {};
+  bool adds = dresidual.data != nullptr;
   auto load = [&](const T* row, int i) {
     return to_floats(load_elements<VECTOR>(row + i, VECTOR ? PACK : width - i));
   };
-  bool adds = dresidual.data != nullptr;
+  auto row_of_team = [&](int64_t row_of_first) { return min(row_of_first + team.index, x.count - 1); };
+  auto load_row = [&](int64_t row_of_first) -> Row {
+    int64_t row = row_of_team(row_of_first);
+    return {team.load_held(dy[row], width), team.load_held(x[row], width),
+            team.load_held(adds ? dresidual[row] : nullptr, adds ? width : 0), rstd[row]};
+  };
   auto weights = team.load_held(weight, width);
-  for (int64_t row_of_first = int64_t{blockIdx.x} * team.teams(); row_of_first < x.count;
-       row_of_first += int64_t{gridDim.x} * team.teams()) {
-    int64_t row = min(row_of_first + team.index, x.count - 1);
+  int64_t row_of_first = int64_t{blockIdx.x} * team.teams(), step = int64_t{gridDim.x} * team.teams();
+  Row next;
+  if (LOADS_NEXT) next = load_row(row_of_first);
+  for (; row_of_first < x.count; row_of_first += step) {
+    int64_t row = row_of_team(row_of_first);
     const T *dy_row = dy[row], *x_row = x[row], *residual_row = adds ? dresidual[row] : nullptr;
-    auto held_dy = team.load_held(dy_row, width), held_x = team.load_held(x_row, width);
-    auto held_residual = team.load_held(residual_row, adds ? width : 0);
-    float scale = rstd[row], dot = 0.0f;
+    Row held = LOADS_NEXT ? next : load_row(row_of_first);
+    if (LOADS_NEXT && row_of_first + step < x.count) next = load_row(row_of_first + step);
+    float scale = held.rstd, dot = 0.0f;
 #pragma unroll
     for (int k = 0; k < team.HELD; ++k) {
-      dot += scaled_dot(to_floats(held_dy.at[k]), to_floats(weights.at[k]), to_floats(held_x.at[k]));
+      dot += scaled_dot(to_floats(held.dy.at[k]), to_floats(weights.at[k]), to_floats(held.x.at[k]));
     }
     team.for_each_other(width, [&](int i) { dot += scaled_dot(load(dy_row, i), load(weight, i), load(x_row, i)); });
     float projection = team.sum(dot) / static_cast<float>(width) * scale * scale * scale;
-    held_dy.forget_floats();
-    held_x.forget_floats();
+    held.dy.forget_floats();
+    held.x.forget_floats();
     weights.forget_floats();
-    if (row_of_first + team.index > row) continue;
+    if (row_of_first + team.index > row) break;  // there is no such row, nor one after it
     auto finish = [&](int i, const Pack& dy_pack, const Pack& w, const Pack& x_pack, const Pack& residual) {
       Pack dx_pack = gradient(dy_pack, w, x_pack, scale, projection);
       if (adds) dx_pack = plus_residual<T>(dx_pack, residual);
       store_pack<VECTOR>(dx + row * width + i, dx_pack, VECTOR ? PACK : width - i);
     };
     team.for_each_held(width, [&](int i, int k) {
-      Pack dy_pack = to_floats(held_dy.at[k]), x_pack = to_floats(held_x.at[k]);
-      finish(i, dy_pack, to_floats(weights.at[k]), x_pack, to_floats(held_residual.at[k]));
+      Pack dy_pack = to_floats(held.dy.at[k]), x_pack = to_floats(held.x.at[k]);
+      finish(i, dy_pack, to_floats(weights.at[k]), x_pack, to_floats(held.residual.at[k]));
       if (NEED_DWEIGHT) add_dweight(sums[k], dy_pack, x_pack, scale);
     });
     team.for_each_other(width, [&](int i) {
@@ -210,7 +224,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<T, BLOCK, NEED_DWEIGHT>)
     });
   }
   if constexpr (NEED_DWEIGHT) {
-    __shared__ float of_teams[THREADS * PACK];  // a step of the row for every team
+    __shared__ float of_teams[Team::THREADS * PACK];  // a step of the row for every team
     int step = team.step();
 #pragma unroll
     for (int k = 0; k < team.HELD; ++k) {
@@ -218,7 +232,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<T, BLOCK, NEED_DWEIGHT>)
 #pragma unroll
       for (int i = 0; i < PACK; ++i) of_teams[team.index * step + team.first + i] = sums[k].at[i];
       __syncthreads();
-      for (int i = threadIdx.x; i < step && k * step + i < width; i += THREADS) {
+      for (int i = threadIdx.x; i < step && k * step + i < width; i += Team::THREADS) {
         float sum = 0.0f;
         for (int t = 0; t < team.teams(); ++t) sum += of_teams[t * step + i];
         part[k * step + i] = sum;
@@ -227,10 +241,12 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<T, BLOCK, NEED_DWEIGHT>)
   }
 }
 
+constexpr int SUM_THREADS = 256;
+
 // Lanes have neighbouring columns, the warps of a block take turns along the parts.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(SUM_THREADS)
     sum_parts(const float* parts, int64_t num_parts, int64_t width, float* dweight) {
-  constexpr int WARPS = THREADS / WARP;
+  constexpr int WARPS = SUM_THREADS / WARP;
   __shared__ float of_warps[WARPS][WARP];
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   for (int64_t first = int64_t{blockIdx.x} * WARP; first < width; first += int64_t{gridDim.x} * WARP) {
@@ -251,22 +267,27 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Lanes of a warp that hold a row of this width; THREADS if it takes a block.
-int lanes_for(int64_t width) {
-  int lanes = 1;
-  while (lanes <= WARP && lanes * PACK * Team<false, true>::HELD < width) lanes *= 2;
-  return lanes <= WARP ? lanes : THREADS;
-}
-
 void check_width(int64_t width) {
   if (width > INT32_MAX / 2) throw std::runtime_error("rms_norm: a row has more than 2^30 elements");
 }
 
-template <class T, bool NEED_DWEIGHT>
-auto* backward_kernel(int lanes, bool vector) {
-  return !vector         ? &backward<T, true, false, NEED_DWEIGHT>
-         : lanes <= WARP ? &backward<T, false, true, NEED_DWEIGHT>
-                         : &backward<T, true, true, NEED_DWEIGHT>;
+// run(Chosen<a team>{}, lanes): lanes of a warp if a row fits what they hold, else a block, of as many threads as it
+// takes to hold the row, and 512 for any longer.
+template <class Of>
+struct Chosen {
+  using Team = Of;
+};
+template <class Run>
+void with_team(int64_t width, bool vector, const Run& run) {
+  using OfWarp = Team<256, false, true>;
+  int64_t packs = (width + PACK - 1) / PACK;
+  if (!vector) return run(Chosen<Team<256, true, false>>{}, 256);
+  for (int lanes = 1; lanes <= WARP; lanes *= 2) {
+    if (packs <= lanes * OfWarp::HELD) return run(Chosen<OfWarp>{}, lanes);
+  }
+  if (packs <= 256) return run(Chosen<Team<128, true, true>>{}, 128);
+  if (packs <= 512) return run(Chosen<Team<256, true, true>>{}, 256);
+  return run(Chosen<Team<512, true, true>>{}, 512);
 }
 
 }  // namespace
@@ -274,16 +295,20 @@ auto* backward_kernel(int lanes, bool vector) {
 template <class T>
 void rms_norm(Rows<const T> x, const T* weight, float eps, T* y, float* rstd, cudaStream_t stream) {
   check_width(x.width);
-  bool vector = aligned(x) && aligned(y) && aligned(weight);
-  int lanes = vector ? lanes_for(x.width) : THREADS;
-  auto* kernel = !vector         ? &forward<T, true, false>
-                 : lanes <= WARP ? &forward<T, false, true>
-                                 : &forward<T, true, true>;
-  launch("rms_norm", kernel, blocks_for(x.count, THREADS / lanes), THREADS, stream, x, weight, eps, y, rstd, lanes);
+  with_team(x.width, aligned(x) && aligned(y) && aligned(weight), [&](auto chosen, int lanes) {
+    using Team = typename decltype(chosen)::Team;
+    launch("rms_norm", &forward<T, Team>, blocks_for(x.count, Team::THREADS / lanes), Team::THREADS, stream, x, weight,
+           eps, y, rstd, lanes);
+  });
 }
 
 int64_t rms_norm_dweight_parts(int64_t count, int64_t width) {
-  return std::min<int64_t>(MAX_DWEIGHT_PARTS, blocks_for(count, THREADS / lanes_for(width) * MIN_DWEIGHT_ROWS));
+  int64_t parts = 0;
+  with_team(width, true, [&](auto chosen, int lanes) {
+    constexpr int THREADS = decltype(chosen)::Team::THREADS;
+    parts = std::min<int64_t>(DWEIGHT_THREADS / THREADS, blocks_for(count, THREADS / lanes * MIN_DWEIGHT_ROWS));
+  });
+  return parts;
 }
 
 template <class T>
@@ -292,18 +317,17 @@ void rms_norm_backward(Rows<const T> dy, Rows<const T> x, const T* weight, const
   check_width(x.width);
   bool vector = aligned(dy) && aligned(x) && aligned(dx) && aligned(weight);
   vector &= dresidual.data == nullptr || aligned(dresidual);
-  int lanes = vector ? lanes_for(x.width) : THREADS;
-  auto run = [&](auto* kernel, int64_t blocks) {
-    launch("rms_norm_backward", kernel, static_cast<unsigned>(blocks), THREADS, stream, dy, x, weight, rstd, dresidual,
-           dx, parts, lanes);
-  };
-  if (dweight == nullptr) {
-    run(backward_kernel<T, false>(lanes, vector), blocks_for(x.count, THREADS / lanes));
-    return;
-  }
-  int64_t num_parts = rms_norm_dweight_parts(x.count, x.width);
-  run(backward_kernel<T, true>(lanes, vector), num_parts);
-  launch("rms_norm_backward", sum_parts, blocks_for(x.width, WARP), THREADS, stream, parts, num_parts, x.width,
+  int64_t num_parts = dweight == nullptr ? 0 : rms_norm_dweight_parts(x.count, x.width);
+  with_team(x.width, vector, [&](auto chosen, int lanes) {
+    using Team = typename decltype(chosen)::Team;
+    auto* kernel = dweight == nullptr ? &backward<T, Team, false> : &backward<T, Team, true>;
+    unsigned blocks = blocks_for(x.count, Team::THREADS / lanes);
+    if (dweight != nullptr) blocks = static_cast<unsigned>(num_parts);
+    launch("rms_norm_backward", kernel, blocks, Team::THREADS, stream, dy, x, weight, rstd, dresidual, dx, parts,
+           lanes);
+  });
+  if (dweight == nullptr) return;
+  launch("rms_norm_backward", sum_parts, blocks_for(x.width, WARP), SUM_THREADS, stream, parts, num_parts, x.width,
          dweight);
 }
 

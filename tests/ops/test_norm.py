@@ -30,6 +30,7 @@ LAYOUTS = [
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 150)),
     st.tuples(st.integers(1, 7), st.integers(1, 700).map(lambda packs: 8 * packs)),
+    st.tuples(st.integers(1, 7), st.integers(1000, 1100).map(lambda packs: 8 * packs)),  # more than a block holds
     st.tuples(st.integers(200, 900), st.sampled_from([8, 15, 40])),
     st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
 )
