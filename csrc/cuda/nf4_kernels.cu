@@ -2,8 +2,8 @@
 //
 // The scale of a block is expanded in registers, double-quantised or not: one launch.
 //
-// Dequantising has as many blocks as fit the GPU, and each of their warps loads its next codes and scales while it
-// writes: only the first loads are waited for, and no block at the end begins when the others are through.
+// Dequantising, a warp loads its next codes and scales while it writes. It has two turns, where there is more to do
+// than the GPU holds at once: if blocks had all the rest, those of slower multiprocessors would end last.
 
 #include "nf4_kernels.h"
 
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 constexpr int UNROLLED = 4, PACKS_OF_WARP = UNROLLED * WARP;  // at a time
-constexpr int RESIDENT = 4;                                   // blocks of a multiprocessor
+constexpr int RESIDENT = 6, TURNS = 2;                        // blocks of a multiprocessor; of a warp, if more wait
 
 // What is dequantised: elements of rows, which follow each other in the result, and `gap` apart in the weight.
 struct Packs {
@@ -182,7 +182,8 @@ void nf4_dequantize(const uint8_t* codes, nf4::Scales scales, int64_t block_size
   bool vector = width % PACK == 0 && aligned(out) && reinterpret_cast<uintptr_t>(codes) % 4 == 0;
   uint32_t per_row = rows > 1 ? static_cast<uint32_t>(packs_per_row) : 0u;
   Packs packs{num_packs, rows * width, start, stride - width, per_row, log2_of(block_size)};
-  unsigned blocks = std::min(blocks_for(num_packs, THREADS * UNROLLED), resident_blocks(RESIDENT));
+  unsigned blocks = std::max(std::min(blocks_for(num_packs, THREADS * UNROLLED), resident_blocks(RESIDENT)),
+                             blocks_for(num_packs, THREADS * UNROLLED * TURNS));
   launch("nf4_dequantize", vector ? &dequantize<T, true> : &dequantize<T, false>, blocks, THREADS, stream, codes,
          scales, out, packs, Table(nf4::CODEBOOK));
 }
