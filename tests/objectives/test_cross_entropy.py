@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.data import batch
+from minift.grad_slot import GradSlot, lay_slot, slot_of
 from minift.model.linear import Linear
 from minift.objectives.cross_entropy import IGNORE, default_chunk_tokens, linear_cross_entropy
 from minift.ops import cross_entropy
@@ -159,6 +160,27 @@ def test_the_chunk_size_matters_only_to_fp32_rounding(kind, num_rows, chunk, see
     expected = gradients(whole, hidden, head)
     for mine, reference in zip(gradients(chunked, hidden, head), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    kind=st.sampled_from(["trained", "trained bias"]), num_rows=st.integers(1, 24), chunk=st.integers(1, 30),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_gradients_are_made_in_slots_of_fp32(num_rows, chunk, seed, dtype, kind):
+    """Of several chunks or of one, and not rounded to 16 bits. Autograd gets what comes to a slot that is full."""
+    hidden, head, targets = make(kind, dtype, num_rows, seed)
+    expected = gradients(linear_cross_entropy(hidden, head, targets, chunk), hidden, head)
+    for parameter in head.parameters():
+        lay_slot(parameter, GradSlot(torch.full(parameter.shape, torch.nan)))
+    loss = linear_cross_entropy(hidden, head, targets, chunk)
+    assert {slot_of(parameter).state for parameter in head.parameters()} == {GradSlot.State.CLAIMED}
+    assert gradients(loss, hidden, head)[1:] == [None for _ in head.parameters()]
+    for parameter, gradient in zip(head.parameters(), expected[1:], strict=True):
+        error = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(slot_of(parameter).tensor, gradient.float(), rtol=error, atol=error)
+    second = gradients(linear_cross_entropy(hidden, head, targets, chunk), hidden, head)
+    for mine, reference in zip(second, expected, strict=True):
+        assert torch.equal(mine, reference)
 
 
 @pytest.mark.parametrize("kind, gemms_per_chunk", [("frozen", 2), ("frozen bias", 2), ("trained", 3), ("only bias", 2)])

@@ -218,3 +218,11 @@ def test_collectives_and_bytes_are_those_of_a_real_step(
     spans = Counter((span.kind, span.name) for span in timed.simulated.trace.spans if span.lane != "compute")
     for sent, seen in run_ranks(world_size, sent_on_rank, TINY, setup, workload, link):
         assert (timed.sent_bytes, spans) == (sent, seen)
+
+
+@pytest.mark.parametrize(("link", "times"), [("nccl", 0), ("shared memory", 7)])
+def test_a_gpu_adds_weight_gradients_to_fp32_without_a_cast(link: str, times: int) -> None:
+    """On a CPU, each of a block's projections has one of its own; one rank keeps whole gradients in fp32."""
+    config, work = ModelConfig.from_hf(LLAMA_8B), Workload(tokens=64, document_tokens=64)
+    root, *blocks = count(describe(config, Setup(), world_size=1, link=link, workload=work)).units
+    assert [sum(op.kind == "cast" for op in block.backward) for block in blocks] == [times] * len(blocks)
