@@ -82,4 +82,14 @@ inline void check_factor_gradients(const Tensors& gradients, const Tensors& wide
   }
 }
 
+inline void check_to_rank_and_gradients(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales,
+                                        const Tensors& narrows, const Tensors& gradients) {
+  check_to_rank(wides, factors, scales);
+  check_factor_gradients(gradients, wides, narrows);
+  for (size_t i = 0; i < factors.size(); ++i) {
+    STD_TORCH_CHECK(factors.size() == gradients.size() && factors[i].size(1) == gradients[i].size(1),
+                    "to_rank_and_gradients_: every factor has a gradient, of its shape");
+  }
+}
+
 }  // namespace minift

@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(minift, m) {
   m.def("to_rank(Tensor[] wides, Tensor[] factors, float[] scales) -> Tensor");
   m.def("from_rank(Tensor[] narrows, Tensor[] factors, int[] counts, Tensor[] biases) -> Tensor[]");
   m.def("factor_gradients_(Tensor(a!)[] gradients, Tensor[] wides, Tensor[] narrows) -> ()");
+  m.def(
+      "to_rank_and_gradients_(Tensor[] wides, Tensor[] factors, float[] scales, Tensor[] narrows,"
+      " Tensor(a!)[] gradients) -> Tensor");
 
   // minift/ops/rope.py. inverse rotates by minus the angle, which is the backward of the rotation.
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");

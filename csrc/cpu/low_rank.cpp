@@ -143,12 +143,20 @@ void factor_gradients_(const Tensors& gradients, const Tensors& wides, const Ten
   });
 }
 
+Tensor to_rank_and_gradients_(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales,
+                              const Tensors& narrows, const Tensors& gradients) {
+  check_to_rank_and_gradients(wides, factors, scales, narrows, gradients);
+  factor_gradients_(gradients, wides, narrows);
+  return to_rank(wides, factors, scales);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(minift, CPU, m) {
   m.impl("to_rank", TORCH_BOX(&to_rank));
   m.impl("from_rank", TORCH_BOX(&from_rank));
   m.impl("factor_gradients_", TORCH_BOX(&factor_gradients_));
+  m.impl("to_rank_and_gradients_", TORCH_BOX(&to_rank_and_gradients_));
 }
 
 }  // namespace minift

@@ -2,6 +2,7 @@
 
 #include "../low_rank_tensors.h"
 
+#include "low_rank_both_kernels.h"
 #include "low_rank_gradient_kernels.h"
 #include "low_rank_kernels.h"
 #include "tensors.h"
@@ -95,6 +96,11 @@ ElementType type_of(const Tensor& gradient) {
   });
 }
 
+FactorGradient gradient_of(const Tensor& wide, const Tensor& narrow, const Tensor& gradient) {
+  return {wide_of(wide),       elements(narrow),  narrow.stride(0),   narrow.size(1),
+          gradient.data_ptr(), type_of(gradient), gradient.stride(0), gradient.stride(1)};
+}
+
 void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
   check_factor_gradients(gradients, wides, narrows);
   OnDevice on(wides[0], wides, narrows, gradients);
@@ -104,15 +110,36 @@ void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const T
   std::vector<FactorGradient> terms;
   int64_t tokens = wides[0].size(0), numel = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
-    const Tensor& narrow = narrow_rows[i];
-    terms.push_back({wide_of(of_factor(wide_rows, i)), elements(narrow), narrow.stride(0), narrow.size(1),
-                     gradients[i].data_ptr(), type_of(gradients[i]), gradients[i].stride(0),
-                     gradients[i].stride(1)});
+    terms.push_back(gradient_of(of_factor(wide_rows, i), narrow_rows[i], gradients[i]));
     numel += gradients[i].numel();
   }
   int64_t splits = gradient_splits(terms, tokens);
   Tensor sums = torch::stable::new_empty(wides[0], {splits * numel}, ScalarType::Float);
   factor_gradients(terms, tokens, splits, static_cast<float*>(sums.data_ptr()), on.stream);
+}
+
+Tensor to_rank_and_gradients_op(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales,
+                                const Tensors& narrows, const Tensors& gradients) {
+  check_to_rank_and_gradients(wides, factors, scales, narrows, gradients);
+  OnDevice on(wides[0], wides, factors, narrows, gradients);
+  Tensors wide_rows, narrow_rows;
+  for (const Tensor& wide : wides) wide_rows.push_back(with_adjacent_columns(wide));
+  for (const Tensor& narrow : narrows) narrow_rows.push_back(with_adjacent_columns(narrow));
+  std::vector<RankAndGradient> terms;
+  int64_t tokens = wides[0].size(0), rank = 0;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    terms.push_back({gradient_of(of_factor(wide_rows, i), narrow_rows[i], gradients[i]), elements(factors[i]),
+                     factors[i].stride(0), factors[i].stride(1), static_cast<float>(scales[i])});
+    rank += factors[i].size(1);
+  }
+  if (!is_one_pass(terms)) {
+    factor_gradients_op(gradients, wide_rows, narrow_rows);
+    return to_rank_op(wide_rows, factors, scales);
+  }
+  Tensor narrow = torch::stable::new_empty(wides[0], {tokens, rank});
+  Tensor sums = torch::stable::new_empty(narrow, {one_pass_sums(terms, tokens)}, ScalarType::Float);
+  to_rank_and_gradients(terms, tokens, elements(narrow), static_cast<float*>(sums.data_ptr()), on.stream);
+  return narrow;
 }
 
 }  // namespace
@@ -121,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(minift, MINIFT_CUDA_KEY, m) {
   m.impl("to_rank", TORCH_BOX(&to_rank_op));
   m.impl("from_rank", TORCH_BOX(&from_rank_op));
   m.impl("factor_gradients_", TORCH_BOX(&factor_gradients_op));
+  m.impl("to_rank_and_gradients_", TORCH_BOX(&to_rank_and_gradients_op));
 }
 
 }  // namespace minift::cuda

@@ -194,23 +194,11 @@ void factor_gradients(const std::vector<FactorGradient>& gradients, int64_t toke
                                       w_stride,         r_stride,         int(std::min<int64_t>(TILE, of.rank - rank))};
     }
     outputs.push_back({sums, of.gradient, width * of.rank, by_rows ? of.rank : width,
-                       by_rows ? of.w_stride : of.r_stride, of.type});
+                       by_rows ? of.w_stride : of.r_stride, splits, work.split_stride, of.type});
     sums += width * of.rank;
   }
   launch_sums(work, vector, stream);
-  for (size_t done = 0; done < outputs.size(); done += SplitSums::MOST) {
-    unsigned count = std::min<size_t>(SplitSums::MOST, outputs.size() - done);
-    SplitSums some{};
-    some.splits = splits;
-    some.split_stride = work.split_stride;
-    int64_t largest = 0;
-    for (unsigned i = 0; i < count; ++i) {
-      some.at[i] = outputs[done + i];
-      largest = std::max(largest, some.at[i].count);
-    }
-    launch("factor_gradients_", add_splits, dim3(blocks_for(largest, ADD_THREADS), count), ADD_THREADS,
-           stream, some);
-  }
+  add_up("factor_gradients_", outputs, stream);
 }
 
 }  // namespace minift::cuda

@@ -3,7 +3,8 @@
 // What a lane holds is documented (PTX ISA, mma.m16n8k16), so a fragment is loaded from memory directly, and a sum is
 // stored from where it is: wmma's fragments go through shared memory on both ways. The instruction sums over k in any
 // order; here lane 4 g + q holds the four neighbours k = 4 q .. 4 q + 3 of rows g and g + 8 of A and of column g of B,
-// and has the sums of rows g and g + 8, columns 2 q and 2 q + 1.
+// and has the sums of rows g and g + 8, columns 2 q and 2 q + 1. Who multiplies a matrix from both sides loads it once:
+// the tensor cores' layout of its transpose is a matter of the registers of a warp, too (`transposed`).
 
 #pragma once
 
@@ -32,11 +33,24 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// Of an 8 x 8 matrix lane 4 g + q has row g, columns 2 q and 2 q + 1, and gets column g, rows 2 q and 2 q + 1.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t row) {
+  uint32_t column;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
+  return column;
+}
 #endif
 
 // sums[0], [1]: of row g; sums[2], [3]: of row g + 8.
 __device__ __forceinline__ void multiply(float (&sums)[4], const Four& row, const Four& row_8, const Four& column) {
   mma_m16n8k16(sums, {row.words[0], row_8.words[0], row.words[1], row_8.words[1]}, column.words);
+}
+
+// Column g of two such matrices, one below the other, of which this lane has a word of rows g and g + 8 each: elements
+// 2 q and 2 q + 1 of the upper one, then of the lower one, as `multiply` takes them on both sides.
+__device__ __forceinline__ Four transposed(uint32_t upper, uint32_t lower) {
+  return {movmatrix_trans(upper), movmatrix_trans(lower)};
 }
 
 // The first `count` elements, and zeros. VECTOR: `from` is aligned, and there are all of them, or none.

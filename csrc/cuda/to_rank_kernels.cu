@@ -185,8 +185,7 @@ void to_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, Bf16* narr
     });
   });
   if (splits == 1) return;
-  SplitSums all{{{sums, narrow, count, std::max<int64_t>(1, count), 0, ElementType::BF16}}, splits, count};
-  launch("to_rank", add_splits, blocks_for(count, ADD_THREADS), ADD_THREADS, stream, all);
+  add_up("to_rank", {{sums, narrow, count, std::max<int64_t>(1, count), 0, splits, count, ElementType::BF16}}, stream);
 }
 
 }  // namespace minift::cuda

@@ -240,11 +240,11 @@ class _Project(torch.autograd.Function):
         for base, dout_NO, needs_dW, needs_db in zip(bases, douts, needs_W, needs_b, strict=True):
             gradients.append(deliver_product(base.dense_parameter(), dout_NO.t(), x_NI) if needs_dW else None)
             gradients.append(dout_NO.sum(0) if needs_db else None)
-        of_B = ctx.updates.gradients_of_B(douts, hidden_NR, needs_B)
+        needs_dhidden = ctx.needs_dx or any(needs_A)
+        dhidden_NR, of_B = ctx.updates.dhidden_and_gradients_of_B(douts, hidden_NR, needs_dhidden, needs_B)
         of_A: Sequence[Tensor | None] = [None] * len(of_B)
         dx_NI = dup_NI = None
-        if ctx.needs_dx or any(needs_A):
-            dhidden_NR = ctx.updates.dhidden(douts)
+        if needs_dhidden:
             of_A = ctx.updates.gradients_of_A(dhidden_NR, x_NI, needs_A)
             if ctx.needs_dx:
                 dx_NI = ctx.updates.dx(dhidden_NR)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from minift.grad_slot import deliver, gradient_memory
 from minift.ops.dropout import DROPOUT_STEPS, draw_seed, dropout, dropout_steps
-from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank, to_rank_and_gradients_
 from minift.ops.matmul import mm
 
 
@@ -109,15 +109,29 @@ class Updates:
         )  # fmt: skip
         return dict(zip(counts, sums, strict=True))
 
-    def dhidden(self, douts: Sequence[Tensor]) -> Tensor | None:
-        """g (N, sum of ranks): the gradient of what the A_i give, unscaled; None if there is no update."""
-        if not self._terms:
-            return None
-        return to_rank(
-            [douts[term.index] for term in self._terms],
-            [term.B for term in self._terms],
-            [term.factor for term in self._terms],
-        )
+    def dhidden_and_gradients_of_B(
+        self, douts: Sequence[Tensor], hidden_NR: Tensor | None, needs_dhidden: bool, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """g (N, sum of ranks), the gradient of what the A_i give, unscaled; None if nobody needs it or there is no
+        update. Then of each B that `needs` one its gradient, as `gradients_of_A` gives them.
+
+        Together, for both are made of the douts, the widest matrices here, which are read once if all are needed.
+        """
+        terms = list(compress(self._terms, needs))
+        memories = [gradient_memory(term.B) for term in terms]
+        narrows = [hidden_NR[:, term.columns] for term in terms]
+        wides, factors = [douts[term.index] for term in self._terms], [term.B for term in self._terms]
+        scales = [term.factor for term in self._terms]
+        dhidden_NR = None
+        if needs_dhidden and terms and all(needs):
+            dhidden_NR = to_rank_and_gradients_(wides, factors, scales, narrows, memories)
+        else:
+            if terms:
+                factor_gradients_(memories, list(compress(wides, needs)), narrows)
+            if needs_dhidden and wides:
+                dhidden_NR = to_rank(wides, factors, scales)
+        gradients = [deliver(term.B, memory) for term, memory in zip(terms, memories, strict=True)]
+        return dhidden_NR, _spread(gradients, needs)
 
     def dx(self, dhidden_NR: Tensor | None) -> Tensor | None:
         """The updates' part (N, in) of the gradient of x; None if there is no update."""
@@ -144,17 +158,6 @@ class Updates:
             factor_gradients_([memory.t() for memory in memories], [terms[0].seen(x_NI)], narrows)
             gradients += [deliver(term.A, memory) for term, memory in zip(terms, memories, strict=True)]
         return _spread(gradients, needs)
-
-    def gradients_of_B(
-        self, douts: Sequence[Tensor], hidden_NR: Tensor | None, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """As `gradients_of_A`."""
-        terms = list(compress(self._terms, needs))
-        memories = [gradient_memory(term.B) for term in terms]
-        if terms:
-            narrows = [hidden_NR[:, term.columns] for term in terms]
-            factor_gradients_(memories, [douts[term.index] for term in terms], narrows)
-        return _spread([deliver(term.B, memory) for term, memory in zip(terms, memories, strict=True)], needs)
 
     def _narrows(self, stacked_NR: Tensor) -> list[Tensor]:
         """What of (N, sum of ranks) belongs to each update."""

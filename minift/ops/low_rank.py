@@ -6,6 +6,8 @@ With factors F (W, R), which for LoRA are Aᵀ and B:
     from_rank          wide   = bias + narrow_0 F_0ᵀ + narrow_1 F_1ᵀ + ..
     factor_gradients_  dF     = wideᵀ narrow
 
+and, with each wide matrix read once for both, the first and the last of them (to_rank_and_gradients_).
+
 Each does several at once, because one is over before a thread has woken up for it, or a GPU's next kernel has begun. In
 bf16 these are compiled kernels; general GEMMs are slow where one side of a matrix is 16. Everything else is products by
 PyTorch: other dtypes, and on a GPU ranks with which a wide matrix would be read twice. Sums are fp32, and results are
@@ -68,6 +70,23 @@ def factor_gradients_(gradients: Sequence[Tensor], wides: Sequence[Tensor], narr
     run(gradients, wides, narrows)
 
 
+def to_rank_and_gradients_(
+    wides: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    narrows: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """`factor_gradients_(gradients, wides, narrows)` and then `to_rank(wides, factors, scales)`, which is returned.
+
+    A GPU reads wide matrices once for both if ranks are 8 or 16, widths multiples of 8, and gradients contiguous.
+    """
+    _check("to_rank_and_gradients_", wides, factors)
+    terms = [factors] if len(wides) == 1 else [[factor] for factor in factors]
+    run = _to_rank_and_gradients_ if _is_compiled(wides[0], terms) else to_rank_and_gradients_reference
+    return run(wides, _like(wides[0], factors), scales, narrows, gradients)
+
+
 def to_rank_reference(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """`to_rank` in plain PyTorch."""
     if len(wides) == 1:
@@ -107,6 +126,18 @@ def factor_gradients_reference(gradients: Sequence[Tensor], wides: Sequence[Tens
             gradient.copy_(mm(wide.t(), narrow))
 
 
+def to_rank_and_gradients_reference(
+    wides: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    scales: Sequence[float],
+    narrows: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """`to_rank_and_gradients_` in plain PyTorch."""
+    factor_gradients_reference(gradients, wides, narrows)
+    return to_rank_reference(wides, factors, scales)
+
+
 def _is_compiled(operand: Tensor, terms: Sequence[Sequence[Tensor]]) -> bool:
     """terms: for each wide matrix the factors it has to do with."""
     if operand.dtype != torch.bfloat16:
@@ -131,7 +162,7 @@ def _check(op: str, wides: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
         raise ValueError(f"{op}: {len(wides)} wide matrices for {len(factors)} factors; valid: one for each, or one")
 
 
-def _to_rank_fake(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+def _to_rank_fake(wides: Sequence[Tensor], factors: Sequence[Tensor], *_: Sequence) -> Tensor:
     return wides[0].new_empty(wides[0].shape[0], sum(factor.shape[1] for factor in factors))
 
 
@@ -148,3 +179,6 @@ def _in_place_fake(*_: Sequence[Tensor]) -> None:
 _to_rank = extension.op("to_rank", reference=to_rank_reference, fake=_to_rank_fake)
 _from_rank = extension.op("from_rank", reference=from_rank_reference, fake=_from_rank_fake)
 _factor_gradients_ = extension.op("factor_gradients_", reference=factor_gradients_reference, fake=_in_place_fake)
+_to_rank_and_gradients_ = extension.op(
+    "to_rank_and_gradients_", reference=to_rank_and_gradients_reference, fake=_to_rank_fake
+)

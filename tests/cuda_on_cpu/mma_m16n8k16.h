@@ -1,4 +1,4 @@
-// The instruction mma.m16n8k16 in bf16 (csrc/cuda/tensor_cores.h), for cuda_runtime.h beside this.
+// The instructions mma.m16n8k16 in bf16 and movmatrix.trans (csrc/cuda/tensor_cores.h), for cuda_runtime.h beside this.
 //
 // Lanes show each other their registers, and each computes its own sums, by the layouts of the PTX ISA: lane 4 g + q
 // has in a[i] row g + 8 (i % 2) of A, columns 2 q + 8 (i / 2) and the next; in b[i] column g of B, rows 2 q + 8 i and
@@ -39,4 +39,14 @@ MINIFT_UNWATCHED inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
       d[i] += of_row * of_b.bf16(4 * column + holder, k / 8 * 2 + k % 2);
     }
   }
+}
+
+// Lane 4 g + q has row g of an 8 x 8 matrix, columns 2 q and the next, and gets column g, rows 2 q and the next.
+MINIFT_UNWATCHED inline uint32_t movmatrix_trans(uint32_t row) {
+  using namespace cuda_on_cpu;
+  const uint64_t* rows = shown_by_all(row);
+  int g = lane() / 4, q = lane() % 4;
+  uint32_t column = 0;
+  for (int i = 0; i < 2; ++i) column |= (rows[4 * (2 * q + i) + g / 2] >> 16 * (g % 2) & 0xffff) << 16 * i;
+  return column;
 }

@@ -15,7 +15,7 @@ from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.linear import Linear, LinearBase, project
 from minift.ops.dropout import draw_seed, dropout, dropout_steps
-from minift.ops.low_rank import factor_gradients_, to_rank
+from minift.ops.low_rank import factor_gradients_, to_rank, to_rank_and_gradients_
 from minift.peft.inject import inject
 from minift.peft.lora import LoraConfig, LoraLinear
 from minift.quant.linear import NF4Linear
@@ -188,6 +188,8 @@ def products_of(run) -> list[tuple[str, int, int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minift.model.low_rank, "to_rank", watched(to_rank, 0, 1))
         patch.setattr(minift.model.low_rank, "factor_gradients_", watched(factor_gradients_, 1, 0))
+        both = watched(to_rank_and_gradients_, 0, 1)
+        patch.setattr(minift.model.low_rank, "to_rank_and_gradients_", both)
         run()
     return calls
 
@@ -212,7 +214,7 @@ def test_adapters_of_one_input_go_through_the_rank_together():
         outs.append(model(torch.arange(9), torch.arange(9), bounds, 9, head=head))
 
     def backward_of(count: int) -> list[tuple[str, int, int]]:
-        return [("factor_gradients_", count, count), ("to_rank", count, count), ("factor_gradients_", 1, count)]
+        return [("to_rank_and_gradients_", count, count), ("factor_gradients_", 1, count)]
 
     qkv, o, gate_up, down = 3, 1, 2, 1
     assert products_of(forward) == [("to_rank", 1, count) for count in (qkv, o, gate_up, down)]

@@ -19,7 +19,7 @@ from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import dynamic_map, quantize_blockwise
 from minift.ops.cross_entropy import cross_entropy_
 from minift.ops.dropout import dropout
-from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank, to_rank_and_gradients_
 from minift.ops.nf4 import (
     Nf4,
     absmax_of,
@@ -98,6 +98,8 @@ def low_rank_cases(device: torch.device) -> None:
         to_rank(wides[:1], of_one, [1.0, 2.0])
         from_rank(narrows[:2], of_one, [2], [None])
         factor_gradients_([torch.empty_like(f) for f in of_one], wides[:1], narrows[:2])
+        gradients = [torch.empty(f.shape, device=device) for f in of_one]
+        to_rank_and_gradients_(wides[:1], of_one, [1.0, 2.0], narrows[:2], gradients)
     for dtype, (inner, outer) in itertools.product(DTYPES, ((37, 70), (256, 64))):
         A, B = draw(device, dtype, 20, inner, packed=True), draw(device, dtype, 20, outer, packed=True)
         ranks = torch.tensor([[0, 3], [3, 19], [19, 19], [19, 20]], dtype=torch.int32)

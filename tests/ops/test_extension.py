@@ -37,6 +37,7 @@ assert torch.equal(dropout.dropout(y, 1, 0), y)
 assert cross_entropy.cross_entropy_(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), True).tolist() == [0.0, 0.0]
 wide, factor = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(8, 1, dtype=torch.bfloat16)
 narrow = low_rank.to_rank([wide], [factor], [0.5])
+assert torch.equal(low_rank.to_rank_and_gradients_([wide], [factor], [0.5], [narrow], [factor.clone()]), narrow)
 low_rank.factor_gradients_([factor], [wide], [narrow])
 assert (factor == 8.0).all() and (low_rank.from_rank([narrow], [factor], [1], [None])[0] == 32.0).all()
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.ops import low_rank as module
-from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, to_rank, to_rank_and_gradients_
 
 HAS_CUDA_KERNELS = True
 U = 2.0**-24
@@ -39,7 +39,7 @@ CASES = {
 @pytest.fixture
 def run(implementation):
     """run(name): the op, or its reference."""
-    ops = {"to_rank": to_rank, "from_rank": from_rank, "factor_gradients_": factor_gradients_}
+    ops = {op.__name__: op for op in (to_rank, from_rank, factor_gradients_, to_rank_and_gradients_)}
     references = {name: getattr(module, f"{name.removesuffix('_')}_reference") for name in ops}
     return references if implementation == "reference" else ops
 
@@ -50,9 +50,37 @@ def shapes_of(widths, ranks, is_shared):
     return widths[:1] if is_shared else widths, of_factors, ranks[: len(of_factors)]
 
 
+@pytest.fixture
+def is_to_rank(implementation, rounding):
+    """is_to_rank(narrow, wide, factor, scale): whether it is scale · wide factor."""
+
+    def check(narrow, wide, factor, scale):
+        wide, factor = wide.double(), factor.double()
+        exact, size = scale * wide @ factor, abs(scale) * wide.abs() @ factor.abs()
+        unit = len(factor) * U + 2 * U + (2.0**-8 if implementation == "reference" else 0.0)
+        error = (narrow.double() - exact).abs()
+        return (error <= unit * size + 1.01 * rounding(exact, torch.bfloat16)).all()
+
+    return check
+
+
+@pytest.fixture
+def is_gradient(implementation, rounding):
+    """is_gradient(gradient, wide, narrow): whether it is wideᵀ narrow."""
+
+    def check(gradient, wide, narrow):
+        wide, narrow = wide.double(), narrow.double()
+        exact, size = wide.t() @ narrow, wide.abs().t() @ narrow.abs()
+        rounded_to = torch.bfloat16 if implementation == "reference" else gradient.dtype
+        error = (gradient.double() - exact).abs()
+        return (error <= (len(wide) + 1) * U * size + 1.01 * rounding(exact, rounded_to)).all()
+
+    return check
+
+
 @property_test
 @given(**CASES, scale=st.sampled_from([1.0, -2.5]))
-def test_to_rank(implementation, run, draw_tensor, rounding, tokens, sizes, is_shared, layout, scale, seed):
+def test_to_rank(run, draw_tensor, is_to_rank, tokens, sizes, is_shared, layout, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
     wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, layout) for width in wide_widths]
@@ -64,10 +92,7 @@ def test_to_rank(implementation, run, draw_tensor, rounding, tokens, sizes, is_s
     narrow = run["to_rank"](wides, factors, scales)
     assert narrow.shape == (tokens, sum(ranks)) and narrow.dtype == torch.bfloat16
     for i, (part, factor) in enumerate(zip(narrow.split(ranks, dim=1), factors, strict=True)):
-        wide = wides[0 if is_shared else i].double()
-        exact, size = scales[i] * wide @ factor.double(), abs(scales[i]) * wide.abs() @ factor.double().abs()
-        unit = len(factor) * U + 2 * U + (2.0**-8 if implementation == "reference" else 0.0)
-        assert ((part.double() - exact).abs() <= unit * size + 1.01 * rounding(exact, torch.bfloat16)).all()
+        assert is_to_rank(part, wides[0 if is_shared else i], factor, scales[i])
 
 
 @pytest.mark.parametrize("tokens, width", [(70, 700), (70, 704), (150, 2056), (300, 1031)])
@@ -153,9 +178,7 @@ def test_many_terms_and_many_wide_matrices(implementation, run, rounding, count)
 
 @property_test
 @given(**CASES, dtype=st.sampled_from([torch.bfloat16, torch.float32]), is_transposed=st.booleans())
-def test_factor_gradients(
-    implementation, run, draw_tensor, rounding, tokens, sizes, is_shared, layout, dtype, is_transposed, seed
-):
+def test_factor_gradients(run, draw_tensor, is_gradient, tokens, sizes, is_shared, layout, dtype, is_transposed, seed):
     generator = torch.Generator().manual_seed(seed)
     wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
     wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, layout) for width in wide_widths]
@@ -167,11 +190,7 @@ def test_factor_gradients(
     ]  # fmt: skip
     run["factor_gradients_"](gradients, wides, narrows)
     for i, (gradient, narrow) in enumerate(zip(gradients, narrows, strict=True)):
-        wide = wides[0 if is_shared else i].double()
-        exact, size = wide.t() @ narrow.double(), wide.abs().t() @ narrow.double().abs()
-        rounded_to = torch.bfloat16 if implementation == "reference" else dtype
-        bound = (tokens + 1) * U * size + 1.01 * rounding(exact, rounded_to)
-        assert ((gradient.double() - exact).abs() <= bound).all()
+        assert is_gradient(gradient, wides[0 if is_shared else i], narrow)
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -189,6 +208,58 @@ def test_gradients_of_many_tokens_and_of_none(run, rounding, tokens, is_shared, 
         exact, size = wide.t() @ narrow.double(), wide.abs().t() @ narrow.double().abs()
         bound = (tokens + 1) * U * size + 1.01 * rounding(exact, torch.bfloat16)
         assert ((gradient.double() - exact).abs() <= bound).all()
+
+
+def sizes_in_packs():
+    """As `sizes_in`, with those ranks with which a GPU reads a wide matrix once for two products."""
+    widths = st.lists(st.sampled_from([8, 40, 72, 136, 200]), min_size=1, max_size=3)
+    return st.tuples(widths, st.lists(st.sampled_from([8, 16]), min_size=3, max_size=3))
+
+
+@property_test
+@given(
+    **CASES | {"sizes": st.one_of(sizes_in(1), sizes_in_packs())},
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]),
+    is_transposed=st.booleans(),
+)
+def test_to_rank_and_gradients(
+    run, draw_tensor, is_to_rank, is_gradient, tokens, sizes, is_shared, layout, dtype, is_transposed, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    wide_widths, factor_widths, ranks = shapes_of(*sizes, is_shared)
+    wides = [draw_tensor(generator, (tokens, width), torch.bfloat16, layout) for width in wide_widths]
+    narrows = [draw_tensor(generator, (tokens, rank), torch.bfloat16, layout) for rank in ranks]
+    shapes = list(zip(factor_widths, ranks, strict=True))
+    factors = [draw_tensor(generator, shape, torch.bfloat16, layout) for shape in shapes]
+    gradients = [
+        torch.full((rank, width), torch.nan, dtype=dtype).t() if is_transposed else
+        torch.full((width, rank), torch.nan, dtype=dtype)
+        for width, rank in shapes
+    ]  # fmt: skip
+    scales = [-2.5 * (i + 1) for i in range(len(factors))]
+    narrow = run["to_rank_and_gradients_"](wides, factors, scales, narrows, gradients)
+    assert narrow.shape == (tokens, sum(ranks)) and narrow.dtype == torch.bfloat16
+    for i, part in enumerate(narrow.split(ranks, dim=1)):
+        wide = wides[0 if is_shared else i]
+        assert is_to_rank(part, wide, factors[i], scales[i])
+        assert is_gradient(gradients[i], wide, narrows[i])
+
+
+@pytest.mark.parametrize("tokens, widths", [(0, (24,)), (300, (2056, 1024)), (150, (24, 8, 1032, 16)), (9, (16,) * 60)])
+def test_to_rank_and_gradients_in_parts(run, is_to_rank, is_gradient, tokens, widths):
+    """Of tokens, of widths, and more wide matrices than a kernel takes as its arguments."""
+    generator = torch.Generator().manual_seed(tokens)
+    ranks = [(16, 8)[i % 2] for i in range(len(widths))]
+    wides = [torch.randn(tokens, width, generator=generator).bfloat16() for width in widths]
+    hidden = torch.randn(tokens, sum(ranks), generator=generator).bfloat16()
+    shapes = list(zip(widths, ranks, strict=True))
+    factors = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    gradients = [torch.full(shape, torch.nan) for shape in shapes]
+    narrows, scales = hidden.split(ranks, dim=1), [1.0 + i for i in range(len(widths))]
+    narrow = run["to_rank_and_gradients_"](wides, factors, scales, narrows, gradients)
+    for i, part in enumerate(narrow.split(ranks, dim=1)):
+        assert is_to_rank(part, wides[i], factors[i], scales[i])
+        assert is_gradient(gradients[i], wides[i], narrows[i])
 
 
 def test_many_ranks_of_one_wide_matrix_are_left_to_pytorch_on_a_gpu():
@@ -211,6 +282,9 @@ def test_neighbours_in_memory_are_not_read(implementation, width, rank):
         assert (to_rank([wide], [factor], [1.0]) == width).all()
         gradient = torch.empty_like(factor)
         factor_gradients_([gradient], [wide], [narrow])
+        assert (gradient == 9.0).all()
+        gradient.zero_()
+        assert (to_rank_and_gradients_([wide], [factor], [1.0], [narrow], [gradient]) == width).all()
         assert (gradient == 9.0).all()
         assert (from_rank([narrow], [factor], [1], [None])[0] == rank).all()
 
@@ -254,6 +328,10 @@ def test_wrong_counts_and_shapes_are_refused():
             from_rank(narrows, factors, [len(factors)], [None])
     with pytest.raises(RuntimeError):
         factor_gradients_([torch.ones(2, 6)], [wide], [torch.ones(4, 2).bfloat16()])
+    with pytest.raises(RuntimeError):
+        to_rank_and_gradients_([wide], [factor], [1.0], [torch.ones(4, 3).bfloat16()], [torch.ones(6, 3)])
+    with pytest.raises(RuntimeError):
+        to_rank_and_gradients_([wide] * 2, [factor] * 2, [1.0], [narrow] * 2, [torch.ones(6, 2)] * 2)
 
 
 def test_opcheck(instruction_set):
@@ -264,3 +342,4 @@ def test_opcheck(instruction_set):
         ops.from_rank.default, ([narrow] * 3, [factor, factor, factor[:7]], [2, 1], [factor[:, 0], factor.new_empty(0)])
     )
     torch.library.opcheck(ops.factor_gradients_.default, ([factor.float()], [wide], [narrow]))
+    torch.library.opcheck(ops.to_rank_and_gradients_.default, ([wide], [factor], [2.0], [narrow], [factor.float()]))
