@@ -13,7 +13,8 @@ operations, works on blocks that stay in the cache for this reason.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,7 @@ from minift.ops.rounding import random_bits, round_stochastically_
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
-@dataclass(frozen=True)
-class AdamWStep:
+class AdamWStep(NamedTuple):
     """The constants of one step, for weights that are treated alike, in the order in which the ops take them.
 
     eps: already times sqrt(1 - beta2^t).
@@ -68,7 +68,7 @@ def adamw_(weights: Weights, exp_avg: Tensor, exp_avg_sq: Tensor, grad_factor: T
     grad_factor: f, one fp32 on the same device, which the host does not wait for; None: 1.
     """
     moments = exp_avg, exp_avg_sq
-    _adamw(weights.master, weights.grad, *moments, weights.wire, grad_factor, *astuple(step), weights.first)
+    _adamw(weights.master, weights.grad, *moments, weights.wire, grad_factor, *step, weights.first)
 
 
 def adamw_reference(

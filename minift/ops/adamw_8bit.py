@@ -12,7 +12,7 @@ whole block.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def adamw_8bit_(
         weights.master, weights.grad,
         moments.exp_avg_codes, moments.exp_avg_absmax, moments.exp_avg_sq_codes, moments.exp_avg_sq_absmax,
         signed_map.values, signed_map.buckets, unsigned_map.values, unsigned_map.buckets,
-        weights.wire, grad_factor, *astuple(step), weights.first,
+        weights.wire, grad_factor, *step, weights.first,
     )  # fmt: skip
 
 

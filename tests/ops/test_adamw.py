@@ -6,8 +6,6 @@ v likewise of two positive terms; the quotient adds 4 roundings and half of v's,
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -53,7 +51,7 @@ def update(implementation, tensors, factor=None, step=STEP, first=0, wire=None, 
     pairs = [placed(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
     master, grad, exp_avg, exp_avg_sq = (view for view, _ in pairs)
     if implementation == "reference":
-        module.adamw_reference(master, grad, exp_avg, exp_avg_sq, wire, factor, *astuple(step), first)
+        module.adamw_reference(master, grad, exp_avg, exp_avg_sq, wire, factor, *step, first)
     else:
         adamw_(Weights(master, grad, first, wire), exp_avg, exp_avg_sq, factor, step)
     assert torch.equal(grad.view(torch.int32), tensors[1].view(torch.int32))

@@ -6,7 +6,7 @@ border between two codes its code is the neighbour.
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields
+from dataclasses import fields
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def update(implementation, master, grad, moments, factor=None, step=STEP, first=
     moments = QuantizedMoments(*copies)
     if implementation == "reference":
         maps = (SIGNED.values, SIGNED.buckets, UNSIGNED.values, UNSIGNED.buckets)
-        constants = (*astuple(step), first)
+        constants = (*step, first)
         adamw_8bit.adamw_8bit_reference(master, grad, *tensors_of(moments), *maps, wire, factor, *constants)
     else:
         adamw_8bit_(Weights(master, grad, first, wire), moments, SIGNED, UNSIGNED, factor, step)
@@ -134,7 +134,7 @@ def test_weights_are_updated_from_the_decoded_moments(implementation, master_dty
     new_master, after = update(implementation, master, grad, moments, factor)
     exp_avg, exp_avg_sq = decoded(moments)
     if implementation == "reference":
-        adamw.adamw_reference(master, grad, exp_avg, exp_avg_sq, None, factor, *astuple(STEP), 0)
+        adamw.adamw_reference(master, grad, exp_avg, exp_avg_sq, None, factor, *STEP, 0)
     else:
         adamw_(Weights(master, grad), exp_avg, exp_avg_sq, factor, STEP)
     assert torch.equal(new_master, master)
