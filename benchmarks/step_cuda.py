@@ -46,6 +46,7 @@ from results import Result, finish, parse
 from torch import Tensor, nn
 
 from minift.dist.process import init_world, shutdown
+from minift.fsdp import ShardPolicy
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.objectives.cross_entropy import linear_cross_entropy
@@ -79,6 +80,7 @@ def minift_side(args: argparse.Namespace, device: torch.device) -> Side:
         adapter=None if args.method == "full" else lora,
         quant=QuantConfig() if args.method == "qlora" else None,
         recompute=RecomputeConfig(args.recompute),
+        fsdp=ShardPolicy(strategy=args.strategy),
         optim=OptimConfig(weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM),
     )
     config, workload = model_shape(args.model), Workload(tokens=args.tokens, document_tokens=args.document_tokens)
@@ -249,6 +251,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS)
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "offload"))
+    parser.add_argument("--strategy", default="zero3", choices=("zero3", "zero2"), help="zero2: weights are cast once")
     parser.add_argument("--peer", default="peft", choices=("peft", "fully_shard", "none"))
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--document-tokens", type=int, default=4096)
