@@ -47,7 +47,7 @@ class Packing:
     @cached_property
     def documents(self) -> Documents:
         """The same for cuDNN."""
-        return Documents.of(self.cu_seqlens, self.max_seqlen)
+        return Documents.of(self.cu_seqlens, self.max_seqlen, len(self.cos_TR))
 
 
 class Attention(CheapOps):

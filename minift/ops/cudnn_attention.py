@@ -9,7 +9,7 @@ its path for packed documents plans anew at every call, 45 ms each, and its grad
 A *plan* is built for a number of documents and a longest one, in tens of milliseconds. Packs differ in both, so both
 are rounded up to powers of two: what is missing are documents of length 0, and how long each document is stays on the
 GPU, where nobody waits for it. Offsets of documents are in elements, so there is one tensor of them for each width of a
-row.
+row. Documents of one length are a batch, for which kernels take a tenth less.
 
 Not here: sliding windows, and keys that documents share; `model/attention.py` leaves these to PyTorch.
 """
@@ -53,17 +53,21 @@ def is_best_for(q_THE: Tensor, longest: int) -> bool:
 class Documents:
     """Where the documents of a pack are, as cuDNN wants to know it. Made once for a pack, used by every layer."""
 
+    count: int
     longest: int
-    lengths_B: Tensor  # int32, of a power of two of documents: 0 for those that are none
-    starts_B1: Tensor  # int64, one more; the end of the pack for those that are none
+    lengths_B: Tensor | None  # int32, 0 for those that are none; None: all have the same
+    starts_B1: Tensor | None  # int64, one more; the end of the pack for those that are none
     _offsets: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, longest: int) -> Documents:
-        num_documents = len(cu_seqlens) - 1
-        missing = round_up_to_power(num_documents) - num_documents
+    def of(cls, cu_seqlens: Tensor, longest: int, total: int) -> Documents:
+        """total: tokens of the pack, which are document s from cu_seqlens[s] to cu_seqlens[s + 1]."""
+        count = len(cu_seqlens) - 1
+        if count * longest == total:
+            return cls(count, longest, None, None)
+        missing = round_up_to_power(count) - count
         starts_B1 = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)]).long()
-        return cls(round_up_to_power(max(longest, 128)), starts_B1.diff().int(), starts_B1)
+        return cls(count + missing, round_up_to_power(max(longest, 128)), starts_B1.diff().int(), starts_B1)
 
     def offsets(self, width: int) -> Tensor:
         """In elements, of rows of `width`."""
@@ -126,7 +130,7 @@ class Case:
     dtype: torch.dtype
     num_documents: int
     longest: int
-    total: int
+    total: int | None  # None: all documents have the longest's length
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -134,9 +138,9 @@ class Case:
 
 
 def _case(q_THE: Tensor, k_TKE: Tensor, documents: Documents) -> Case:
-    total = -(-len(q_THE) // TOTAL_UNIT) * TOTAL_UNIT
+    total = None if documents.lengths_B is None else -(-len(q_THE) // TOTAL_UNIT) * TOTAL_UNIT
     return Case(
-        q_THE.device, q_THE.dtype, len(documents.lengths_B), documents.longest, total,
+        q_THE.device, q_THE.dtype, documents.count, documents.longest, total,
         q_THE.shape[1], k_TKE.shape[1], q_THE.shape[2], torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
@@ -153,9 +157,11 @@ class Plan:
         import cudnn
 
         device = tensors[Of.Q].device
-        offsets = zip((Of.Q_OFFSETS, Of.KV_OFFSETS, Of.LSE_OFFSETS), map(documents.offsets, self.widths), strict=True)
-        pointers = {int(of): tensor.data_ptr() for of, tensor in (*tensors.items(), *offsets)}
-        pointers[int(Of.LENGTHS)] = documents.lengths_B.data_ptr()
+        if documents.lengths_B is not None:
+            offsets = map(documents.offsets, self.widths)
+            tensors |= zip((Of.Q_OFFSETS, Of.KV_OFFSETS, Of.LSE_OFFSETS), offsets, strict=True)
+            tensors |= {Of.LENGTHS: documents.lengths_B}
+        pointers = {int(of): tensor.data_ptr() for of, tensor in tensors.items()}
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
         cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(device).cuda_stream)
         self.graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
@@ -191,10 +197,15 @@ def describe(case: Case, is_backward: bool, handle: Any) -> Any:
         io_data_type=of_dtype, intermediate_data_type=of_float, compute_data_type=of_float, handle=handle
     )
     documents, longest = case.num_documents, case.longest
-    one_each, bounds = [documents, 1, 1, 1], [documents + 1, 1, 1, 1]
-    lengths = graph.tensor(one_each, [1, 1, 1, 1], cudnn.data_type.INT32, uid=Of.LENGTHS)
-    offsets = {of: graph.tensor(bounds, [1, 1, 1, 1], cudnn.data_type.INT64, uid=of)
-               for of in (Of.Q_OFFSETS, Of.KV_OFFSETS, Of.LSE_OFFSETS)}  # fmt: skip
+    settings = {"attn_scale": case.head_dim**-0.5, "diagonal_band_right_bound": 0}
+    of_total, offsets = {}, {}
+    if case.total is not None:
+        one_each, bounds = [documents, 1, 1, 1], [documents + 1, 1, 1, 1]
+        lengths = graph.tensor(one_each, [1, 1, 1, 1], cudnn.data_type.INT32, uid=Of.LENGTHS)
+        offsets = {of: graph.tensor(bounds, [1, 1, 1, 1], cudnn.data_type.INT64, uid=of)
+                   for of in (Of.Q_OFFSETS, Of.KV_OFFSETS, Of.LSE_OFFSETS)}  # fmt: skip
+        settings |= {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}
+        of_total = {"max_total_seq_len_q": case.total, "max_total_seq_len_kv": case.total}
 
     def layout(of: Of) -> tuple[list[int], list[int], Any, Any]:
         """Dimensions, strides, offsets and dtype. Strides are those of rows that stand behind each other."""
@@ -204,7 +215,7 @@ def describe(case: Case, is_backward: bool, handle: Any) -> Any:
         elif of is Of.LSE:
             width, starts, dtype = 1, Of.LSE_OFFSETS, of_float
         strides = [longest * heads * width, width, heads * width, 1]
-        return [documents, heads, longest, width], strides, offsets[starts], dtype
+        return [documents, heads, longest, width], strides, offsets.get(starts), dtype
 
     def input_of(of: Of) -> Any:
         dims, strides, starts, dtype = layout(of)
@@ -212,19 +223,15 @@ def describe(case: Case, is_backward: bool, handle: Any) -> Any:
 
     def make_output(tensor: Any, of: Of) -> None:
         dims, strides, starts, dtype = layout(of)
-        tensor.set_output(True).set_uid(of).set_dim(dims).set_stride(strides).set_ragged_offset(starts)
-        tensor.set_data_type(dtype)
+        tensor.set_output(True).set_uid(of).set_dim(dims).set_stride(strides).set_data_type(dtype)
+        if starts is not None:
+            tensor.set_ragged_offset(starts)
 
-    settings = {
-        "attn_scale": case.head_dim**-0.5, "use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths,
-        "diagonal_band_right_bound": 0,
-    }  # fmt: skip
     if is_backward:
         inputs = map(input_of, (Of.Q, Of.K, Of.V, Of.OUT, Of.DOUT, Of.LSE))
         results = graph.sdpa_backward(
-            *inputs, max_total_seq_len_q=case.total, max_total_seq_len_kv=case.total,
-            use_deterministic_algorithm=case.is_deterministic, **settings,
-        )  # fmt: skip
+            *inputs, use_deterministic_algorithm=case.is_deterministic, **of_total, **settings
+        )
         made = (Of.DQ, Of.DK, Of.DV)
     else:
         results = graph.sdpa(*map(input_of, (Of.Q, Of.K, Of.V)), generate_stats=True, **settings)

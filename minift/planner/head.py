@@ -48,8 +48,8 @@ def _head_chunk(run: RunShape) -> int:
     """Rows of logits at a time (`objectives.cross_entropy`)."""
     rows = run.workload.num_targets
     trains_head = run.head.trains_weight or run.head.trains_bias or bool(run.head.adapter)
-    is_small = not (run.is_on_gpu or trains_head)
-    return min(rows, even_chunk(rows, default_chunk_tokens(run.model.vocab_size, run.wire_itemsize, is_small)))
+    chunk = default_chunk_tokens(run.model.vocab_size, run.wire_itemsize, run.is_on_gpu, trains_head)
+    return min(rows, even_chunk(rows, chunk))
 
 
 def _head_grad_bytes(run: RunShape) -> int:

@@ -315,7 +315,7 @@ class _Root:
         ]
         if norm_needs or trains_head or head.rank:
             forward += head.backward()
-        if trains_head and not run.adds_products_up_in(4) and M > default_chunk_tokens(V, size, is_small=False):
+        if trains_head and not run.adds_products_up_in(4) and M > default_chunk_tokens(V, size, False, True):
             forward.append(cast(dtype, "float32", V * D))  # several chunks are added up in fp32
         backward = []
         if norm_needs:

@@ -282,10 +282,12 @@ def test_whether_the_host_knows_the_number_of_targets_does_not_matter(supervised
 
 
 def test_default_chunk_is_a_byte_budget_with_a_floor():
-    assert default_chunk_tokens(32_768, 2, is_small=False) == 4096
-    assert default_chunk_tokens(32_768, 2, is_small=True) == 384
-    assert default_chunk_tokens(1_000_000, 4, is_small=False) == 1024
-    assert default_chunk_tokens(1_000_000, 4, is_small=True) == 256
+    assert default_chunk_tokens(32_768, 2, is_on_gpu=False, is_trained=True) == 4096
+    assert default_chunk_tokens(32_768, 2, is_on_gpu=False, is_trained=False) == 384
+    assert default_chunk_tokens(32_768, 2, is_on_gpu=True, is_trained=False) == 4096
+    assert default_chunk_tokens(32_768, 2, is_on_gpu=True, is_trained=True) == 8192
+    assert default_chunk_tokens(1_000_000, 4, is_on_gpu=True, is_trained=False) == 1024
+    assert default_chunk_tokens(1_000_000, 4, is_on_gpu=False, is_trained=False) == 256
 
 
 def test_ignore_is_what_batches_use():

@@ -1,7 +1,8 @@
 """As much of cuDNN's frontend as minift/ops/cudnn_attention.py uses, for memory of the CPU, in fp64.
 
 A graph keeps what it was told; to execute it means to read tensors as its documentation says they lie: (b, h, s, e) of
-a ragged tensor is at offset[b] + the sum of index * stride, in elements, for s below the length of b. Whatever lies
+a tensor is at the sum of index * stride, in elements; of a ragged one with offset[b] for b's part, and s below the
+length of b. Whatever lies
 elsewhere is neither read nor written.
 """
 
@@ -92,9 +93,12 @@ class pygraph:  # noqa: N801
     def execute(self, pointers: dict[int, int], workspace: int, handle: str) -> None:
         assert self.is_built and handle == "handle"
         settings = self.settings
-        assert settings["use_padding_mask"] and settings["diagonal_band_right_bound"] == 0
-        lengths = memory_of(settings["seq_len_q"], pointers, settings["seq_len_q"].dim[0]).tolist()
-        assert settings["seq_len_kv"] is settings["seq_len_q"]
+        assert settings["diagonal_band_right_bound"] == 0
+        documents, _, longest, _ = self.inputs[0].dim
+        lengths = [longest] * documents
+        if "seq_len_q" in settings:
+            assert settings["use_padding_mask"] and settings["seq_len_kv"] is settings["seq_len_q"]
+            lengths = memory_of(settings["seq_len_q"], pointers, documents).tolist()
         for document, length in enumerate(lengths):
             views = [
                 [self._head(tensor, pointers, document, length, head) for head in range(tensor.dim[1])]
@@ -107,9 +111,11 @@ class pygraph:  # noqa: N801
     def _head(self, tensor: Described, pointers: dict[int, int], document: int, length: int, head: int):
         """(length, width) of the memory of one document and head."""
         assert length <= tensor.dim[2] and len(tensor.dim) == len(tensor.stride) == 4
-        starts = memory_of(tensor.ragged_offset, pointers, tensor.ragged_offset.dim[0])
-        assert tensor.ragged_offset.dim[0] == tensor.dim[0] + 1
-        start, width = int(starts[document]) + head * tensor.stride[1], tensor.dim[3]
+        start, width = document * tensor.stride[0], tensor.dim[3]
+        if tensor.ragged_offset is not None:
+            start = int(memory_of(tensor.ragged_offset, pointers, tensor.dim[0] + 1)[document])
+            assert tensor.ragged_offset.dim == [tensor.dim[0] + 1, 1, 1, 1]
+        start += head * tensor.stride[1]
         if length == 0:
             return torch.empty(0, width)
         _, _, of_token, of_element = tensor.stride
