@@ -63,7 +63,7 @@ class Documents:
     def of(cls, cu_seqlens: Tensor, longest: int, total: int) -> Documents:
         """total: tokens of the pack, which are document s from cu_seqlens[s] to cu_seqlens[s + 1]."""
         count = len(cu_seqlens) - 1
-        if count * longest == total:
+        if longest > 1 and count * longest == total:  # cuDNN knows no batch of single tokens
             return cls(count, longest, None, None)
         missing = round_up_to_power(count) - count
         starts_B1 = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)]).long()
