@@ -72,4 +72,13 @@ def ops() -> str:
     return f"{paragraph(text)}\n\n{picture('ops_cuda', 'share of the rates of a copy and a product', H100)}"
 
 
-GPU = {"gpu-steps": steps, "gpu-ops": ops}
+def cell() -> str:
+    """For INTERVIEW.md."""
+    lora = run("step_cuda", H100, model="llama-3.1-8b", method="lora", recompute="none", peer="peft")["rows"][0]
+    return (
+        f"{lora['tokens_per_second']:,.0f} tokens/s with Llama-3.1-8B, {100 * lora['mfu']:.0f} % MFU, "
+        f"{lora['of_products']:.2f} of a large product's rate (`benchmarks/step_cuda.py`)"
+    )
+
+
+GPU = {"gpu-steps": steps, "gpu-ops": ops, "gpu-cell": cell}

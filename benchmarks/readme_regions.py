@@ -228,7 +228,7 @@ def scaling() -> str:
         The same simulation, with figures of H100s and NCCL's rings from `minift/planner/catalog.py`, says when more
         GPUs stop paying. With 8192 tokens each, little is lost on 2048 GPUs; with 2048 on 4096, latency leaves
         {zero3:.2f} of ZeRO-3, {qlora:.2f} of QLoRA, whose weights are gathered in 4 bits, and {hsdp:.2f} of HSDP, whose
-        rings do not grow (`python benchmarks/scaling.py`; simulated, no GPU was measured).
+        rings do not grow (`python benchmarks/scaling.py`; simulated: one GPU was measured, not many).
         """
     return f"{paragraph(text)}\n\n{picture('scaling', 'efficiency against the number of GPUs')}"
 
