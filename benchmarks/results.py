@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "results"
-PEERS = ("transformers", "peft", "bitsandbytes")
+PEERS = ("transformers", "peft", "bitsandbytes", "nvidia-cudnn-frontend")
 Draw = Callable[["Figure", "Theme", list[dict[str, Any]]], None]
 
 _SHARED_OPTIONS = ("write", "picture", "busy")

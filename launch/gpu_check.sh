@@ -88,7 +88,7 @@ tell "=== $hardware (compute capability $arch), results go to $OUT"
 one 30 'what is here' "$PYTHON" -c '
 import importlib.util, shutil, subprocess, sys, setuptools, torch
 print(sys.version, "setuptools", setuptools.__version__, "torch", torch.__version__, torch.cuda.get_device_name())
-for peer in ("bitsandbytes", "transformers", "peft", "triton"):
+for peer in ("bitsandbytes", "transformers", "peft", "triton", "cudnn"):
     print(peer, "is here" if importlib.util.find_spec(peer) else "is missing: not compared with")
 if shutil.which("nvidia-smi"):
     fields = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"

@@ -24,7 +24,7 @@ Follow one weight W of one block through a step on N ranks (strategy zero3; `pol
 Per step a block costs two all-gathers and one reduce-scatter of its trainable part (the last block one all-gather: it
 ends the forward and begins the backward). Per rank it holds 1/N of parameters, gradients and optimizer state, plus a
 constant: two buffers to gather into, two to reduce from, the root's (`sharded` has the closed form). Nothing is copied
-in or out around a collective, nothing is allocated in a step (on CUDA: but gradients), and there the host never waits.
+in or out around a collective, and nothing is allocated in a step but, on CUDA, gradients; there the host never waits.
 
 A group of one runs the same code: gradients are added up where they are computed, and a bucket whose storage is what
 compute reads is its own gathered buffer. So it is between ranks that share memory, which then meet after an update

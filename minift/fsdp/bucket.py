@@ -206,7 +206,8 @@ class Bucket:
         elif self._offload:
             self._set_grad(_host_zeros(numel, torch.float32, self.world.device))
         else:
-            self._set_grad(torch.zeros(numel, dtype=torch.float32, device=self.world.device))
+            make = torch.zeros if self._grads_stay else torch.empty  # the first reduction overwrites all of it
+            self._set_grad(make(numel, dtype=torch.float32, device=self.world.device))
 
     def _set_grad(self, grad: Tensor | None) -> None:
         self.grad = self.flat_shard().grad = grad
@@ -239,8 +240,9 @@ class Bucket:
             self.kept_buffer.release()
             self.kept_buffer.acquire()  # the other ranks have read what they needed of it
         self.grad_is_empty = True
-        for parameter, slot in zip(self.params.values(), self._slots, strict=False):
+        for slot in self._slots:
             slot.clear()
+        for parameter in self.params.values():  # also of one that got its gradient elsewhere, before there were slots
             lay_slot(parameter, None)
             parameter.grad = None
         if not self._grads_stay:

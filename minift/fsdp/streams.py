@@ -3,7 +3,7 @@ nothing.
 
 Nothing here makes the host wait that is not asked to. Buffers that lanes touch are allocated once and never freed, so
 the caching allocator, which only knows the stream that allocated, has no chance to hand them out too early; what a lane
-allocates for itself (pieces of offloaded shards) only that lane touches. Gradient shards, which come and go, are the
+allocates for itself (pieces of offloaded shards) only that lane touches. Gradients, which come and go, are the
 computing stream's, which has waited for the lane when it lets them go.
 """
 

@@ -5,8 +5,9 @@ H query heads share K key/value heads (query head h uses key head h // (H/K)); s
 Documents may begin with the same virtual tokens (see `decoder`). Causal attention makes them independent of what comes
 after, so a pack holds them once, in front of all documents, and each document attends to them as to its own beginning.
 
-Training and prefill: on CUDA in half precision cuDNN where its frontend is installed, else PyTorch's variable-length
-flash attention; elsewhere minift/ops/attention.py. Decoding: one fused call for all sequences.
+Training and prefill: on CUDA in half precision cuDNN where its frontend is installed, the GPU is a Hopper or later one,
+documents have 512 tokens and more, share none, and no window cuts them; else PyTorch's variable-length flash attention;
+elsewhere minift/ops/attention.py. Decoding: one fused call for all sequences.
 """
 
 from __future__ import annotations

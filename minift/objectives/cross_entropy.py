@@ -68,19 +68,21 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         is_on_gpu = hidden_ND.device.type != "cpu"
         chunk_tokens = default_chunk_tokens(
-            lm_head.out_features, hidden_ND.element_size(), is_on_gpu, is_trained=bool(trainable)
+            lm_head.out_features, hidden_ND.element_size(), is_on_gpu, bool(trainable), _is_dense(lm_head)
         )
     with_graph = torch.is_grad_enabled()  # inside a Function this is always off
     return _LinearCrossEntropy.apply(with_graph, hidden_ND, lm_head, targets_N, rows_M, chunk_tokens, *trainable)
 
 
-def default_chunk_tokens(vocab_size: int, element_bytes: int, is_on_gpu: bool, is_trained: bool) -> int:
-    """Rows of logits in 256 MiB, but at least 1024. A frozen head on a CPU: in 24 MiB, but at least 256. A trained one
-    has to add the gradients of its chunks up in fp32, which on a GPU is memory's work: there, twice as many rows."""
+def default_chunk_tokens(
+    vocab_size: int, element_bytes: int, is_on_gpu: bool, is_trained: bool, is_dense: bool = True
+) -> int:
+    """Rows of logits in 256 MiB, but at least 1024. A frozen head on a CPU: in 24 MiB, but at least 256. The gradients
+    of a trained dense one's chunks are added up in fp32, which on a GPU is memory's work: there, twice as many rows."""
     if not is_on_gpu and not is_trained:
         return max(_MIN_SMALL_CHUNK_TOKENS, _SMALL_LOGITS_BYTES // (vocab_size * element_bytes))
     chunk_tokens = max(_MIN_CHUNK_TOKENS, _LOGITS_BYTES // (vocab_size * element_bytes))
-    return 2 * chunk_tokens if is_on_gpu and is_trained else chunk_tokens
+    return 2 * chunk_tokens if is_on_gpu and is_trained and is_dense else chunk_tokens
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

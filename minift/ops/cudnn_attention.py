@@ -9,7 +9,7 @@ its path for packed documents plans anew at every call, 45 ms each, and its grad
 A *plan* is built for a number of documents and a longest one, in tens of milliseconds. Packs differ in both, so both
 are rounded up to powers of two: what is missing are documents of length 0, and how long each document is stays on the
 GPU, where nobody waits for it. Offsets of documents are in elements, so there is one tensor of them for each width of a
-row. Documents of one length are a batch, for which kernels take a tenth less.
+row. Documents of one length that need no rounding are a batch, for which kernels take a tenth less.
 
 Not here: sliding windows, and keys that documents share; `model/attention.py` leaves these to PyTorch.
 """
@@ -17,7 +17,7 @@ Not here: sliding windows, and keys that documents share; `model/attention.py` l
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cache, lru_cache
 from typing import Any
@@ -29,6 +29,9 @@ from torch.autograd.function import once_differentiable
 LEAST_LONGEST = 512  # with documents of 100 tokens PyTorch's kernel takes half the time, with 512 cuDNN's
 HEAD_DIM_UNIT, MOST_HEAD_DIM = 16, 128  # of backward on Hopper, with a workspace for as many tokens as there are
 MOST_PLANS = 64
+BATCH_UNIT = 512
+"""Of the lengths of documents that may be a batch, each of which has plans of its own."""
+
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
 TOTAL_UNIT = 4096
 """Tokens of a pack, which say how large a plan's workspace is, are rounded up to a multiple of this."""
@@ -36,10 +39,11 @@ TOTAL_UNIT = 4096
 
 @cache
 def is_usable(device: torch.device) -> bool:
-    """Whether cuDNN's frontend is installed, and the device is one for which it knows packed documents."""
+    """Whether cuDNN's frontend is installed, and the device is one for which it knows packed documents, forward and
+    backward: capability 9 (measured) or 10, not the smaller Blackwells (12)."""
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("cudnn") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def is_best_for(q_THE: Tensor, longest: int) -> bool:
@@ -63,7 +67,7 @@ class Documents:
     def of(cls, cu_seqlens: Tensor, longest: int, total: int) -> Documents:
         """total: tokens of the pack, which are document s from cu_seqlens[s] to cu_seqlens[s + 1]."""
         count = len(cu_seqlens) - 1
-        if longest > 1 and count * longest == total:  # cuDNN knows no batch of single tokens
+        if longest % BATCH_UNIT == 0 and count * longest == total:
             return cls(count, longest, None, None)
         missing = round_up_to_power(count) - count
         starts_B1 = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)]).long()
@@ -94,7 +98,7 @@ class _CudnnAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, documents: Documents) -> Tensor:
         out_THE, lse_TH = torch.empty_like(q_THE), q_THE.new_empty(q_THE.shape[:2], dtype=torch.float32)
-        plan = _plan(_case(q_THE, k_TKE, documents), is_backward=False)
+        plan = _plan(_case(q_THE, k_TKE, documents, is_backward=False))
         plan.run(documents, {Of.Q: q_THE, Of.K: k_TKE, Of.V: v_TKE, Of.OUT: out_THE, Of.LSE: lse_TH})
         ctx.save_for_backward(q_THE, k_TKE, v_TKE, out_THE, lse_TH)
         ctx.documents = documents
@@ -105,7 +109,7 @@ class _CudnnAttention(torch.autograd.Function):
     def backward(ctx, dout_THE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_THE, k_TKE, v_TKE, out_THE, lse_TH = ctx.saved_tensors
         dq_THE, dk_TKE, dv_TKE = (torch.empty_like(tensor) for tensor in (q_THE, k_TKE, v_TKE))
-        plan = _plan(_case(q_THE, k_TKE, ctx.documents), is_backward=True)
+        plan = _plan(_case(q_THE, k_TKE, ctx.documents, is_backward=True))
         plan.run(ctx.documents, {
             Of.Q: q_THE, Of.K: k_TKE, Of.V: v_TKE, Of.OUT: out_THE, Of.LSE: lse_TH, Of.DOUT: dout_THE.contiguous(),
             Of.DQ: dq_THE, Of.DK: dk_TKE, Of.DV: dv_TKE,
@@ -130,19 +134,25 @@ class Case:
     dtype: torch.dtype
     num_documents: int
     longest: int
-    total: int | None  # None: all documents have the longest's length
+    is_ragged: bool  # else all documents have the longest's length
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    is_deterministic: bool
+    is_backward: bool
+    total: int = 0  # of tokens at most, which backward of ragged documents wants to know
+    is_deterministic: bool = False
 
 
-def _case(q_THE: Tensor, k_TKE: Tensor, documents: Documents) -> Case:
-    total = None if documents.lengths_B is None else -(-len(q_THE) // TOTAL_UNIT) * TOTAL_UNIT
-    return Case(
-        q_THE.device, q_THE.dtype, documents.count, documents.longest, total,
-        q_THE.shape[1], k_TKE.shape[1], q_THE.shape[2], torch.are_deterministic_algorithms_enabled(),
+def _case(q_THE: Tensor, k_TKE: Tensor, documents: Documents, is_backward: bool) -> Case:
+    is_ragged = documents.lengths_B is not None
+    case = Case(
+        q_THE.device, q_THE.dtype, documents.count, documents.longest, is_ragged,
+        q_THE.shape[1], k_TKE.shape[1], q_THE.shape[2], is_backward,
     )  # fmt: skip
+    if not is_backward:
+        return case
+    total = -(-len(q_THE) // TOTAL_UNIT) * TOTAL_UNIT if is_ragged else 0
+    return replace(case, total=total, is_deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 @dataclass(frozen=True)
@@ -163,8 +173,9 @@ class Plan:
             tensors |= {Of.LENGTHS: documents.lengths_B}
         pointers = {int(of): tensor.data_ptr() for of, tensor in tensors.items()}
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-        cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(device).cuda_stream)
-        self.graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
+        with torch.cuda.device(device):
+            cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(device).cuda_stream)
+            self.graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
 
 
 @cache
@@ -176,18 +187,24 @@ def _handle(device: torch.device) -> Any:
 
 
 @lru_cache(MOST_PLANS)
-def _plan(case: Case, is_backward: bool) -> Plan:
+def _plan(case: Case) -> Plan:
     import cudnn
 
     handle = _handle(case.device)
     with torch.cuda.device(case.device):
-        graph = describe(case, is_backward, handle)
-        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph = describe(case, handle)
+        try:
+            graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        except cudnn.cudnnGraphNotSupportedError as error:
+            raise RuntimeError(
+                f"cuDNN {cudnn.backend_version()} has no attention for {case}: {error}. Without the package "
+                "nvidia-cudnn-frontend PyTorch's is taken, which has"
+            ) from error
     widths = (case.num_heads * case.head_dim, case.num_kv_heads * case.head_dim, case.num_heads)
     return Plan(graph, handle, graph.get_workspace_size(), widths)
 
 
-def describe(case: Case, is_backward: bool, handle: Any) -> Any:
+def describe(case: Case, handle: Any) -> Any:
     """cuDNN's graph: one operation, whose tensors are (documents, heads, longest, head_dim) with offsets of documents.
     """
     import cudnn
@@ -199,7 +216,7 @@ def describe(case: Case, is_backward: bool, handle: Any) -> Any:
     documents, longest = case.num_documents, case.longest
     settings = {"attn_scale": case.head_dim**-0.5, "diagonal_band_right_bound": 0}
     of_total, offsets = {}, {}
-    if case.total is not None:
+    if case.is_ragged:
         one_each, bounds = [documents, 1, 1, 1], [documents + 1, 1, 1, 1]
         lengths = graph.tensor(one_each, [1, 1, 1, 1], cudnn.data_type.INT32, uid=Of.LENGTHS)
         offsets = {of: graph.tensor(bounds, [1, 1, 1, 1], cudnn.data_type.INT64, uid=of)
@@ -227,7 +244,7 @@ def describe(case: Case, is_backward: bool, handle: Any) -> Any:
         if starts is not None:
             tensor.set_ragged_offset(starts)
 
-    if is_backward:
+    if case.is_backward:
         inputs = map(input_of, (Of.Q, Of.K, Of.V, Of.OUT, Of.DOUT, Of.LSE))
         results = graph.sdpa_backward(
             *inputs, use_deterministic_algorithm=case.is_deterministic, **of_total, **settings

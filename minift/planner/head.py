@@ -48,7 +48,8 @@ def _head_chunk(run: RunShape) -> int:
     """Rows of logits at a time (`objectives.cross_entropy`)."""
     rows = run.workload.num_targets
     trains_head = run.head.trains_weight or run.head.trains_bias or bool(run.head.adapter)
-    chunk = default_chunk_tokens(run.model.vocab_size, run.wire_itemsize, run.is_on_gpu, trains_head)
+    is_dense = not run.head.adapter
+    chunk = default_chunk_tokens(run.model.vocab_size, run.wire_itemsize, run.is_on_gpu, trains_head, is_dense)
     return min(rows, even_chunk(rows, chunk))
 
 

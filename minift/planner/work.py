@@ -192,7 +192,7 @@ class _Projections:
         return [elementwise("dropout", self.dtype, self.tokens * p.in_features, 2)] if dropout else []
 
     def _stored(self, p: ProjectionShape, kind: str, m: int, k: int, n: int) -> list[Op]:
-        """A product with the stored weight; of NF4, in slices of it that stay in a cache: `ops/nf4_linear.py`."""
+        """A product with the stored weight; of NF4, in slices of it: `ops/nf4_linear.py`."""
         if p.storage == "dense":
             return [product(kind, self.dtype, m, k, n)]
         slices = max(1, round(p.weight_numel * (2 if self.dtype != "float32" else 4) / self.slice_bytes))

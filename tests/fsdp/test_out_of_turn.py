@@ -92,6 +92,25 @@ def gradients_after_reset(world: World, case: Case) -> dict[str, Tensor]:
     return gathered_gradients(engine)
 
 
+def gradients_after_a_refused_one(world: World, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of a step, and of the same after a gradient that was refused when there was no memory for gradients."""
+    model, engine = sharded(case, world)
+    found = []
+    for _ in range(2):
+        run_microbatches(model, engine, case, world.rank)
+        found.append({name: gradient.clone() for name, gradient in gathered_gradients(engine).items()})
+        engine.clear_gradients()
+        message((3 * model.blocks[0].norm.weight).sum().backward)
+        engine.reset()
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("grads_anew", [False, True])
+def test_reset_forgets_a_gradient_that_was_refused(grads_anew: bool) -> None:
+    for first, second in run_ranks(1, gradients_after_a_refused_one, Case(1, tied=False, grads_anew=grads_anew)):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "ddp"])
 def test_reset_forgets_which_microbatch_was_announced(strategy: str) -> None:
     case = Case(2, policy=ShardPolicy(strategy=strategy))

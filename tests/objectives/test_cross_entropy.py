@@ -286,6 +286,7 @@ def test_default_chunk_is_a_byte_budget_with_a_floor():
     assert default_chunk_tokens(32_768, 2, is_on_gpu=False, is_trained=False) == 384
     assert default_chunk_tokens(32_768, 2, is_on_gpu=True, is_trained=False) == 4096
     assert default_chunk_tokens(32_768, 2, is_on_gpu=True, is_trained=True) == 8192
+    assert default_chunk_tokens(32_768, 2, is_on_gpu=True, is_trained=True, is_dense=False) == 4096
     assert default_chunk_tokens(1_000_000, 4, is_on_gpu=True, is_trained=False) == 1024
     assert default_chunk_tokens(1_000_000, 4, is_on_gpu=False, is_trained=False) == 256
 

@@ -2,8 +2,7 @@
 
 A graph keeps what it was told; to execute it means to read tensors as its documentation says they lie: (b, h, s, e) of
 a tensor is at the sum of index * stride, in elements; of a ragged one with offset[b] for b's part, and s below the
-length of b. Whatever lies
-elsewhere is neither read nor written.
+length of b. Whatever lies elsewhere is neither read nor written.
 """
 
 from __future__ import annotations
@@ -24,6 +23,10 @@ class data_type(Enum):  # noqa: N801
 
 
 heur_mode = SimpleNamespace(A="A", FALLBACK="FALLBACK")
+
+
+class cudnnGraphNotSupportedError(Exception):  # noqa: N801, N818
+    pass
 
 
 def create_handle() -> str:
@@ -99,6 +102,8 @@ class pygraph:  # noqa: N801
         if "seq_len_q" in settings:
             assert settings["use_padding_mask"] and settings["seq_len_kv"] is settings["seq_len_q"]
             lengths = memory_of(settings["seq_len_q"], pointers, documents).tolist()
+            if len(self.inputs) > 3:  # memory for as many is taken in backward
+                assert sum(lengths) <= settings["max_total_seq_len_q"] == settings["max_total_seq_len_kv"]
         for document, length in enumerate(lengths):
             views = [
                 [self._head(tensor, pointers, document, length, head) for head in range(tensor.dim[1])]

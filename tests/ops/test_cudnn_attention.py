@@ -65,7 +65,7 @@ def check_close(expected: Tensor, actual: Tensor) -> None:
 
 @property_test
 @given(
-    lengths=LENGTHS | ALIKE,
+    lengths=LENGTHS | ALIKE | st.just([512, 512]),
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 4]),
     dim=st.sampled_from([16, 32, 64, 128]),
@@ -100,7 +100,6 @@ def test_values_and_gradients_are_attention_s(device, lengths, kv_heads, group, 
 @property_test
 @given(lengths=LENGTHS, width=st.sampled_from([1, 24, 4096]))
 def test_documents_are_padded_with_empty_ones(lengths, width):
-    lengths = [*lengths, max(lengths) + 1]  # not all alike
     documents = Documents.of(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), sum(lengths))
     padded = documents.lengths_B.tolist()
     assert padded[: len(lengths)] == lengths and not any(padded[len(lengths) :])
@@ -114,7 +113,7 @@ def test_documents_are_padded_with_empty_ones(lengths, width):
 def test_packs_of_about_one_shape_share_a_plan(device):
     """So that a training run builds a few: 3 or 4 documents, the longest of 129 to 256 tokens."""
     misses = []
-    for lengths in ([200, 129, 64], [130, 256, 7, 20], [140, 140, 139]):
+    for lengths in ([200, 129, 64], [130, 256, 7, 20], [140, 140, 140]):
         bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
         q, k, v = (torch.randn(sum(lengths), 2, 16, device=device, dtype=torch.bfloat16) for _ in range(3))
         cudnn_attention(q, k, v, Documents.of(bounds, max(lengths), sum(lengths)))
@@ -122,11 +121,21 @@ def test_packs_of_about_one_shape_share_a_plan(device):
     assert misses[0] == misses[1] == misses[2]
 
 
+def test_single_documents_share_a_plan(device):
+    misses = []
+    for length in (700, 701, 1023):
+        bounds = torch.tensor([0, length], device=device, dtype=torch.int32)
+        q, k, v = (torch.randn(length, 1, 16, device=device, dtype=torch.bfloat16) for _ in range(3))
+        cudnn_attention(q, k, v, Documents.of(bounds, length, length))
+        misses.append(module._plan.cache_info().misses)
+    assert misses[0] == misses[1] == misses[2]
+
+
 @property_test
-@given(length=st.integers(2, 600), count=st.integers(1, 9))
+@given(length=st.integers(1, 2048) | st.sampled_from([512, 1024, 1536]), count=st.integers(1, 9))
 def test_documents_of_one_length_are_a_batch(length, count):
     documents = Documents.of(torch.arange(0, count * length + 1, length).int(), length, count * length)
-    assert documents == Documents(count, length, None, None)
+    assert (documents == Documents(count, length, None, None)) == (length % module.BATCH_UNIT == 0)
 
 
 def test_is_not_used_without_a_gpu_or_the_frontend(monkeypatch):

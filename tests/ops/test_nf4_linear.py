@@ -6,6 +6,7 @@ terms of a sum by u of itself, fp32 summation by at most D u32, and the result i
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -249,3 +250,15 @@ def test_nothing_is_left_of_the_scales_of_an_earlier_matrix(instruction_set, dty
         for tokens in (1, 2, 4, 8):
             assert nf4_linear.nf4_linear(torch.ones(tokens, 4096, dtype=dtype), poisoned).isnan().all()
             assert nf4_linear.nf4_linear(torch.ones(tokens, num_inputs, dtype=dtype), matrix).isfinite().all()
+
+
+@given(
+    count=st.integers(1, 20000),
+    unit=st.sampled_from([1, 2, 64, 96, 128]),
+    bytes_each=st.integers(1, 60000),
+)
+def test_slices_for_a_gpu_are_whole_tiles_of_about_one_size(count, unit, bytes_each):
+    width = nf4_linear.slice_width(count, unit, bytes_each, is_on_gpu=True)
+    tile = math.lcm(unit, nf4_linear.GPU_TILE)
+    assert 0 < width <= count and (width == count or width % tile == 0)
+    assert width * bytes_each <= 1.5 * nf4_linear.GPU_SLICE_BYTES + tile * bytes_each
