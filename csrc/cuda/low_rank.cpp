@@ -96,6 +96,12 @@ ElementType type_of(const Tensor& gradient) {
   });
 }
 
+Tensors all_with_adjacent_columns(const Tensors& tensors) {
+  Tensors rows;
+  for (const Tensor& tensor : tensors) rows.push_back(with_adjacent_columns(tensor));
+  return rows;
+}
+
 FactorGradient gradient_of(const Tensor& wide, const Tensor& narrow, const Tensor& gradient) {
   return {wide_of(wide),       elements(narrow),  narrow.stride(0),   narrow.size(1),
           gradient.data_ptr(), type_of(gradient), gradient.stride(0), gradient.stride(1)};
@@ -104,9 +110,7 @@ FactorGradient gradient_of(const Tensor& wide, const Tensor& narrow, const Tenso
 void factor_gradients_op(const Tensors& gradients, const Tensors& wides, const Tensors& narrows) {
   check_factor_gradients(gradients, wides, narrows);
   OnDevice on(wides[0], wides, narrows, gradients);
-  Tensors wide_rows, narrow_rows;
-  for (const Tensor& wide : wides) wide_rows.push_back(with_adjacent_columns(wide));
-  for (const Tensor& narrow : narrows) narrow_rows.push_back(with_adjacent_columns(narrow));
+  Tensors wide_rows = all_with_adjacent_columns(wides), narrow_rows = all_with_adjacent_columns(narrows);
   std::vector<FactorGradient> terms;
   int64_t tokens = wides[0].size(0), numel = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
@@ -122,9 +126,7 @@ Tensor to_rank_and_gradients_op(const Tensors& wides, const Tensors& factors, co
                                 const Tensors& narrows, const Tensors& gradients) {
   check_to_rank_and_gradients(wides, factors, scales, narrows, gradients);
   OnDevice on(wides[0], wides, factors, narrows, gradients);
-  Tensors wide_rows, narrow_rows;
-  for (const Tensor& wide : wides) wide_rows.push_back(with_adjacent_columns(wide));
-  for (const Tensor& narrow : narrows) narrow_rows.push_back(with_adjacent_columns(narrow));
+  Tensors wide_rows = all_with_adjacent_columns(wides), narrow_rows = all_with_adjacent_columns(narrows);
   std::vector<RankAndGradient> terms;
   int64_t tokens = wides[0].size(0), rank = 0;
   for (size_t i = 0; i < factors.size(); ++i) {

@@ -223,9 +223,12 @@ def bits_after_steps(case: Case) -> dict[str, Tensor]:
     return {name: (masters[name] if name in trained else p.detach()).cpu() for name, p in model.named_parameters()}
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU adds products to fp32 sums without rounding them to 16 bits")
+# A GPU adds products of 16-bit factors to fp32 sums without rounding them, which autograd, the oracle, cannot do.
+OF_ROUNDED_PRODUCTS = [NARROW_MASTERS] if DEVICE.type == "cuda" else [BF16, FP16, BF16_MASTERS, NARROW_MASTERS]
+
+
 @settings(max_examples=20, deadline=None, phases=PHASES)
-@given(case=cases(max_world_size=2, precisions=[BF16, FP16, BF16_MASTERS, NARROW_MASTERS]))
+@given(case=cases(max_world_size=2, precisions=OF_ROUNDED_PRODUCTS))
 def test_sums_of_two_gradients_give_the_same_bits_after_steps(case: Case) -> None:
     """Two numbers have one sum, in whatever order. So nothing is left to differ, with 16 bits on the wire over several
     steps, and with masters that are rounded at random: the bits of chance belong to the element, not to the shard."""

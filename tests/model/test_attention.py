@@ -3,9 +3,7 @@ fp64, so it differs from minift's own in fp64 by one rounding to bf16."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,30 +12,24 @@ from minift.model import attention as module
 from minift.model.attention import Packing, packed_attention
 from minift.ops import cudnn_attention
 from minift.ops.attention import causal_attention
-from tests.ops import pretended_cudnn
+from tests.ops.pretended_cudnn import pretended_cudnn
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[int]:
+def calls() -> Iterator[list[int]]:
     """An entry for each attention that cuDNN was given."""
-    cudnn_attention._plan.cache_clear()
-    cudnn_attention._handle.cache_clear()
-    monkeypatch.setitem(sys.modules, "cudnn", pretended_cudnn)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(cudnn_attention, "is_usable", lambda device: True)
-    monkeypatch.setattr(cudnn_attention, "LEAST_LONGEST", 4)
-    monkeypatch.setattr(cudnn_attention, "BATCH_UNIT", 5)
     made: list[int] = []
 
     def counted(*arguments):
         made.append(1)
         return cudnn_attention.cudnn_attention(*arguments)
 
-    monkeypatch.setattr(module, "cudnn_attention", counted)
-    yield made
-    cudnn_attention._plan.cache_clear()
-    cudnn_attention._handle.cache_clear()
+    with pretended_cudnn() as patch:
+        patch.setattr(cudnn_attention, "is_usable", lambda device: True)
+        patch.setattr(cudnn_attention, "LEAST_LONGEST", 4)
+        patch.setattr(cudnn_attention, "BATCH_UNIT", 5)
+        patch.setattr(module, "cudnn_attention", counted)
+        yield made
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,32 @@ length of b. Whatever lies elsewhere is neither read nor written.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+
+from minift.ops import cudnn_attention
+
+
+@contextmanager
+def pretended_cudnn() -> Iterator[pytest.MonkeyPatch]:
+    """Inside, cudnn_attention.py finds this module where it looks for cuDNN's frontend, and tensors may be on a CPU."""
+    for cached in (cudnn_attention._plan, cudnn_attention._handle):
+        cached.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cudnn", sys.modules[__name__])
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+        yield patch
+    for cached in (cudnn_attention._plan, cudnn_attention._handle):
+        cached.cache_clear()
 
 
 class data_type(Enum):  # noqa: N801

@@ -12,10 +12,7 @@ allowed to be 4 such halves.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +23,7 @@ from torch import Tensor
 from minift.ops import cudnn_attention as module
 from minift.ops.blocked_attention import blocked_attention, blocked_attention_backward
 from minift.ops.cudnn_attention import Documents, cudnn_attention, is_usable
-from tests.ops import pretended_cudnn
+from tests.ops.pretended_cudnn import pretended_cudnn
 
 HAS_CUDA_KERNELS = True
 property_test = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -36,21 +33,15 @@ ALIKE = st.builds(lambda length, count: [length] * count, LENGTH, st.integers(1,
 
 
 @pytest.fixture(params=["pretended", *(["cuda"] if torch.cuda.is_available() else [])])
-def device(request, monkeypatch) -> Iterator[torch.device]:
+def device(request) -> Iterator[torch.device]:
     """Where tensors are; without a GPU, cuDNN is pretended to be there."""
     if request.param == "cuda":
         if not is_usable(torch.device("cuda", 0)):
             pytest.skip("cuDNN's frontend is not installed, or this GPU is older than Hopper")
         yield torch.device("cuda", 0)
         return
-    module._plan.cache_clear()
-    module._handle.cache_clear()
-    monkeypatch.setitem(sys.modules, "cudnn", pretended_cudnn)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    yield torch.device("cpu")
-    module._plan.cache_clear()
-    module._handle.cache_clear()
+    with pretended_cudnn():
+        yield torch.device("cpu")
 
 
 def check_close(expected: Tensor, actual: Tensor) -> None:
