@@ -168,6 +168,8 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
     colours = [theme.ours if "tflops" in row else theme.series[2] for row in rows]
     bars = axes.barh([row["name"] for row in rows], [row["share"] for row in rows], color=colours)
     label_bars(axes, bars, [f"{row['share']:.2f}" for row in rows])
+    for text in axes.texts:  # which may lie on the line at 1
+        text.set_bbox({"facecolor": theme.ground, "edgecolor": "none", "pad": 0.5})
     for name, what, _, bound in BARS:
         at = [number for number, row in enumerate(rows) if row["name"] == name and what == "share"]
         axes.vlines([bound] * len(at), [y - 0.5 for y in at], [y + 0.5 for y in at], color=theme.ink)
