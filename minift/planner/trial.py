@@ -113,7 +113,7 @@ def random_weights(name: str, start: int, stop: int, device: torch.device) -> Te
         return torch.randint(256, (stop - start,), generator=generator, dtype=torch.uint8, device=device)
     if part == "shifts":
         return torch.zeros(stop - start, dtype=torch.uint8, device=device)
-    if part in ("scales", "nested"):  # scales in 8 bits may be any bytes; as weights of few values need less power
+    if part in ("scales", "nested"):  # in 8 bits any bytes; not all alike, for a GPU multiplies few values faster
         scales = torch.rand(stop // 4 + 1, generator=generator, device=device).add_(0.5).mul_(_SCALE)
         return scales.view(torch.uint8)[start:stop]
     if "norm" in name:
