@@ -1,4 +1,4 @@
-"""Bytes of activations: what a block keeps from its forward to its backward, and what its backward needs beside that.
+"""Bytes of activations: what a block keeps from its forward to its backward.
 
 T tokens of b bytes an element; D hidden_size, Q = heads · head_dim, K = kv_heads · head_dim, F intermediate_size, r the
 ranks of updates. An operation of minift saves its inputs where a gradient is made of them, and nothing else, so what is
@@ -17,18 +17,16 @@ kept is a list of tensors (`keeps`), each there only if somebody in backward ask
                        kept under another name
 
 The sum for a block that trains in full is the table in minift/recompute.py; Korthikanti et al. 2022 (arXiv 2205.05198),
-eq. 1, is its ancestor, 34·T·D + 5·T²·heads without attention of this kind. Backward frees what it has used as it goes
-and makes gradients of activations: `backward_needs` walks through it and says how much there is at its fullest.
+eq. 1, is its ancestor, 34·T·D + 5·T²·heads without attention of this kind. What a block needs beside that while it runs
+is in `block_peaks.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from minift.model.config import ModelConfig
-from minift.ops.nf4_linear import slice_width
 from minift.planner.shapes import ProjectionShape, RunShape, UnitShape
 
 RANDOM_STATE_BYTES = 5056
@@ -97,7 +95,7 @@ class BlockActivations:
     def model(self) -> ModelConfig:
         return self.run.model
 
-    def _bytes(self, features: int) -> int:
+    def features_bytes(self, features: int) -> int:
         """Of an activation with so many features a token."""
         return self.run.wire_itemsize * self.run.block_tokens * features
 
@@ -107,19 +105,19 @@ class BlockActivations:
 
     @property
     def hidden(self) -> int:
-        return self._bytes(self.model.hidden_size)
+        return self.features_bytes(self.model.hidden_size)
 
     @property
     def inner(self) -> int:
-        return self._bytes(self.model.intermediate_size)
+        return self.features_bytes(self.model.intermediate_size)
 
     @property
     def queries(self) -> int:
-        return self._bytes(self.model.num_heads * self.model.head_dim)
+        return self.features_bytes(self.model.num_heads * self.model.head_dim)
 
     @property
     def keys(self) -> int:
-        return self._bytes(self.model.num_kv_heads * self.model.head_dim)
+        return self.features_bytes(self.model.num_kv_heads * self.model.head_dim)
 
     @property
     def prefix_keys(self) -> int:
@@ -166,11 +164,11 @@ class BlockActivations:
         if name and call.reads_input:
             yield name, num_bytes
         if call.rank:
-            yield f"hidden of {call.projections[0].name}", self._bytes(call.rank)
+            yield f"hidden of {call.projections[0].name}", self.features_bytes(call.rank)
         features = sum(p.method.other_features for p in call.projections)
         features += sum(p.out_features for p in call.projections if self._is_kept_for_method(p))
         if features:
-            yield f"method of {call.projections[0].name}", int(self._bytes(1) * features)
+            yield f"method of {call.projections[0].name}", int(self.features_bytes(1) * features)
 
     def _is_kept_for_method(self, projection: ProjectionShape) -> bool:
         """Its result. Those of v, gate and up are kept in any case, and those of q and k if they have norms."""
@@ -178,141 +176,38 @@ class BlockActivations:
         read_later = ("v_proj", "gate_proj", "up_proj") + (("q_proj", "k_proj") if self.model.qk_norm else ())
         return projection.method.keeps_output and name not in read_later
 
-    def kept_bytes(self) -> int:
-        """From forward to backward, under the block's own policy (minift/recompute.py has it as a table)."""
-        if not self.needs_dout:
-            return 0
-        if self.unit.recompute == "full" or (self.unit.recompute == "offload" and not self.run.is_on_gpu):
-            return self.hidden + RANDOM_STATE_BYTES
-        if self.unit.recompute == "offload":
-            return 0
-        return sum(self.kept.values()) - self.made_again()
-
-    def made_again(self) -> int:
-        """Of what `none` keeps, what `selective` makes again; what that is made from is kept instead, if it would not
-        be kept anyway."""
-        if self.unit.recompute != "selective":
-            return 0
-        sources = {
-            "normed": ("x", self.hidden),
-            "normed_2": ("x_mid", self.hidden),
-            "product": ("gate_up", 2 * self.inner),
-        }
-        saved = sum(
-            self.kept[name] - (0 if source in self.kept else num_bytes)
-            for name, (source, num_bytes) in sources.items()
-            if name in self.kept
-        )
-        return saved + (self.kept.get("turned", 0) if self.model.qk_norm else 0)
-
-    # Backward #
-
-    def backward_needs(self) -> dict[str, int]:
-        """At its fullest, beside what was kept before it began: {"recompute", "backward", "workspace"}.
-
-        With `full` and `offload`, the block first runs again: what `none` keeps. Then, whatever the policy, the moments
-        of `_moments`: something kept is freed, something new is there.
-        """
-        if not self.needs_dout:
+    def saved(self) -> dict[str, int]:
+        """What its forward leaves for backward under the block's own policy (minift/recompute.py has it as a table),
+        but for the input of a block that runs again."""
+        if self.runs_again:
             return {}
-        again = 0
-        if self.unit.recompute in ("full", "offload"):
-            again = sum(self.kept.values())
-            if "x" in self.kept:  # which is there already, but for its statistics
-                again -= self.hidden
-            if self.unit.recompute == "offload" and self.run.is_on_gpu:
-                again += 2 * self.hidden  # this one and the next, on its way
-        moments = [
-            {"recompute": again + remade - freed, "backward": self.hidden + made, "workspace": workspace}
-            for freed, remade, made, workspace in self._moments()
-        ]
-        return max(moments, key=lambda moment: sum(moment.values()))
+        saved = dict(self.kept)
+        if self.unit.recompute == "selective":
+            made_of = {
+                "normed": ("x", self.hidden),
+                "normed_2": ("x_mid", self.hidden),
+                "product": ("gate_up", 2 * self.inner),
+            }
+            if self.model.qk_norm and "turned" in saved:
+                made_of["turned"] = ("before_norm", saved["turned"])
+            for name, (source, num_bytes) in made_of.items():
+                if saved.pop(name, None):
+                    saved.setdefault(source, num_bytes)
+        return saved
 
-    def _moments(self) -> Iterator[tuple[int, int, int, int]]:
-        """(freed so far of what is kept, made again, gradients and temporaries, workspace), beside dout, b·T·D, which
-        is alive throughout: it is the gradient of x_mid's residual path, too."""
-        is_selective = self.unit.recompute == "selective"
+    @property
+    def runs_again(self) -> bool:
+        return self.unit.recompute in ("full", "offload")
 
-        def kept(*names: str) -> int:
-            return sum(self.kept.get(name, 0) for name in names)
+    @property
+    def keeps_input(self) -> bool:
+        """Whether its input stays on the device until backward."""
+        if self.runs_again:
+            return self.needs_dout and not (self.unit.recompute == "offload" and self.run.is_on_gpu)
+        return "x" in self.saved()
 
-        def remade(*names: str) -> int:
-            return kept(*names) if is_selective else 0
-
-        def freed(*names: str) -> int:
-            return 0 if is_selective else kept(*names)
-
-        yield 0, remade("product"), *self._product_needs(self.down, self.needs_dproduct)
-        if not self.needs_dproduct:
-            return
-        # In one operation with down, the gradient of gate has the place of that of the product.
-        gone = freed("product")
-        if self.down.is_opaque:
-            gone += kept(*self._own(self.down))
-        yield gone, 0, (3 if self.down.is_opaque else 2) * self.inner, 0
-        gone += kept("gate_up")
-        made, workspace = self._product_needs(self.gate_up, "x_mid" in self.kept)
-        yield gone, remade("normed_2"), 2 * self.inner + made, workspace
-        if not self.needs_dx_mid:
-            return
-        gone += freed("normed_2") + kept("x_mid", *self._own(self.gate_up))
-        yield gone, 0, *self._product_needs(self.o, "lse" in self.kept)
-        if "lse" not in self.kept:
-            return
-        gone += kept(*self._own(self.o))
-        turned = remade("turned") if self.model.qk_norm else 0
-        yield gone, turned, 2 * self.queries + 2 * self.keys, self.attention_workspace_bytes()
-        gone += kept("values", "lse", "out") + (0 if is_selective and self.model.qk_norm else kept("turned"))
-        made, workspace = self._product_needs(self.qkv, "x" in self.kept)
-        yield gone, remade("normed"), self.queries + 2 * self.keys + made, workspace
-
-    @staticmethod
-    def _own(call: Call) -> tuple[str, str]:
-        """Names of what is kept for this call alone."""
-        return f"hidden of {call.projections[0].name}", f"method of {call.projections[0].name}"
-
-    def _product_needs(self, call: Call, needs_dx: bool) -> tuple[int, int]:
-        """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts.
-
-        A gradient of W that its slot cannot add up itself passes through a temporary. dropout: x with its zeros; then
-        the product with A, and that with its zeros, beside the sum of earlier ones.
-        """
-        x, ranks = self._bytes(call.in_features), self._bytes(call.rank)
-        # A method makes the gradient of the sum of W x and the updates from that of its result.
-        ranks += sum(self._bytes(p.out_features) for p in call.projections if p.method.trains)
-        seen = x if call.drops else 0
-        converted = [p.weight_numel * self.run.wire_itemsize for p in call.projections if p.trains_weight]
-        of_weights = max(converted, default=0) if self._must_convert() else 0
-        if not needs_dx:
-            return max(of_weights, seen) + ranks, 0
-        scratch = max((self.slice_bytes(p) for p in call.projections if p.block_size), default=0)
-        num_updates = sum(len(p.updates) for p in call.projections)
-        others = max(of_weights, seen, 2 * seen + (seen if num_updates > 1 else 0))
-        return (x + ranks, scratch) if x + scratch > others else (others + ranks, 0)
-
-    def slice_bytes(self, projection: ProjectionShape) -> int:
-        """Of a weight in NF4, as many columns as are dequantised at a time (minift/ops/nf4_linear.py)."""
-        column_bytes = projection.out_features * self.run.wire_itemsize
-        if projection.in_features % projection.block_size:
-            return projection.in_features * column_bytes
-        columns = slice_width(projection.in_features, projection.block_size, column_bytes, self.run.is_on_gpu)
-        return columns * column_bytes
-
-    def _must_convert(self) -> bool:
-        """Whether gradients are computed in another dtype than that in which they wait for their reduction."""
-        return any(not self.run.adds_products_up_in(b.slot_itemsize) for b in self.unit.buckets if b.trainable)
-
-    def attention_workspace_bytes(self) -> int:
-        """Backward of attention. CPU: documents of 1024 keys and more are cut into up to 4 chunks of 512, each with its
-        part of dq in fp32, of which the later ones are seen by ever fewer queries (csrc/cpu/attention.cpp). GPU: dq is
-        added up in fp32 (Dao 2023, arXiv 2307.08691)."""
-        width = self.model.num_heads * self.model.head_dim
-        work = self.run.workload
-        if self.run.is_on_gpu:
-            return 4 * work.tokens * width
-        chunks = min(4, work.document_tokens // 512)
-        if chunks < 2:
-            return 0
-        # Chunk c begins where (1 - begin / keys)² = 1 - c / chunks, and is seen by the queries after its beginning.
-        seen = sum(math.sqrt(1 - c / chunks) for c in range(chunks))
-        return int(4 * work.tokens * width * seen)
+    def kept_bytes(self) -> int:
+        """From forward to backward."""
+        if self.runs_again:
+            return self.hidden + RANDOM_STATE_BYTES if self.keeps_input else 0
+        return sum(self.saved().values())

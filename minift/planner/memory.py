@@ -36,6 +36,7 @@ from minift.ops.blockwise import BLOCK
 from minift.optim.memory import PAGED_BUFFER_BYTES
 from minift.optim.moments import MIN_8BIT_ELEMENTS
 from minift.planner.activations import BlockActivations
+from minift.planner.block_peaks import backward_needs, forward_needs
 from minift.planner.head import head_backward_bytes, head_bytes, tied_head_grad_bytes
 from minift.planner.shapes import BucketShape, ParameterShape, RunShape
 
@@ -167,7 +168,10 @@ def _moments(run: RunShape) -> Iterator[Moment]:
     kept = always + rotary_bytes(run)
     embedded = run.wire_itemsize * run.block_tokens * run.model.hidden_size
     for block in blocks:
-        needs = {"activations": kept, "recompute": _forward_bytes(block), "workspace": _forward_workspace(block)}
+        needs = forward_needs(block)
+        needs["activations"] += kept
+        if block is not blocks[0] and not blocks[0].keeps_input:  # then it has no other owner than `CausalLM.forward`
+            needs["activations"] += embedded
         yield Moment(f"forward of {block.unit.name}", needs | gradients.before_blocks())
         kept += block.kept_bytes()
     trains = blocks[-1].needs_dout if blocks else run.root.trains
@@ -178,7 +182,7 @@ def _moments(run: RunShape) -> Iterator[Moment]:
     kept += tied_head_grad_bytes(run) - _final_norm_bytes(run, trains)
     for number, block in reversed(list(enumerate(blocks))):
         if block.needs_dout:
-            needs = {"activations": kept} | block.backward_needs() | gradients.in_backward_of(number)
+            needs = {"activations": kept} | backward_needs(block) | gradients.in_backward_of(number)
             yield Moment(f"backward of {block.unit.name}", needs)
         kept -= block.kept_bytes()
     if run.is_on_gpu and (embedding := _trained_embedding(run)):  # whole: model/embedding.py
@@ -253,12 +257,3 @@ def _final_norm_bytes(run: RunShape, trains: bool) -> int:
     """The input of the last norm, and 4 bytes a token."""
     norm_trains = any(p.trainable for p in run.root.parameters if p.name.endswith("norm.weight"))
     return run.block_tokens * (run.wire_itemsize * run.model.hidden_size + 4) if trains or norm_trains else 0
-
-
-def _forward_bytes(block: BlockActivations) -> int:
-    """At the product of silu(gate) · up: all that was made so far; what of it is kept is `activations` later."""
-    return 2 * block.hidden + 3 * block.inner
-
-
-def _forward_workspace(block: BlockActivations) -> int:
-    return max((block.slice_bytes(p) for p in block.unit.projections if p.block_size), default=0)
