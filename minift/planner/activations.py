@@ -166,11 +166,11 @@ class BlockActivations:
         if call.rank:
             yield f"hidden of {call.projections[0].name}", self.features_bytes(call.rank)
         features = sum(p.method.other_features for p in call.projections)
-        features += sum(p.out_features for p in call.projections if self._is_kept_for_method(p))
+        features += sum(p.out_features for p in call.projections if self.is_kept_for_method(p))
         if features:
             yield f"method of {call.projections[0].name}", int(self.features_bytes(1) * features)
 
-    def _is_kept_for_method(self, projection: ProjectionShape) -> bool:
+    def is_kept_for_method(self, projection: ProjectionShape) -> bool:
         """Its result. Those of v, gate and up are kept in any case, and those of q and k if they have norms."""
         name = projection.name.rpartition(".")[2]
         read_later = ("v_proj", "gate_proj", "up_proj") + (("q_proj", "k_proj") if self.model.qk_norm else ())

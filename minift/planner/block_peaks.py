@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
+
+from minift.model.linear import rows_in_cache
 from minift.ops.nf4_linear import slice_width
 from minift.planner.activations import BlockActivations, Call
 from minift.planner.shapes import ProjectionShape
@@ -26,53 +29,98 @@ def forward_needs(block: BlockActivations) -> dict[str, int]:
 def _forward_moments(
     block: BlockActivations, saved: dict[str, int], result_is_read: bool = True
 ) -> Iterator[dict[str, int]]:
-    """saved: for backward. result_is_read: see `model.block.Block`; if not, the product with down is left out."""
-    x, result = {"x": block.hidden}, block.hidden if result_is_read else 0
-    of_mlp = {"x_mid", "normed_2", "gate_up", "product", *_own(block.gate_up), *_own(block.down)}
+    """saved: for backward. result_is_read: see `model.block.Block`; if not, the product with down may be left out."""
+    of_mlp = {"x_mid", "normed_2", "gate_up", "product"}
+    of_mlp |= {name(call) for name in (_narrow, _method) for call in (block.gate_up, block.down)}
     saved_of_attention = {name: size for name, size in saved.items() if name not in of_mlp}
 
     def moment(saved: dict[str, int], variables: dict[str, int], others: int, workspace: int = 0) -> dict[str, int]:
         there = {name: max(saved.get(name, 0), variables.get(name, 0)) for name in saved | variables}
         return {"activations": sum(there.values()) + others, "workspace": workspace}
 
-    projected = {"normed": block.hidden, "before_norm": block.queries + block.keys}
+    def results(call: Call) -> int:
+        """Of its projections, but for what is kept for their methods, or in any case."""
+        is_kept = block.is_kept_for_method if _method(call) in saved else lambda p: False
+        chosen = [p for p in call.projections if not p.name.endswith("v_proj") and not is_kept(p)]
+        return sum(block.features_bytes(p.out_features) for p in chosen)
+
+    def products(call: Call, saved: dict[str, int], variables: dict[str, int]) -> Iterator[dict[str, int]]:
+        """Of o or down."""
+        if call.is_opaque:  # x may be changed
+            changed = {_method(call): block.features_bytes(call.in_features)}
+            workspace = max(_dequantized_bytes(block, call), _fp32_slices_bytes(block, call))
+            yield moment(saved, variables | changed, results(call), workspace)
+        else:
+            before = {name: size for name, size in saved.items() if name != _method(call)}
+            yield moment(before, variables, block.hidden, _dequantized_bytes(block, call))
+            yield moment(saved, variables, results(call), _fp32_slices_bytes(block, call))
+
+    x = {"x": block.hidden}
+    projected = {"normed": block.hidden, "before_norm": results(block.qkv)}
     if block.run.num_prefix:  # which makes copies of keys and values, behind itself
         turned = {"turned": block.queries, "values": 2 * (block.keys + block.prefix_keys)}
         projected["values as projected"] = block.keys
     else:
         turned = {"turned": block.queries + block.keys, "values": block.keys}
-    attention = x | projected | turned | {"out": block.queries} | _narrow(block, block.o)
-    yield moment(saved_of_attention, attention, block.hidden, _forward_slice_bytes(block, block.o))
+    attention = x | projected | turned | {"out": block.queries, _narrow(block.o): block.features_bytes(block.o.rank)}
+    yield from products(block.o, saved_of_attention, attention)
 
     before_mlp = x | {"x_mid": block.hidden, "normed_2": block.hidden}
     if block.unit.recompute == "selective" and block.model.qk_norm:  # until it is known who reads what they make
         before_mlp["before_norm"] = projected["before_norm"]
-    mlp = before_mlp | {"gate_up": 2 * block.inner, "product": block.inner} | _narrow(block, block.down)
+    mlp = before_mlp | {"gate_up": 2 * block.inner, "product": block.inner}
+    mlp[_narrow(block.down)] = block.features_bytes(block.down.rank)
     if block.down.drops:  # the product with its zeros, on its way into A
         yield moment(saved, mlp, block.inner)
-    yield moment(saved, mlp, result, _forward_slice_bytes(block, block.down) if result_is_read else 0)
-    yield moment(saved, before_mlp, result + block.hidden)  # which is added to x_mid
+    if result_is_read or any(p.method.is_opaque or p.method.has_after for p in block.down.projections):
+        yield from products(block.down, saved, mlp)
+        yield moment(saved, before_mlp, results(block.down) + block.hidden)  # which is added to x_mid
+    else:
+        yield moment(saved, mlp, 0)
+        yield moment(saved, before_mlp, block.hidden)
 
 
-def _narrow(block: BlockActivations, call: Call) -> dict[str, int]:
-    """What the A of its updates make."""
-    return {_own(call)[0]: block.features_bytes(call.rank)} if call.rank else {}
+def _narrow(call: Call) -> str:
+    """Name of what the A of its updates make."""
+    return f"hidden of {call.projections[0].name}"
 
 
-def _own(call: Call) -> tuple[str, str]:
-    """Names of what is kept for this call alone."""
-    return f"hidden of {call.projections[0].name}", f"method of {call.projections[0].name}"
+def _method(call: Call) -> str:
+    """Name of what its methods keep."""
+    return f"method of {call.projections[0].name}"
 
 
-def _forward_slice_bytes(block: BlockActivations, call: Call) -> int:
-    return max((_slice_of_rows_bytes(block, p) for p in call.projections if p.block_size), default=0)
+def _dequantized_bytes(block: BlockActivations, call: Call) -> int:
+    """Of weights in NF4, as many rows as are dequantised at a time (minift/ops/nf4_linear.py)."""
+    most, on_gpu = 0, block.run.is_on_gpu
+    for p in call.projections:
+        if p.block_size:
+            row_bytes = p.in_features * block.run.wire_itemsize
+            rows = slice_width(p.out_features, _rows_of_whole_blocks(p), row_bytes, on_gpu)
+            most = max(most, row_bytes * rows)
+    return most
 
 
-def _slice_of_rows_bytes(block: BlockActivations, projection: ProjectionShape) -> int:
-    """Of a weight in NF4, as many rows as are dequantised at a time (minift/ops/nf4_linear.py)."""
-    row_bytes = projection.in_features * block.run.wire_itemsize
-    unit = projection.block_size // math.gcd(projection.block_size, projection.in_features)
-    return row_bytes * slice_width(projection.out_features, unit, row_bytes, block.run.is_on_gpu)
+def _fp32_slices_bytes(block: BlockActivations, call: Call) -> int:
+    """Of weights and updates, for methods that read both in fp32 (minift/peft/dora.py): a slice of rows, the one before
+    it, and the factors."""
+    most, is_wide = 0, block.run.wire_itemsize == 4
+    device = torch.device("cuda" if block.run.is_on_gpu else "cpu")
+    for p in call.projections:
+        if not p.method.slices_weight:
+            continue
+        rows = 0
+        if p.block_size or not is_wide:
+            unit = _rows_of_whole_blocks(p) if p.block_size else 1
+            rows = -(-rows_in_cache((p.out_features, p.in_features), torch.float32, device) // unit) * unit
+            rows = min(p.out_features, rows) + max(0, min(rows, p.out_features - rows))
+        factors = 0 if is_wide else sum(update.rank for update in p.updates) * (p.in_features + p.out_features)
+        most = max(most, 4 * (p.in_features * rows + factors))
+    return most
+
+
+def _rows_of_whole_blocks(projection: ProjectionShape) -> int:
+    return projection.block_size // math.gcd(projection.block_size, projection.in_features)
 
 
 # Backward #
@@ -114,29 +162,67 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
     def freed(*names: str) -> int:
         return 0 if is_selective else kept(*names)
 
-    yield 0, remade("product"), *_product_needs(block, block.down, block.needs_dproduct)
+    def of_after(call: Call) -> int:
+        """What is kept for the methods of its projections: freed when they are through, before its products."""
+        return 0 if call.is_opaque else kept(_method(call))
+
+    # dout stays beside the gradient that a method of down, or o, makes of it; what it makes of others replaces them.
+    dsum = _dsum_bytes(block, block.down, block.needs_dproduct)
+    yield 0, 0, dsum, 0
+    gone = of_after(block.down)
+    made, workspace = _product_needs(block, block.down, block.needs_dproduct)
+    yield gone, remade("product"), dsum + made, workspace
     if not block.needs_dproduct:
         return
     # In one operation with down, the gradient of gate has the place of that of the product.
-    gone = freed("product")
+    gone += freed("product")
     if block.down.is_opaque:
-        gone += kept(*_own(block.down))
-    yield gone, 0, (3 if block.down.is_opaque else 2) * block.inner, 0
-    gone += kept("gate_up")
-    made, workspace = _product_needs(block, block.gate_up, "x_mid" in block.kept)
+        gone += kept(_narrow(block.down), _method(block.down))
+        yield gone, 0, 3 * block.inner, 0
+    else:
+        yield gone, 0, dsum + 2 * block.inner, 0
+        gone += kept(_narrow(block.down))
+
+    needs_dx = "x_mid" in block.kept
+    yield gone, 0, 2 * block.inner + _dsum_bytes(block, block.gate_up, needs_dx), 0
+    gone += kept("gate_up") + of_after(block.gate_up)
+    made, workspace = _product_needs(block, block.gate_up, needs_dx)
     yield gone, remade("normed_2"), 2 * block.inner + made, workspace
     if not block.needs_dx_mid:
         return
-    gone += freed("normed_2") + kept("x_mid", *_own(block.gate_up))
-    yield gone, 0, *_product_needs(block, block.o, "lse" in block.kept)
-    if "lse" not in block.kept:
+    gone += freed("normed_2") + kept("x_mid", _narrow(block.gate_up))
+    if block.gate_up.is_opaque:
+        gone += kept(_method(block.gate_up))
+
+    needs_dx = "lse" in block.kept
+    dsum = _dsum_bytes(block, block.o, needs_dx)
+    yield gone, 0, dsum, 0
+    gone += of_after(block.o)
+    made, workspace = _product_needs(block, block.o, needs_dx)
+    yield gone, 0, dsum + made, workspace
+    if not needs_dx:
         return
-    gone += kept(*_own(block.o))
+    gone += kept(_narrow(block.o))
+    if block.o.is_opaque:
+        gone += kept(_method(block.o))
     turned = remade("turned") if block.model.qk_norm else 0
     yield gone, turned, 2 * block.queries + 2 * block.keys, _attention_workspace_bytes(block)
-    gone += kept("values", "lse", "out") + (0 if is_selective and block.model.qk_norm else kept("turned"))
-    made, workspace = _product_needs(block, block.qkv, "x" in block.kept)
+
+    needs_dx = "x" in block.kept
+    gone += kept("lse", "out") + (0 if is_selective and block.model.qk_norm else kept("turned"))
+    yield gone, 0, block.queries + 2 * block.keys + _dsum_bytes(block, block.qkv, needs_dx), 0
+    gone += kept("values") + of_after(block.qkv)
+    made, workspace = _product_needs(block, block.qkv, needs_dx)
     yield gone, remade("normed"), block.queries + 2 * block.keys + made, workspace
+
+
+def _dsum_bytes(block: BlockActivations, call: Call, needs_dx: bool) -> int:
+    """Of the gradient that a method makes of that of a projection's result, for the sum of W x and the updates. One
+    that adds something hands the gradient on."""
+    if not needs_dx and not any(p.trains_weight or p.updates for p in call.projections):
+        return 0
+    makes = (p for p in call.projections if p.method.has_after and (p.method.keeps_output or p.method.other_features))
+    return max((block.features_bytes(p.out_features) for p in makes if not p.method.is_opaque), default=0)
 
 
 def _product_needs(block: BlockActivations, call: Call, needs_dx: bool) -> tuple[int, int]:
@@ -146,8 +232,7 @@ def _product_needs(block: BlockActivations, call: Call, needs_dx: bool) -> tuple
     the product with A, and that with its zeros, beside the sum of earlier ones.
     """
     x, ranks = block.features_bytes(call.in_features), block.features_bytes(call.rank)
-    # A method makes the gradient of the sum of W x and the updates from that of its result.
-    ranks += sum(block.features_bytes(p.out_features) for p in call.projections if p.method.trains)
+    ranks += sum(block.features_bytes(p.out_features) for p in call.projections if p.method.is_opaque)
     seen = x if call.drops else 0
     converted = [p.weight_numel * block.run.wire_itemsize for p in call.projections if p.trains_weight]
     of_weights = max(converted, default=0) if _must_convert(block) else 0

@@ -7,6 +7,8 @@ need not say what it costs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +26,8 @@ _TOKENS = 64
 class MethodShape:
     """trains: whether the method has parameters that are in no update. keeps_input, keeps_output: whether its forward
     keeps these tensors. other_features: elements of tensors beside them, a token. is_opaque: whether only its forward
-    knows what it does (`LinearBase.parts`); has_after: whether it is a function of the sum of its parts."""
+    knows what it does (`LinearBase.parts`); has_after: whether it is a function of the sum of its parts; slices_weight:
+    whether its forward reads the stored weight, in fp32, slice by slice (`LinearBase.weight_slices`)."""
 
     trains: bool = False
     keeps_input: bool = False
@@ -32,6 +35,7 @@ class MethodShape:
     other_features: float = 0.0
     is_opaque: bool = False
     has_after: bool = False
+    slices_weight: bool = False
 
 
 def method_of(module: LinearBase, known: dict[str, MethodShape]) -> MethodShape:
@@ -48,12 +52,36 @@ def method_of(module: LinearBase, known: dict[str, MethodShape]) -> MethodShape:
     return known[key]
 
 
-def _run(module: LinearBase, rank: int) -> MethodShape:
+def _run(module: AdapterModule, rank: int) -> MethodShape:
     """rank: of the updates, whose products are counted elsewhere."""
-    keeps_input, keeps_output, some = _saved(module, _TOKENS)
+    with _watched_slices(module.base) as reads:
+        keeps_input, keeps_output, some = _saved(module, _TOKENS)
     _, _, more = _saved(module, 2 * _TOKENS)  # the difference is what goes with tokens
-    other_features = (more - some) / _TOKENS - rank
-    return MethodShape(True, keeps_input, keeps_output, other_features, module.parts() is None, module.has_after)
+    return MethodShape(
+        trains=True,
+        keeps_input=keeps_input,
+        keeps_output=keeps_output,
+        other_features=(more - some) / _TOKENS - rank,
+        is_opaque=module.parts() is None,
+        has_after=module.has_after,
+        slices_weight=bool(reads),
+    )
+
+
+@contextmanager
+def _watched_slices(base: LinearBase) -> Iterator[list[torch.dtype]]:
+    """In which dtypes somebody has asked for `weight_slices` since."""
+    reads, make = [], base.weight_slices
+
+    def watched(dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        reads.append(dtype)
+        return make(dtype)
+
+    base.weight_slices = watched
+    try:
+        yield reads
+    finally:
+        del base.weight_slices
 
 
 def _saved(module: LinearBase, num_tokens: int) -> tuple[bool, bool, float]:

@@ -113,20 +113,30 @@ SMALL = {
 }  # fmt: skip
 
 
+FP32, AGAIN = Precision(wire="float32"), RecomputeConfig("full")
+
+
 @pytest.mark.parametrize(
-    ("setup", "peak"),
+    ("setup", "tokens", "peak"),
     [
-        (
-            Setup(PrefixConfig(), QuantConfig(), recompute=RecomputeConfig("selective")),
-            "forward of model.layers.1",
-        ),
+        # the last forward, with what the block has kept so far
+        (Setup(PrefixConfig(), QuantConfig(), precision=FP32, recompute=RecomputeConfig("selective")), 256, "forward"),
+        # slices of weights in fp32
+        (Setup(DoraConfig(), recompute=RecomputeConfig("selective")), 64, "forward"),
+        # gate and up, their gradients, and one that the method makes of these
+        (Setup(DoraConfig(), QuantConfig(), precision=FP32, recompute=AGAIN), 512, "backward"),
+        # a method that hands gradients on
+        (Setup(BitFitConfig(), QuantConfig(), precision=FP32, recompute=AGAIN), 512, "backward"),
+        # the block when it runs again, with its last product
+        (Setup(IA3Config(targets="all-linear"), QuantConfig(), precision=FP32, recompute=AGAIN), 512, "backward"),
     ],
+    ids=lambda value: value.adapter.method if isinstance(value, Setup) else str(value),
 )
-def test_moments_at_which_few_configurations_have_their_peak(setup: Setup, peak: str) -> None:
-    """To the percent: in fp32, where no product takes scratch memory of its own."""
-    setup = replace(setup, precision=Precision(wire="float32"))
-    plan, measured, error = plan_and_error(Case(SMALL, setup, Workload(tokens=256, document_tokens=128, targets=85)))
-    assert plan.peak.name == peak
+def test_moments_at_which_few_configurations_have_their_peak(setup: Setup, tokens: int, peak: str) -> None:
+    """To the percent, where no product takes scratch memory of its own: in fp32, or where it is not the peak."""
+    work = Workload(tokens=tokens, document_tokens=tokens // 2, targets=tokens // 3)
+    plan, measured, error = plan_and_error(Case(SMALL, setup, work))
+    assert plan.peak.name == f"{peak} of model.layers.1"
     assert abs(error) < 0.01, (error, measured, plan.categories())
 
 

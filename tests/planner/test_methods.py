@@ -27,7 +27,7 @@ IN, OUT = 96, 64
     [
         (LoraConfig(r=4, dropout=0.1), MethodShape()),
         # the input is LoRA's
-        (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True, has_after=True)),
+        (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True, has_after=True, slices_weight=True)),
         # the input, of which A reads; what is pooled of it, and what B reads
         (IecConfig(r=8), MethodShape(True, keeps_input=True, other_features=8 + 8, is_opaque=True)),
         (IA3Config(feedforward=[]), MethodShape(True, keeps_output=True, has_after=True)),
