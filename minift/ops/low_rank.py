@@ -16,7 +16,7 @@ rounded once (in PyTorch, factors of one wide matrix also after they were scaled
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -79,12 +79,18 @@ def to_rank_and_gradients_(
 ) -> Tensor:
     """`factor_gradients_(gradients, wides, narrows)` and then `to_rank(wides, factors, scales)`, which is returned.
 
-    A GPU reads wide matrices once for both if ranks are 8 or 16, widths multiples of 8, and gradients contiguous.
+    Wide matrices are read once for both if `reads_wide_once` and gradients are contiguous.
     """
     _check("to_rank_and_gradients_", wides, factors)
     terms = [factors] if len(wides) == 1 else [[factor] for factor in factors]
     run = _to_rank_and_gradients_ if _is_compiled(wides[0], terms) else to_rank_and_gradients_reference
     return run(wides, _like(wides[0], factors), scales, narrows, gradients)
+
+
+def reads_wide_once(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, is_on_gpu: bool) -> bool:
+    """Whether `to_rank_and_gradients_` of factors (W, R) of these shapes can: on a GPU, in packs of 8 numbers."""
+    is_fast = is_on_gpu and dtype == torch.bfloat16
+    return is_fast and all(width % 8 == 0 and rank in (8, 16) for width, rank in shapes)
 
 
 def to_rank_reference(wides: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:

@@ -11,6 +11,7 @@
                                                         g A       g A        T, r, in
                                                         dy h      dyᵀ h      out, T, r
                                                         g x       gᵀ x       r, T, in
+                                                        dy B h    dy B and dyᵀ h, dy read once
     attention, attention backward                       over the visible pairs of tokens, see `attention`
     rms norm, swiglu, each with its backward; rope      per element of their input
     dequantize, dequantize columns                      NF4 weights, in the order of memory, or by columns
@@ -27,7 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
-LOW_RANK = ("x A", "h B", "dy B", "g A", "dy h", "g x")
+LOW_RANK = ("x A", "h B", "dy B", "g A", "dy h", "g x", "dy B h")
 PRODUCTS = ("linear", "input gradient", "weight gradient", *LOW_RANK)
 
 
@@ -54,6 +55,12 @@ def product(kind: str, dtype: str, m: int, k: int, n: int, count: int = 1) -> Op
     """(m, k) times (k, n): 2 m k n."""
     assert kind in PRODUCTS, kind
     return Op(kind, dtype, (m * k + k * n + m * n) * ITEMSIZE[dtype], 2 * m * k * n, count)
+
+
+def both_of_dy(dtype: str, tokens: int, out_features: int, rank: int) -> Op:
+    """dy B and dyᵀ h: dy, B and h are read, g and the gradient of B are written."""
+    elements = tokens * out_features + 2 * rank * (tokens + out_features)
+    return Op("dy B h", dtype, elements * ITEMSIZE[dtype], 4 * tokens * out_features * rank)
 
 
 def elementwise(kind: str, dtype: str, elements: float, tensors: float, count: int = 1) -> Op:

@@ -24,7 +24,7 @@ from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.attention import causal_attention
 from minift.ops.dropout import DROPOUT_STEPS, dropout
-from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
+from minift.ops.low_rank import factor_gradients_, from_rank, reads_wide_once, to_rank, to_rank_and_gradients_
 from minift.ops.matmul import addmm_, linear, mm
 from minift.ops.nf4 import dequantize_nf4, dequantize_nf4_columns
 from minift.ops.norm import rms_norm, rms_norm_backward
@@ -147,6 +147,9 @@ class _Maker:
         yield sample("g A", T, r, I, lambda: from_rank([h], [A.t()], [1], [None]))
         yield sample("dy h", O, T, r, lambda: factor_gradients_([dB], [y], [h]))
         yield sample("g x", r, T, I, lambda: factor_gradients_([dA.t()], [x], [h]))
+        if reads_wide_once([(O, r)], self._torch_dtype, self.device.type == "cuda"):
+            both = op.both_of_dy(dtype, T, O, r)
+            yield lambda: Sample(both, lambda: to_rank_and_gradients_([y], [B], [0.5], [h], [dB]))
 
     def elementwise(self, D: int) -> Iterator[Callable[[], Sample]]:
         T, dtype = self.tokens, self.dtype

@@ -24,9 +24,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minift.objectives.cross_entropy import default_chunk_tokens
+from minift.ops.low_rank import reads_wide_once
 from minift.ops.nf4_linear import GPU_SLICE_BYTES, SLICE_BYTES
 from minift.planner.head import is_claimed_in_fp32
-from minift.planner.op import Op, attention, cast, dequantize, elementwise, product, total_flops, visible_pairs
+from minift.planner.op import (
+    Op,
+    attention,
+    both_of_dy,
+    cast,
+    dequantize,
+    elementwise,
+    product,
+    total_flops,
+    visible_pairs,
+)
 from minift.planner.shapes import BucketShape, ProjectionShape, RunShape, UnitShape
 
 _DTYPE_OF_SIZE = {1: "uint8", 2: "bfloat16", 4: "float32"}
@@ -157,10 +168,14 @@ class _Projections:
                 ops += self._into_slot(p.weight_numel)
             if p.trains_bias:
                 ops.append(elementwise("sum", dtype, T * p.out_features, 1))
-        for p in self.members:
-            for update in p.updates:
-                ops.append(product("dy h", dtype, p.out_features, T, update.rank))
-                ops.append(product("dy B", dtype, T, p.out_features, update.rank))
+        of_B = [(p.out_features, update.rank) for p in self.members for update in p.updates]
+        at_once = reads_wide_once(of_B, self.run.precision.wire_dtype, self.run.is_on_gpu)
+        for out_features, rank in of_B:
+            if at_once:
+                ops.append(both_of_dy(dtype, T, out_features, rank))
+            else:
+                ops.append(product("dy h", dtype, out_features, T, rank))
+                ops.append(product("dy B", dtype, T, out_features, rank))
         if self.rank and self.share_x:
             ops.append(product("g x", dtype, self.rank, T, self.members[0].in_features))
         elif self.rank:

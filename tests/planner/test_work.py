@@ -24,7 +24,7 @@ from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 from minift.planner.device import Device, Rate
 from minift.planner.network import Network, Protocol
-from minift.planner.op import PRODUCTS, visible_pairs
+from minift.planner.op import ITEMSIZE, PRODUCTS, total_bytes, total_flops, visible_pairs
 from minift.planner.shapes import Workload, describe
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial
@@ -135,6 +135,25 @@ def test_each_product_is_counted_by_its_shape() -> None:
         for (m, k, n), times in products_of_a_step(config, setup, workload).shapes.items():
             asked[2 * m * k * n, 4 * (m * k + k * n + m * n)] += times
         assert planned == asked
+
+
+@pytest.mark.parametrize(
+    ("rank", "wire", "link", "at_once"),
+    [(16, "bfloat16", "nccl", True), (8, "bfloat16", "nccl", True), (12, "bfloat16", "nccl", False),
+     (16, "float32", "nccl", False), (16, "bfloat16", "shared memory", False)],
+)  # fmt: skip
+def test_a_gpu_reads_dy_once_for_both_that_are_made_of_it(rank: int, wire: str, link: str, at_once: bool) -> None:
+    """As csrc/cuda/low_rank_both_kernels.cu has it: one dy less for each projection, and no less work."""
+    config, tokens = ModelConfig.from_hf(LLAMA_8B | {"num_hidden_layers": 1}), 64
+    setup = Setup(LoraConfig(r=rank), precision=Precision(wire=wire))
+    run = describe(config, setup, world_size=1, link=link, workload=Workload(tokens=tokens, document_tokens=tokens))
+    ops = [op for op in count(run).units[1].backward if op.kind in ("dy h", "dy B", "dy B h")]
+    out_features = [p.out_features for p in run.blocks[0].projections]
+    assert len(ops) == len(out_features) * (1 if at_once else 2)
+    assert total_flops(ops) == 4 * tokens * rank * sum(out_features)
+    dys = tokens * sum(out_features) * (1 if at_once else 2)
+    narrow = 2 * rank * (tokens * len(out_features) + sum(out_features))
+    assert total_bytes(ops) == (dys + narrow) * ITEMSIZE[wire]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.none() | st.integers(1, 15))
