@@ -21,6 +21,9 @@ struct AdamwStep {
   MINIFT_HOST_DEVICE float factor() const { return grad_factor == nullptr ? 1.0f : *grad_factor; }
 };
 
+// A kernel whose factor is not finite writes nothing: who launched it did not know yet whether there is a step.
+MINIFT_HOST_DEVICE bool is_finite(float factor) { return factor * 0.0f == 0.0f; }
+
 // T: fp32 or bf16. wire: where the new weights also go, in the dtype in which they are gathered, or null.
 template <class T, class Wire>
 struct Weights {

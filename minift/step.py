@@ -1,8 +1,12 @@
 """One optimizer step: the same for every objective, strategy and number format.
 
 The loss is a sum, divided once by the weight of the whole step over all ranks and microbatches, which is known before
-the first backward. So a step is the same however its examples are spread. Not here: the loop (`train`), when what is
-communicated (`fsdp`), the schedule (`optim`).
+the first backward. So a step is the same however its examples are spread.
+
+The host waits once, for loss and norm, and by then the device has all of the step: update kernels read from its memory
+what they multiply gradients with, and write nothing where the host is going to refuse or skip the step (`grad_factor`).
+
+Not here: the loop (`train`), when what is communicated (`fsdp`), the schedule (`optim`).
 """
 
 from __future__ import annotations
@@ -56,8 +60,8 @@ def train_step(
 
     scaler: with fp16 on the wire (`Precision.needs_loss_scaling`), else None.
 
-    Raises on all ranks alike, before anything is updated (with policy.step_in_backward: after): ValueError if there is
-    nothing to predict; `NonFiniteError`; `LossScaleError`.
+    Raises on all ranks alike, with weights, moments and the count of steps as they were (policy.step_in_backward: as
+    the update left them): ValueError if there is nothing to predict; `NonFiniteError`; `LossScaleError`.
     """
     world = engine.world
     local_weight = sum(objective.weight(microbatch) for microbatch in microbatches)
@@ -80,27 +84,47 @@ def train_step(
     # Every replica has the same shards, so a sum over all ranks counts each square that often.
     squares = early.square_sum if early else local_square_sum(optimizer.shards, world.device)
     totals = sum_over_ranks(torch.stack([local_loss_sum, squares / engine.replica_world.size]), world)
-    loss, square_sum, weight, tokens = torch.cat([totals, counts]).tolist()  # where the host waits, once a step
-    if weight == 0:
-        engine.weights_changed()
-        engine.clear_gradients()
-        raise ValueError("this step's examples have nothing to predict; the loss would be 0/0")
-    norm = math.sqrt(square_sum) / scale if math.isfinite(square_sum) else math.inf
-    was_skipped = scaler is not None and not math.isfinite(norm)
-    result = StepResult(loss / weight, norm, weight, int(tokens), was_skipped)
-
-    if scaler is not None:
-        scaler.update(result.was_skipped)
-    if not math.isfinite(result.loss) or not (math.isfinite(norm) or result.was_skipped):
-        engine.weights_changed()  # those that were updated in backward
-        engine.clear_gradients()
-        raise NonFiniteError(f"loss {result.loss}, gradient norm {result.grad_norm}")
-    if early is None and not result.was_skipped:
+    mean_loss, global_norm = totals[0] / counts[0], totals[1].sqrt() / scale
+    report = _ToHost(torch.stack([mean_loss, global_norm, *counts]))
+    if early is None:
         with recorder.during("compute", "optimizer", ""):
-            optimizer.step(lr_scale, grad_factor=clip_factor(norm, max_grad_norm) / scale)
+            optimizer.step(lr_scale, grad_factor(mean_loss, global_norm, max_grad_norm, scale))
+
+    loss, norm, weight, tokens = report.wait()
+    if early is None and not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.take_back_step()
     engine.weights_changed()
     engine.clear_gradients()
-    return result
+    if weight == 0:
+        raise ValueError("this step's examples have nothing to predict; the loss would be 0/0")
+    was_skipped = scaler is not None and not math.isfinite(norm)
+    if scaler is not None:
+        scaler.update(was_skipped)
+    if not math.isfinite(loss) or not (math.isfinite(norm) or was_skipped):
+        raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+    return StepResult(loss, norm, weight, int(tokens), was_skipped)
+
+
+def grad_factor(loss: Tensor, norm: Tensor, max_norm: float | None, scale: float) -> Tensor:
+    """What the update multiplies gradients with: clipping and 1 / scale; NaN, and nothing is updated, unless loss and
+    norm are finite (without anything to predict the loss is 0/0).
+
+    loss, norm: 0-dim fp64. scale: a power of two, by which every device divides exactly. Returns 0-dim fp32.
+    """
+    return (clip_factor(norm, max_norm) / scale + 0.0 * loss + 0.0 * norm).float()
+
+
+class _ToHost:
+    """Values on their way to the host, which waits for them and not for what the device is given to do after them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._copy = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        self._arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def wait(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.tolist()
 
 
 class _UpdateInBackward:

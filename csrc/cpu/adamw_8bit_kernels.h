@@ -34,6 +34,7 @@ template <class W>
 void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, W weights, int64_t numel, int64_t begin,
                 int64_t end) {
   float factor = step.factor();
+  if (!is_finite(factor)) return;
   for (int64_t block = begin; block < end; ++block) {
     int64_t start = block * BLOCK, count = numel - start < BLOCK ? numel - start : BLOCK, i = 0;
     float m[BLOCK], v[BLOCK];

@@ -64,6 +64,7 @@ static inline __attribute__((always_inline)) void adamw_lanes(const AdamwStep& s
 template <class W>
 void adamw(const AdamwStep& step, W weights, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end) {
   float factor = step.factor();
+  if (!is_finite(factor)) return;
   int64_t i = begin;
   for (; i + LANES <= end; i += LANES) {
     F32 m = load(exp_avg + i), v = load(exp_avg_sq + i);

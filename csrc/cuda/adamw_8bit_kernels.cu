@@ -108,12 +108,13 @@ template <class T, class Wire>
 __global__ void __launch_bounds__(THREADS)
     adamw_8bit_kernel(const __grid_constant__ AdamwStep step, const __grid_constant__ QuantizedMoments moments,
                       Weights<T, Wire> weights, int64_t n, bool vector) {
+  float factor = step.factor();
+  if (!is_finite(factor)) return;
   __shared__ SharedMap<true> signed_map;
   __shared__ SharedMap<false> unsigned_map;
   signed_map.fill(moments.signed_map);
   unsigned_map.fill(moments.unsigned_map);
   __syncthreads();
-  float factor = step.factor();
   int64_t stride = int64_t{gridDim.x} * WARPS * BLOCK;
   for (int64_t start = (int64_t{blockIdx.x} * WARPS + threadIdx.x / WARP) * BLOCK; start < n; start += stride) {
     if (vector && n - start >= BLOCK) {

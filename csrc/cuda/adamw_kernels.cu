@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(THREADS)
     adamw_kernel(const __grid_constant__ AdamwStep step, Weights<T, Wire> weights, float* exp_avg, float* exp_avg_sq,
                  int64_t n, bool vector) {
   float factor = step.factor();
+  if (!is_finite(factor)) return;
   int64_t stride = int64_t{gridDim.x} * THREADS * QUAD;
   for (int64_t i = (int64_t{blockIdx.x} * THREADS + threadIdx.x) * QUAD; i < n; i += stride) {
     if (vector && n - i >= QUAD) {

@@ -21,6 +21,10 @@ def local_square_sum(shards: list[FlatShard], device: torch.device) -> Tensor:
     return torch.stack(squares).sum().to(device, non_blocking=True)
 
 
-def clip_factor(norm: float, max_norm: float | None) -> float:
-    """min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it; 1 if there is no maximum."""
-    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it; 1 if there is no maximum. 0-dim and
+    of the dtype of `norm`; the host does not wait for it."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    # Two tensors: of a number and a tensor PyTorch makes a product with the inverse, which is rounded twice.
+    return (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)

@@ -65,7 +65,8 @@ def adamw_(weights: Weights, exp_avg: Tensor, exp_avg_sq: Tensor, grad_factor: T
     """Update weights, exp_avg (m) and exp_avg_sq (v) in place.
 
     exp_avg, exp_avg_sq: (n,) fp32, contiguous.
-    grad_factor: f, one fp32 on the same device, which the host does not wait for; None: 1.
+    grad_factor: f, one fp32 on the same device, which the host does not wait for; None: 1. If it is infinite or NaN,
+        nothing is written.
     """
     moments = exp_avg, exp_avg_sq
     _adamw(weights.master, weights.grad, *moments, weights.wire, grad_factor, *step, weights.first)
@@ -80,7 +81,10 @@ def adamw_reference(
     grad_factor: Tensor | None,
     *constants: float,
 ) -> None:
-    """`adamw_` in plain PyTorch; constants: of an `AdamWStep`, then `first`."""
+    """`adamw_` in plain PyTorch, for which the host waits for grad_factor; constants: of an `AdamWStep`, then
+    `first`."""
+    if grad_factor is not None and not torch.isfinite(grad_factor):
+        return
     *of_step, first = constants
     step = AdamWStep(*of_step)
     block = min(BLOCK_ELEMENTS[master.device.type], len(master))

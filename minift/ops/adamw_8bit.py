@@ -64,8 +64,10 @@ def adamw_8bit_reference(
     grad_factor: Tensor | None,
     *constants: float,
 ) -> None:
-    """`adamw_8bit_` in plain PyTorch; constants: of an `AdamWStep`, then `first`. Scratch: fp32 moments, and what
-    quantising takes, of one piece."""
+    """`adamw_8bit_` in plain PyTorch, for which the host waits for grad_factor; constants: of an `AdamWStep`, then
+    `first`. Scratch: fp32 moments, and what quantising takes, of one piece."""
+    if grad_factor is not None and not torch.isfinite(grad_factor):
+        return
     *of_step, first = constants
     step = AdamWStep(*of_step)
     signed_map = DynamicMap(signed_values, signed_buckets)

@@ -78,7 +78,8 @@ class AdamW:
         """One update of all shards with the learning rate `config.lr * lr_scale` (times the parameter's ratio).
 
         grad_factor: multiplies every gradient within the update; `shard.grad` is only read. A number, or a 0-dim fp32
-            tensor on the shards' device, which the host does not wait for.
+            tensor, for which the host waits only if shards are elsewhere. If that is infinite or NaN nothing is
+            written; the host, when it knows, says so by `take_back_step`.
         """
         self.begin_step(lr_scale)
         factors = {device: _as_tensor(grad_factor, device) for device in self._memory}  # once, not for every shard
@@ -90,6 +91,13 @@ class AdamW:
         self.num_steps += 1
         self._lr = self.config.lr * lr_scale
         self._due = {shard.name for shard in self.shards}
+
+    def take_back_step(self) -> None:
+        """The step begun last wrote nothing, as its grad_factor was not finite: it does not count."""
+        assert not self._due, f"a step is taken back that has not updated {sorted(self._due)}"
+        self.num_steps -= 1
+        for shard in self.shards:
+            shard.wire_is_written = False
 
     @torch.no_grad()
     def update(self, shard: FlatShard, grad_factor: Tensor | None = None) -> None:
@@ -175,5 +183,5 @@ class AdamW:
 def _as_tensor(factor: float | Tensor, device: torch.device) -> Tensor | None:
     """What an update multiplies gradients with; None: nothing."""
     if isinstance(factor, Tensor):
-        return factor
+        return factor.to(device)
     return None if factor == 1.0 else torch.full((), factor, device=device)

@@ -6,10 +6,11 @@ largest that lets nothing overflow, and it changes during a run, so it is search
 and halves the scale, and 2000 steps without one double it (Micikevicius et al. 2017, arXiv 1710.03740, section 3.2).
 
     (loss * scaler.scale).backward()
-    norm = grad_norm(...) / scaler.scale                      # global, so equal on every rank
+    norm = grad_norm(...) / scaler.scale                          # global, so equal on every rank
+    optimizer.step(lr_scale, clip_factor(norm) / scaler.scale)    # NaN if the norm is not finite: nothing is updated
     overflowed = not isfinite(norm)
-    if not overflowed:
-        optimizer.step(lr_scale, grad_factor=clip_factor(norm) / scaler.scale)
+    if overflowed:
+        optimizer.take_back_step()
     scaler.update(overflowed)
 
 Scales as `torch.amp.GradScaler` does, step by step. Differs: overflows are seen in the global gradient norm, which the

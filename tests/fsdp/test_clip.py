@@ -35,12 +35,13 @@ def test_clipping_against_torch(case: Case, share: float) -> None:
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     for ours, gradients in run_ranks(case.world_size, norm_and_gradients, case):
         assert ours == pytest.approx(norm, rel=1e-6)
-        factor = clip_factor(ours, max_norm)
+        factor = float(clip_factor(torch.tensor(ours, dtype=torch.float64), max_norm))
         for name, parameter in zip(expected, parameters, strict=True):
             assert relative_error(gradients[name] * factor, parameter.grad) <= 2e-6, name
 
 
 def test_no_maximum_means_no_clipping() -> None:
-    assert clip_factor(1e9, None) == 1.0
-    assert clip_factor(0.5, 1.0) == 1.0
-    assert clip_factor(2.0, 1.0) == pytest.approx(0.5)
+    norms = torch.tensor([1e9, 0.5, 2.0], dtype=torch.float64)
+    assert clip_factor(norms[0], None) == 1.0
+    assert clip_factor(norms[1], 1.0) == 1.0
+    assert float(clip_factor(norms[2], 1.0)) == pytest.approx(0.5)

@@ -148,6 +148,34 @@ def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, mast
     assert wire[0] == wire[-1] == 7.0
 
 
+def any_bits(n, dtype, seed):
+    """(n,): zeros of both signs, subnormals, infinities, NaNs with payloads."""
+    numbers = torch.randint(0, 256, (n, dtype.itemsize), generator=torch.Generator().manual_seed(seed))
+    some = numbers.to(torch.uint8).view(dtype).flatten()
+    return torch.where(numbers[:, 0] % 4 == 0, torch.tensor(-0.0, dtype=dtype), some)
+
+
+@pytest.mark.parametrize("master_dtype", MASTERS)
+@property_test
+@given(
+    n=SIZES,
+    seed=st.integers(0, 999),
+    factor=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    wire_dtype=st.sampled_from([None, *WIRES]),
+    offsets=st.tuples(*[st.sampled_from([0, 0, 0, 1, 2])] * 4),
+)
+def test_nothing_is_written_with_a_factor_that_is_not_finite(
+    implementation, master_dtype, n, seed, factor, wire_dtype, offsets
+):
+    tensors = [any_bits(n, dtype, seed + at) for at, dtype in enumerate([master_dtype, *[torch.float32] * 3])]
+    wire = None if wire_dtype is None else any_bits(n, wire_dtype, seed)
+    wire_before = None if wire is None else wire.clone()
+    after = update(implementation, tensors, torch.tensor(factor), wire=wire, offsets=offsets)
+    for ours, before in zip(after, (tensors[0], *tensors[2:]), strict=True):
+        assert torch.equal(ours.view(torch.uint8), before.view(torch.uint8))
+    assert wire is None or torch.equal(wire.view(torch.uint8), wire_before.view(torch.uint8))
+
+
 @pytest.mark.parametrize("master_dtype", MASTERS)
 def test_a_non_finite_gradient_shows(implementation, master_dtype):
     """Nothing hides it. An infinite weight is stored as NaN in bf16, see `round_stochastically_`."""

@@ -17,6 +17,7 @@ from minift.ops import adamw, adamw_8bit
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import BLOCK, dequantize_blockwise, dynamic_map, quantize_blockwise
+from tests.ops.test_adamw import any_bits
 
 HAS_CUDA_KERNELS = True
 U = 2.0**-24
@@ -175,6 +176,30 @@ def test_where_it_is_cut_between_blocks_changes_no_bit(implementation, master_dt
     assert torch.equal(whole_master, torch.cat([part_master for part_master, _ in parts]))
     for one, *two in zip(tensors_of(whole), *(tensors_of(part) for _, part in parts), strict=True):
         assert torch.equal(one, torch.cat(two))
+
+
+@pytest.mark.parametrize("master_dtype", MASTERS)
+@property_test
+@given(
+    n=SIZES,
+    seed=st.integers(0, 999),
+    factor=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    wire_dtype=st.sampled_from([None, *WIRES]),
+    offsets=st.tuples(*[st.sampled_from([0, 0, 0, 1, 2])] * 5),
+)
+def test_nothing_is_written_with_a_factor_that_is_not_finite(
+    implementation, master_dtype, n, seed, factor, wire_dtype, offsets
+):
+    blocks = -(-n // BLOCK)
+    kinds = [(n, torch.uint8), (blocks, torch.float32)] * 2
+    moments = QuantizedMoments(*(any_bits(size, dtype, seed + at) for at, (size, dtype) in enumerate(kinds)))
+    master, grad = any_bits(n, master_dtype, seed + 4), any_bits(n, torch.float32, seed + 5)
+    wire = None if wire_dtype is None else any_bits(n, wire_dtype, seed)
+    wire_before = None if wire is None else wire.clone()
+    new_master, after = update(implementation, master, grad, moments, torch.tensor(factor), wire=wire, offsets=offsets)
+    for ours, before in zip((new_master, *tensors_of(after)), (master, *tensors_of(moments)), strict=True):
+        assert torch.equal(ours.view(torch.uint8), before.view(torch.uint8))
+    assert wire is None or torch.equal(wire.view(torch.uint8), wire_before.view(torch.uint8))
 
 
 def test_padding_stays_zero(implementation):

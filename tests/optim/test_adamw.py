@@ -172,6 +172,34 @@ def test_shards_updated_one_by_one_in_any_order_get_the_same_bits(seed, master_d
     assert apart.num_steps == together.num_steps and torch.equal(flatten(together), flatten(apart))
 
 
+@given(seeds, masters, st.integers(0, len(SCALES)), st.sampled_from([float("nan"), float("inf")]), st.booleans())
+def test_a_step_that_wrote_nothing_is_taken_back(seed, master_dtype, at, factor, as_tensor):
+    """Wherever it comes, steps after it are as if it had not been."""
+    weights, gradients = make_problem(seed)
+    borders = [0, 30, TOTAL]
+    expected, ours = (AdamW(make_shards(weights.to(master_dtype), borders), CONFIG) for _ in range(2))
+    for shard in ours.shards:
+        shard.wire = torch.full_like(shard.master, 7.0)
+    run(ours, gradients[:at], SCALES[:at], borders)
+    before, wires = flatten(ours), [shard.wire.clone() for shard in ours.shards]
+    run(ours, gradients[:1], [1.0], borders, grad_factor=torch.tensor(factor) if as_tensor else factor)
+    ours.take_back_step()
+    assert ours.num_steps == at and torch.equal(flatten(ours), before)
+    for shard, wire in zip(ours.shards, wires, strict=True):
+        assert not shard.wire_is_written and torch.equal(shard.wire, wire)
+    run(ours, gradients[at:], SCALES[at:], borders)
+    run(expected, gradients, SCALES, borders)
+    assert ours.num_steps == expected.num_steps and torch.equal(flatten(ours), flatten(expected))
+
+
+def test_a_step_is_taken_back_when_all_of_it_was_given_away():
+    optimizer = AdamW(make_shards(make_problem(0)[0], [0, 30, TOTAL]), CONFIG)
+    optimizer.begin_step(1.0)
+    optimizer.update(optimizer.shards[0])
+    with pytest.raises(AssertionError, match="has not updated .*shard1"):
+        optimizer.take_back_step()
+
+
 def test_before_update_sees_every_shard_as_it_was():
     weights, gradients = make_problem(0)
     optimizer = AdamW(make_shards(weights, [0, 30, TOTAL]), CONFIG)

@@ -53,7 +53,8 @@ def run_with_device(library: Path, module: str) -> str:
 class Waits(TorchDispatchMode):
     """Where minift's code made the host wait for the device: "file:function", in order. It does so when it reads a
     tensor, of which all values are 5, and when it copies between device and host unless with non_blocking. `order`:
-    what comes after what."""
+    what comes after what. `updates`: of weights on the device; `updates_ahead`: those of them which it may be busy with
+    when the last wait is over."""
 
     current: Waits
 
@@ -61,6 +62,8 @@ class Waits(TorchDispatchMode):
         super().__init__()
         Waits.current = self
         self.places: list[str] = []
+        self.updates: list[tuple[Worker, int]] = []
+        self.updates_ahead = 0
         self.order = Order(Stream(name="the compute stream"))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,6 +75,8 @@ class Waits(TorchDispatchMode):
             source, target, unwaited = args[1].device, args[0].device, len(args) > 2 and args[2]
         result = function(*args, **kwargs)
         self.order.watch(function, args, kwargs, result)
+        if function.name().startswith("minift::adamw") and args[0].is_cuda:
+            self.updates.append((self.order.current, self.order.current.known[self.order.current]))
         if target is not None and torch.device(target).type != source.type and not unwaited:
             self._wait(self.order.current.known)
         return result
@@ -84,6 +89,7 @@ class Waits(TorchDispatchMode):
 
     def _wait(self, known: dict[Worker, int]) -> None:
         self.places.append(place())
+        self.updates_ahead = sum(known.get(worker, 0) < count for worker, count in self.updates)
         self.order.host.learn(known)
 
 
