@@ -13,7 +13,7 @@ from minift.dist.process import World
 from minift.fsdp.clip import clip_factor, local_square_sum
 from tests.fsdp.oracle import reference_gradients, relative_error
 from tests.fsdp.trees import Case, cases, gathered_gradients, run_microbatches, sharded
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, run_ranks
 
 
 def norm_and_gradients(world: World, case: Case) -> tuple[float, dict[str, Tensor]]:
@@ -38,6 +38,13 @@ def test_clipping_against_torch(case: Case, share: float) -> None:
         factor = float(clip_factor(torch.tensor(ours, dtype=torch.float64), max_norm))
         for name, parameter in zip(expected, parameters, strict=True):
             assert relative_error(gradients[name] * factor, parameter.grad) <= 2e-6, name
+
+
+@given(norm=st.floats(0.0, allow_infinity=False), max_norm=st.floats(0.0, exclude_min=True, allow_infinity=False))
+def test_the_factor_is_python_s(norm: float, max_norm: float) -> None:
+    """In fp64 and with every rounding, so that it does not matter who computes it."""
+    factor = clip_factor(torch.full((), norm, dtype=torch.float64, device=DEVICE), max_norm)
+    assert float(factor) == min(1.0, max_norm / (norm + 1e-6))
 
 
 def test_no_maximum_means_no_clipping() -> None:
