@@ -46,12 +46,12 @@ def _forward_moments(
 
     def products(call: Call, saved: dict[str, int], variables: dict[str, int]) -> Iterator[dict[str, int]]:
         """Of o or down."""
-        if call.is_opaque:  # x may be changed
-            changed = {_method(call): block.features_bytes(call.in_features)}
+        before = {name: size for name, size in saved.items() if name != _method(call)}
+        if call.is_opaque:
             workspace = max(_dequantized_bytes(block, call), _fp32_slices_bytes(block, call))
-            yield moment(saved, variables | changed, results(call), workspace)
+            made = sum(int(block.features_bytes(1) * p.method.forward_features) for p in call.projections)
+            yield moment(before, variables, made, workspace)
         else:
-            before = {name: size for name, size in saved.items() if name != _method(call)}
             yield moment(before, variables, block.hidden, _dequantized_bytes(block, call))
             yield moment(saved, variables, results(call), _fp32_slices_bytes(block, call))
 
@@ -184,8 +184,10 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
         gone += kept(_narrow(block.down))
 
     needs_dx = "x_mid" in block.kept
+    kept_results = _kept_results_bytes(block, block.gate_up) if "gate_up" in block.kept else 0
+    gone += kept("gate_up") - kept_results
     yield gone, 0, 2 * block.inner + _dsum_bytes(block, block.gate_up, needs_dx), 0
-    gone += kept("gate_up") + of_after(block.gate_up)
+    gone += kept_results + of_after(block.gate_up)
     made, workspace = _product_needs(block, block.gate_up, needs_dx)
     yield gone, remade("normed_2"), 2 * block.inner + made, workspace
     if not block.needs_dx_mid:
@@ -214,6 +216,11 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
     gone += kept("values") + of_after(block.qkv)
     made, workspace = _product_needs(block, block.qkv, needs_dx)
     yield gone, remade("normed"), block.queries + 2 * block.keys + made, workspace
+
+
+def _kept_results_bytes(block: BlockActivations, call: Call) -> int:
+    """Of results that methods keep for themselves, whoever reads them besides."""
+    return sum(block.features_bytes(p.out_features) for p in call.projections if p.method.keeps_output)
 
 
 def _dsum_bytes(block: BlockActivations, call: Call, needs_dx: bool) -> int:

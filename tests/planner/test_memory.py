@@ -125,6 +125,10 @@ FP32, AGAIN = Precision(wire="float32"), RecomputeConfig("full")
         (Setup(DoraConfig(), recompute=RecomputeConfig("selective")), 64, "forward"),
         # gate and up, their gradients, and one that the method makes of these
         (Setup(DoraConfig(), QuantConfig(), precision=FP32, recompute=AGAIN), 512, "backward"),
+        # of gate alone: the result of up is gone by then
+        (Setup(DoraConfig(targets=["v_proj", "gate_proj"]), QuantConfig(), precision=FP32), 512, "backward"),
+        # all that a forward of a method's own makes, beside what it keeps
+        (Setup(DoraConfig(dropout=0.1), precision=FP32, recompute=AGAIN), 512, "backward"),
         # a method that hands gradients on
         (Setup(BitFitConfig(), QuantConfig(), precision=FP32, recompute=AGAIN), 512, "backward"),
         # the block when it runs again, with its last product

@@ -28,15 +28,37 @@ IN, OUT = 96, 64
         (LoraConfig(r=4, dropout=0.1), MethodShape()),
         # the input is LoRA's
         (DoraConfig(r=4), MethodShape(True, keeps_input=True, keeps_output=True, has_after=True, slices_weight=True)),
-        # the input, of which A reads; what is pooled of it, and what B reads
-        (IecConfig(r=8), MethodShape(True, keeps_input=True, other_features=8 + 8, is_opaque=True)),
+        # it drops: x with its zeros, and these; what A makes; the sum of base and update, stretched. Then each of the
+        # two, the stretched less the base, the base of x, and the sum of these
+        (
+            DoraConfig(r=4, dropout=0.1),
+            MethodShape(
+                True,
+                other_features=2 * IN + 4 + OUT,
+                is_opaque=True,
+                has_after=True,
+                slices_weight=True,
+                forward_features=2 * IN + 4 + 6 * OUT,
+            ),
+        ),
+        # the input, of which A reads; what is pooled of it, and what B reads. Then what passes by B, the results of
+        # base and update, and their sum
+        (
+            IecConfig(r=8),
+            MethodShape(True, keeps_input=True, other_features=8 + 8, is_opaque=True, forward_features=3 * 8 + 3 * OUT),
+        ),
         (IA3Config(feedforward=[]), MethodShape(True, keeps_output=True, has_after=True)),
-        (IA3Config(), MethodShape(True, keeps_input=True, is_opaque=True, has_after=True)),
+        # the input, and what is made of it
+        (IA3Config(), MethodShape(True, keeps_input=True, is_opaque=True, has_after=True, forward_features=IN + OUT)),
         (BitFitConfig(), MethodShape(True, has_after=True)),
         # z, and the bottleneck before and behind its activation
         (BottleneckConfig(size=8), MethodShape(True, other_features=OUT + 8 + 8, has_after=True)),
-        # x, which B reads; B x, which A reads, with its columns one after the other
-        (README_METHOD(size=8), MethodShape(True, keeps_input=True, other_features=OUT, is_opaque=True)),
+        # x, which B reads; B x, which A reads, with its columns one after the other. It is one of five, with B x as it
+        # comes, the base's result, and the update and their sum
+        (
+            README_METHOD(size=8),
+            MethodShape(True, keeps_input=True, other_features=OUT, is_opaque=True, forward_features=5 * OUT),
+        ),
     ],
     ids=lambda value: value.method if isinstance(value, AdapterConfig) else "",
 )
