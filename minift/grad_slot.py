@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minift.ops.matmul import addmm_, adds_up_in, mm
 
-_ADD_BYTES = 1 << 20  # stays in cache
+ADD_BYTES = 1 << 20  # stays in cache
 
 
 class GradSlot:
@@ -114,7 +114,7 @@ def _add_(total: Tensor, grad: Tensor) -> None:
     if total.dtype == grad.dtype or total.is_cuda or total.dim() == 0:
         total.add_(grad)
         return
-    num_rows = max(1, _ADD_BYTES // max(1, total[:1].nbytes))
+    num_rows = max(1, ADD_BYTES // max(1, total[:1].nbytes))
     for rows, grad_rows in zip(total.split(num_rows), grad.split(num_rows), strict=True):
         rows.add_(grad_rows)
 

@@ -22,7 +22,7 @@ from minift.grad_slot import GradSlot, claim_slot, deliver_product, lay_slot, sl
 def test_a_slot_holds_the_sum_of_what_came(ways: list[str], dtype: torch.dtype, add_bytes: int, seed: int) -> None:
     """In any order, a claim finished last; fp64 products into an fp32 slot lose 2⁻²⁴ each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minift.grad_slot, "_ADD_BYTES", add_bytes)
+        patch.setattr(minift.grad_slot, "ADD_BYTES", add_bytes)
         fill_a_slot(ways, dtype, seed)
 
 

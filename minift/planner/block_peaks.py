@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from minift.grad_slot import ADD_BYTES
 from minift.model.linear import rows_in_cache
 from minift.ops.nf4_linear import slice_width
 from minift.planner.activations import BlockActivations, Call
@@ -235,14 +236,12 @@ def _dsum_bytes(block: BlockActivations, call: Call, needs_dx: bool) -> int:
 def _product_needs(block: BlockActivations, call: Call, needs_dx: bool) -> tuple[int, int]:
     """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts.
 
-    A gradient of W that its slot cannot add up itself passes through a temporary. dropout: x with its zeros; then
-    the product with A, and that with its zeros, beside the sum of earlier ones.
+    dropout: x with its zeros; then the product with A, and that with its zeros, beside the sum of earlier ones.
     """
     x, ranks = block.features_bytes(call.in_features), block.features_bytes(call.rank)
     ranks += sum(block.features_bytes(p.out_features) for p in call.projections if p.method.is_opaque)
     seen = x if call.drops else 0
-    converted = [p.weight_numel * block.run.wire_itemsize for p in call.projections if p.trains_weight]
-    of_weights = max(converted, default=0) if _must_convert(block) else 0
+    of_weights = max((_converted_bytes(block, p) for p in call.projections if p.trains_weight), default=0)
     if not needs_dx:
         return max(of_weights, seen) + ranks, 0
     scratch = max((_slice_of_columns_bytes(block, p) for p in call.projections if p.block_size), default=0)
@@ -260,9 +259,15 @@ def _slice_of_columns_bytes(block: BlockActivations, projection: ProjectionShape
     return columns * column_bytes
 
 
-def _must_convert(block: BlockActivations) -> bool:
-    """Whether gradients are computed in another dtype than that in which they wait for their reduction."""
-    return any(not block.run.adds_products_up_in(b.slot_itemsize) for b in block.unit.buckets if b.trainable)
+def _converted_bytes(block: BlockActivations, projection: ProjectionShape) -> int:
+    """A gradient of W that its slot cannot add up itself passes through a temporary, and where it is added to what came
+    before, on a CPU, pieces of it through another in fp32 (minift/grad_slot.py)."""
+    run, bucket = block.run, next(b for b in block.unit.buckets if b.trainable)
+    if run.adds_products_up_in(bucket.slot_itemsize):
+        return 0
+    adds = bucket.keeps_full_grads and run.workload.microbatches > 1 and not run.is_on_gpu
+    piece = min(4 * projection.weight_numel, ADD_BYTES) if adds else 0
+    return run.wire_itemsize * projection.weight_numel + piece
 
 
 def _attention_workspace_bytes(block: BlockActivations) -> int:
