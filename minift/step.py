@@ -84,13 +84,15 @@ def train_step(
     # Every replica has the same shards, so a sum over all ranks counts each square that often.
     squares = early.square_sum if early else local_square_sum(optimizer.shards, world.device)
     totals = sum_over_ranks(torch.stack([local_loss_sum, squares / engine.replica_world.size]), world)
-    mean_loss, global_norm = totals[0] / counts[0], totals[1].sqrt() / scale
-    report = _ToHost(torch.stack([mean_loss, global_norm, *counts]))
+    mean_loss, square_sum = totals[0] / counts[0], totals[1]
+    report = _ToHost(torch.stack([mean_loss, square_sum, *counts]))
     if early is None:
         with recorder.during("compute", "optimizer", ""):
-            optimizer.step(lr_scale, grad_factor(mean_loss, global_norm, max_grad_norm, scale))
+            optimizer.step(lr_scale, grad_factor(mean_loss, square_sum.sqrt() / scale, max_grad_norm, scale))
 
-    loss, norm, weight, tokens = report.wait()
+    loss, squares_on_host, weight, tokens = report.wait()
+    # The root again: that of MKL, which PyTorch takes on a processor, may be off by one in the last of fp64's bits.
+    norm = math.sqrt(squares_on_host) / scale if math.isfinite(squares_on_host) else math.inf
     if early is None and not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.take_back_step()
     engine.weights_changed()
