@@ -42,6 +42,7 @@ from protocol import Times, stopwatch, take_turns
 from results import Result, finish, parse
 from savers import MAKERS, Dcp, Minift
 from smollm2 import VOCAB_SIZE, loss_of, make_model
+from torch import Tensor
 
 from minift.dist.process import World
 from minift.optim.adamw import AdamW
@@ -104,9 +105,9 @@ class Rank:
         """Every variant gives back the bits that it was given."""
         for variant in self.variants.values():
             states = variant.optimizer.state_dict()
-            tensors = [t for s in variant.optimizer.shards for t in (s.master, *states[s.name].values())]
+            tensors = [t for s in variant.optimizer.shards for t in [*s.halves().values(), *states[s.name].values()]]
             for number, tensor in enumerate(tensors):
-                tensor.copy_(torch.rand(len(tensor), generator=torch.Generator().manual_seed(number)))
+                tensor.copy_(drawn(tensor, number))
             self.empty_folder()
             variant.save()
             dist.barrier()
@@ -114,7 +115,7 @@ class Rank:
                 tensor.zero_()
             variant.load()
             for number, tensor in enumerate(tensors):
-                assert torch.equal(tensor, torch.rand(len(tensor), generator=torch.Generator().manual_seed(number)))
+                assert torch.equal(tensor, drawn(tensor, number))
 
     def asynchronous(self, variant: Minift | Dcp) -> tuple[float, float]:
         """Stall and slowdown of a save, in seconds; the stall is the longest of all ranks'."""
@@ -133,6 +134,11 @@ class Rank:
         longest_s = torch.tensor(self.waited_s, dtype=torch.float64)
         dist.all_reduce(longest_s, op=dist.ReduceOp.MAX)
         return float(longest_s), with_s - without_s
+
+
+def drawn(tensor: Tensor, number: int) -> Tensor:
+    """Values for `tensor`, whatever it is the state of."""
+    return (1000.0 * torch.rand(len(tensor), generator=torch.Generator().manual_seed(number))).to(tensor.dtype)
 
 
 def time_rank(world: World, tell: object, job: Job) -> tuple[Times, Times, dict[str, list[float]]]:

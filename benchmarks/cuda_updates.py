@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import BLOCK, dynamic_map, quantize_blockwise
+from minift.ops.halves import read_weights, write_weights_
 from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 from minift.ops.sgmv import sgmv_
 
@@ -42,8 +43,13 @@ def adamw(make: Maker) -> Iterator[Case]:
     step_by_torch()
     expected = weights_by_torch.clone()
 
-    for is_8bit, dtype in itertools.product((False, True), (torch.float32, BF16)):
-        weights = Weights(start.to(dtype, copy=True), grad)
+    storages = "fp32 masters", "fp32 masters in halves", "bf16 masters"
+    for is_8bit, masters in itertools.product((False, True), storages):
+        in_halves = masters == "fp32 masters in halves"
+        lower = torch.zeros_like(start, dtype=torch.int16) if in_halves else None
+        master = torch.empty_like(start, dtype=torch.float32 if masters == "fp32 masters" else BF16)
+        weights = Weights(master, grad, lower=lower)
+        write_weights_(weights.master, lower, start)
         others = {"torch fused": step_by_torch}
         if is_8bit:
             zeros = [quantize_blockwise(torch.zeros_like(start), a_map) for a_map in maps]
@@ -57,13 +63,13 @@ def adamw(make: Maker) -> Iterator[Case]:
         def check(step: Run = step, weights: Weights = weights) -> None:
             step()
             # bf16 masters go up or down, by 2^-7 at most; fp32 ones through eight roundings.
-            is_bf16 = weights.master.dtype == BF16
-            check_all_close("AdamW", expected, weights.master, 2**-7 if is_bf16 else 8 * 2**-23)
+            updated = read_weights(weights.master, weights.lower)
+            check_all_close("AdamW", expected, updated, 2**-7 if updated.dtype == BF16 else 8 * 2**-23)
 
         moment_bytes = 2 * 2 * (1 + 4 / BLOCK) if is_8bit else 2 * 2 * 4  # read and written
         yield Case(
-            f"AdamW{', 8-bit' if is_8bit else ''}, {'bf16' if dtype == BF16 else 'fp32'} masters", step, check,
-            n * (4 + 2 * dtype.itemsize + moment_bytes), others=others,
+            f"AdamW{', 8-bit' if is_8bit else ''}, {masters}", step, check,
+            n * (4 + 2 * (2 if masters == "bf16 masters" else 4) + moment_bytes), others=others,
         )  # fmt: skip
 
 

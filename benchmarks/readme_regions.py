@@ -38,8 +38,8 @@ def quickstart_time() -> str:
         {stage("convert")} s, grading before {stage("grade the model")} s (the untrained model rambles to the token
         limit), training {values["train_seconds"]:.0f} s, starting, validations, checkpoints and export {rest:.0f} s,
         grading after {stage("grade the fine-tuned")} s. Training is matrix products, near what such cores give in
-        bf16, attention, and LoRA's thin products; the frozen weights lie in memory that both processes share, so only
-        adapters are gathered.
+        bf16, attention, and LoRA's thin products; weights lie in memory that both processes share, so nothing is
+        gathered.
         """)
 
 

@@ -25,7 +25,7 @@ from minift.optim.shard import FlatShard, ParamRange
 
 
 class Minift:
-    """Flat shards of the units of `model`, saved by a `Saver`, which waits in the optimizer."""
+    """Flat shards of the units of `model`, fp32 in halves, saved by a `Saver`, which waits in the optimizer."""
 
     def __init__(self, model: CausalLM, world: World, folder: Path, name: str) -> None:
         self.world, self.folder = world, folder
@@ -34,10 +34,11 @@ class Minift:
             ranges = units[key.split(".")[2] if key.startswith("model.layers.") else "root"]
             start, numel = ranges[-1].stop if ranges else 0, parameter.numel() // world.size
             ranges.append(ParamRange(key, start, start + numel, world.rank * numel, tuple(parameter.shape)))
-        shards = [
-            FlatShard(unit, torch.zeros(ranges[-1].stop), torch.full((ranges[-1].stop,), 1e-3), ranges)
-            for unit, ranges in units.items()
-        ]
+        shards = []
+        for unit, ranges in units.items():
+            numel = ranges[-1].stop
+            halves = [torch.zeros(numel, dtype=dtype) for dtype in (torch.bfloat16, torch.int16)]
+            shards.append(FlatShard(unit, halves[0], torch.full((numel,), 1e-3), ranges, halves[1]))
         self.optimizer = AdamW(shards, OptimConfig())
         self._saver = Saver(folder, self.optimizer, world, replace(world, rank=0, size=1), keep_last=1)
 

@@ -3,6 +3,7 @@ with torch's `fully_shard`?
 
     python benchmarks/step_cuda.py                                            # Llama-3.1-8B's shape, LoRA
     python benchmarks/step_cuda.py --method qlora --recompute full
+    python benchmarks/step_cuda.py --recompute full --offload-frozen '[13579]$'   # every other block's, on the host
     python benchmarks/step_cuda.py --model llama-3.2-1b --method full --peer fully_shard
 
 Random weights, random tokens, documents of one length, all tokens predicted, bf16 on the wire, AdamW over what is
@@ -80,7 +81,9 @@ def minift_side(args: argparse.Namespace, device: torch.device) -> Side:
         adapter=None if args.method == "full" else lora,
         quant=QuantConfig() if args.method == "qlora" else None,
         recompute=RecomputeConfig(args.recompute),
-        fsdp=ShardPolicy(strategy=args.strategy),
+        fsdp=ShardPolicy() if args.offload_frozen is None else ShardPolicy(
+            offload_frozen=(args.offload_frozen,), prefetch_units=2
+        ),
         optim=OptimConfig(weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM),
     )
     config, workload = model_shape(args.model), Workload(tokens=args.tokens, document_tokens=args.document_tokens)
@@ -251,7 +254,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=MODELS)
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "offload"))
-    parser.add_argument("--strategy", default="zero3", choices=("zero3", "zero2"), help="zero2: weights are cast once")
+    parser.add_argument("--offload-frozen", help="blocks (regular expression) whose frozen weights wait on the host")
     parser.add_argument("--peer", default="peft", choices=("peft", "fully_shard", "none"))
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--document-tokens", type=int, default=4096)

@@ -24,12 +24,13 @@ struct AdamwStep {
 // A kernel whose factor is not finite writes nothing: who launched it did not know yet whether there is a step.
 MINIFT_HOST_DEVICE bool is_finite(float factor) { return factor * 0.0f == 0.0f; }
 
-// T: fp32 or bf16. wire: where the new weights also go, in the dtype in which they are gathered, or null.
-template <class T, class Wire>
+// Weights are fp32 (T is float), bf16 that is rounded stochastically (T is Bf16), or fp32 in two halves: `master` has
+// the bf16 nearest to each, `lower` the 16 bits that it lacks (minift/ops/halves.py).
+template <class T, bool IN_HALVES = false>
 struct Weights {
   T* master;
   const float* grad;
-  Wire* wire;
+  uint16_t* lower;  // null, unless IN_HALVES
 };
 
 }  // namespace minift

@@ -6,7 +6,6 @@
 #include "tensors.h"
 
 #include <optional>
-#include <type_traits>
 
 namespace minift {
 
@@ -23,17 +22,19 @@ inline AdamwStep adamw_step(const Tensor& master, const std::optional<Tensor>& g
           float(step_size), float(keep),    factor,       static_cast<uint64_t>(key), first};
 }
 
-// Raises unless these are 1-D, contiguous and of one length; grad must be fp32, master fp32 or bf16.
-inline void check_weights(const Tensor& master, const Tensor& grad, const std::optional<Tensor>& wire) {
+// Raises unless these are 1-D, contiguous and of one length; grad must be fp32, master fp32 or bf16, lower int16 beside
+// a bf16 master.
+inline void check_weights(const Tensor& master, const Tensor& grad, const std::optional<Tensor>& lower) {
   STD_TORCH_CHECK(master.dim() == 1 && master.is_contiguous() &&
                       (master.scalar_type() == ScalarType::Float || master.scalar_type() == ScalarType::BFloat16),
                   "adamw: master must be 1-D contiguous float32 or bfloat16");
   STD_TORCH_CHECK(grad.dim() == 1 && grad.is_contiguous() && grad.scalar_type() == ScalarType::Float &&
                       grad.size(0) == master.size(0),
                   "adamw: grad must be contiguous float32 of the shape of master");
-  if (!wire.has_value()) return;
-  STD_TORCH_CHECK(wire->dim() == 1 && wire->is_contiguous() && wire->size(0) == master.size(0),
-                  "adamw: wire must be contiguous and of the shape of master");
+  if (!lower.has_value()) return;
+  STD_TORCH_CHECK(lower->dim() == 1 && lower->is_contiguous() && lower->scalar_type() == ScalarType::Short &&
+                      lower->size(0) == master.size(0) && master.scalar_type() == ScalarType::BFloat16,
+                  "adamw: lower must be contiguous int16 of the shape of a bfloat16 master");
 }
 
 inline void check_moments(const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad) {
@@ -42,22 +43,18 @@ inline void check_moments(const Tensor& exp_avg, const Tensor& exp_avg_sq, const
   STD_TORCH_CHECK(exp_avg.is_contiguous() && exp_avg_sq.is_contiguous(), "adamw: moments must be contiguous");
 }
 
-// function(Weights<T, Wire>) with the element types of these tensors, which were checked.
+// function(Weights<...>) as these tensors, which were checked, hold them.
 template <class Function>
-void dispatch_weights(const Tensor& master, const Tensor& grad, const std::optional<Tensor>& wire,
+void dispatch_weights(const Tensor& master, const Tensor& grad, const std::optional<Tensor>& lower,
                       const Function& function) {
   const float* g = static_cast<const float*>(grad.data_ptr());
-  auto with_master = [&](auto* weights) {
-    using T = std::remove_pointer_t<decltype(weights)>;
-    if (!wire.has_value()) return function(Weights<T, float>{weights, g, nullptr});
-    dispatch_dtype(*wire, "adamw", [&](auto element) {
-      function(Weights<T, decltype(element)>{weights, g, static_cast<decltype(element)*>(wire->data_ptr())});
-    });
-  };
+  void* m = master.data_ptr();
   if (master.scalar_type() == ScalarType::Float) {
-    with_master(static_cast<float*>(master.data_ptr()));
+    function(Weights<float>{static_cast<float*>(m), g, nullptr});
+  } else if (!lower.has_value()) {
+    function(Weights<Bf16>{static_cast<Bf16*>(m), g, nullptr});
   } else {
-    with_master(static_cast<Bf16*>(master.data_ptr()));
+    function(Weights<Bf16, true>{static_cast<Bf16*>(m), g, static_cast<uint16_t*>(lower->data_ptr())});
   }
 }
 

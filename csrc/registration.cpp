@@ -41,10 +41,10 @@ STABLE_TORCH_LIBRARY(minift, m) {
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor q_bounds,"
       " Tensor kv_bounds, int? window) -> (Tensor dq, Tensor dk, Tensor dv)");
 
-  // minift/ops/adamw.py. All 1-D; wire: gets the new weights too, or none; grad_factor: one fp32, or none. key and
-  // first: of the random bits of a bf16 master.
+  // minift/ops/adamw.py. All 1-D; lower: the other half of fp32 weights whose upper half is `master`, or none;
+  // grad_factor: one fp32, or none. key and first: of the random bits of a bf16 master.
   m.def(
-      "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? wire,"
+      "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? lower,"
       " Tensor? grad_factor, float beta1, float beta2, float eps, float step_size, float keep, int key, int first)"
       " -> ()");
 
@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY(minift, m) {
   m.def(
       "adamw_8bit(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg_codes, Tensor(c!) exp_avg_absmax,"
       " Tensor(d!) exp_avg_sq_codes, Tensor(e!) exp_avg_sq_absmax, Tensor signed_values, Tensor signed_buckets,"
-      " Tensor unsigned_values, Tensor unsigned_buckets, Tensor(f!)? wire, Tensor? grad_factor, float beta1,"
+      " Tensor unsigned_values, Tensor unsigned_buckets, Tensor(f!)? lower, Tensor? grad_factor, float beta1,"
       " float beta2, float eps, float step_size, float keep, int key, int first) -> ()");
 
   // minift/ops/nf4.py. scales are fp32 per block; or uint8, with nested_absmax, offset and nested_map.

@@ -152,7 +152,7 @@ step 100 'steps: 8B QLoRA, all recomputed, and PEFT' --model llama-3.1-8b --meth
 step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
 step 60 'steps: 1B full, cheap ones recomputed' --model llama-3.2-1b --method full --peer fully_shard \
     --recompute selective
-step 40 'steps: 3B full' --model llama-3.2-3b --method full --peer none --strategy zero2
+step 40 'steps: 3B full' --model llama-3.2-3b --method full --peer none
 
 for file in "benchmarks/results/${name}"_*; do
     if [ -e "$file" ]; then cp "$file" "$OUT/"; fi

@@ -24,9 +24,10 @@ What each choice is for (any wire goes with any master):
 
 | master   | stochastic_rounding | for                                                                                |
 |----------|---------------------|------------------------------------------------------------------------------------|
-| float32  | false               | everything that fits                                                               |
-| bfloat16 | true                | full fine-tuning in 2 bytes less per weight, and no gather buffers in one process  |
-|          |                     | with a bf16 wire. Right on average, but noisier: `ops/rounding.py`                 |
+| float32  | false               | everything that fits. With a bf16 wire in two halves, of which one is what is sent |
+|          |                     | (`ops/halves.py`): no casts, and in one process no gather buffers                  |
+| bfloat16 | true                | full fine-tuning in 2 bytes less per weight. Right on average, but noisier:        |
+|          |                     | `ops/rounding.py`                                                                  |
 
 A bf16 master rounded to nearest is refused: updates below 2^-9 of a weight would be rounded away, and fine-tuning
 makes hardly any others. Whatever the policy says, both Adam moments, the sharded gradient that microbatches are added
@@ -92,6 +93,16 @@ class Precision:
     @property
     def wire_dtype(self) -> torch.dtype:
         return _DTYPES[self.wire]
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Of what is stored of trainable weights and gathered: of masters, or of their upper halves."""
+        return self.wire_dtype if self.has_halves else self.master_dtype
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether fp32 masters are stored in two halves, of which the upper one is what is sent (`ops/halves.py`)."""
+        return self.master == "float32" and self.wire == "bfloat16"
 
     @property
     def reduce_dtype(self) -> torch.dtype:

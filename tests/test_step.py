@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minift.data.batch import IGNORE, Batch
+from minift.dist.collectives import barrier
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy, shard
 from minift.model.config import ModelConfig
@@ -232,24 +233,24 @@ def restored_after_a_failure(world: World) -> tuple[float, float]:
     recorder, policy = Recorder(world.rank, world.device), ShardPolicy(strategy="zero2", step_in_backward=True)
     engine = shard(model, model.shard_units(), world, policy, Precision(), recorder)
     optimizer = AdamW(engine.trainable_shards(), OptimConfig(lr=0.01, max_grad_norm=None))
-    masters = [flat_shard.master for flat_shard in optimizer.shards]
-    initial = [master.clone() for master in masters]
+    initial = [flat_shard.weights().clone() for flat_shard in optimizer.shards]
 
     def loss() -> float:
         with torch.no_grad():
             return float(SupervisedTokens()(model, batch([world.rank], 0).to(world.device)).loss_sum)
 
     before = loss()
-    for master in masters:
-        master.fill_(math.nan)
+    barrier(world)  # before anybody writes what others may still be reading
+    for flat_shard in optimizer.shards:
+        flat_shard.set_weights(torch.full_like(flat_shard.grad, math.nan))
     engine.weights_changed()
     with pytest.raises(NonFiniteError):
         train_step(
             model, engine, optimizer, SupervisedTokens(), [batch([world.rank], 0)],
             lr_scale=1.0, max_grad_norm=None, scaler=None, recorder=recorder,
         )  # fmt: skip
-    for master, values in zip(masters, initial, strict=True):
-        master.copy_(values)
+    for flat_shard, values in zip(optimizer.shards, initial, strict=True):
+        flat_shard.set_weights(values)
     engine.weights_changed()
     return before, loss()
 

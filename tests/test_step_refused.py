@@ -64,7 +64,9 @@ class Run:
         self.optimizer = AdamW(self.engine.trainable_shards(), optim)
         self.scaler = LossScaler(initial_scale=scale) if precision.needs_loss_scaling else None
         for flat_shard in self.optimizer.shards:
-            flat_shard.master[::7] = -0.0
+            weights = flat_shard.weights().clone()
+            weights[::7] = -0.0
+            flat_shard.set_weights(weights)
         self.engine.weights_changed()
         self.seen: list[str] = []
         self.optimizer.before_update = lambda flat_shard: self.seen.append(flat_shard.name)
@@ -78,7 +80,7 @@ class Run:
     def bits(self) -> list[Tensor]:
         """Of all masters and moments."""
         state = self.optimizer.state_dict()
-        tensors = [t for s in self.optimizer.shards for t in (s.master, *state[s.name].values())]
+        tensors = [t for s in self.optimizer.shards for t in (*s.halves().values(), *state[s.name].values())]
         return [tensor.view(torch.uint8).cpu().clone() for tensor in tensors]
 
 

@@ -23,6 +23,7 @@ from minift.dist.signals import StopRequest
 from minift.loop import TrainConfig
 from minift.metrics import read_metrics
 from minift.optim.config import OptimConfig
+from minift.precision import Precision
 from minift.recompute import RecomputeConfig
 from minift.style import DARK, DPI, LIGHT
 from minift.timeline import chrome_trace, draw_stacked, read_chrome_trace, redraw_timeline, summary, write_timeline
@@ -222,6 +223,7 @@ def config_for(inputs: Path, run_dir: Path, timeline_step: int) -> RunConfig:
         data=DataConfig(train=(str(inputs / "train.jsonl"),), max_length_tokens=256, template="chatml"),
         optim=OptimConfig(lr=1e-3),
         recompute=RecomputeConfig("full"),
+        precision=Precision(wire="float16"),  # whose masters have to be gathered
         loop=TrainConfig(examples_per_step=8, microbatch_tokens=512, max_steps=3, timeline_step=timeline_step),
     )
 

@@ -14,7 +14,7 @@ from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
 from minift.fsdp.unit import aligned
 from minift.trace import Recorder, Span, Trace
-from tests.fsdp.trees import BF16, Case, Tree, cases, connect_by, run_microbatches
+from tests.fsdp.trees import FP16, Case, Tree, cases, connect_by, run_microbatches
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -70,11 +70,12 @@ def test_off_means_nothing_is_noted() -> None:
 
 
 def trace_on_rank(world: World, case: Case, record: bool = True) -> tuple[Trace, dict[str, int], list[str]]:
-    """The second step of a run, because the first learns the order; the closed form; units that are gathered at all."""
+    """The second step of a run, because the first learns the order; the closed form; units that are gathered at all.
+    With an fp16 wire, whose masters have to be gathered whatever the transport."""
     model = Tree(case)
     recorder = Recorder(world.rank, world.device)
     engine = shard(
-        model, list(model.blocks), world, case.policy, BF16, recorder, lambda world: connect_by(case.transport, world)
+        model, list(model.blocks), world, case.policy, FP16, recorder, lambda world: connect_by(case.transport, world)
     )
     for number in range(2):
         if record and number == 1:

@@ -4,11 +4,11 @@
 #include "blockwise_kernels.h"
 
 // `count` elements from `i` on, count <= LANES; the moments go to m and v.
-template <class T, class Wire>
+template <class T, bool IN_HALVES>
 static inline __attribute__((always_inline)) void adamw_8bit_lanes(const AdamwStep& step, float factor,
                                                                    const QuantizedMoments& moments,
-                                                                   Weights<T, Wire> weights, int64_t i, int64_t count,
-                                                                   float* m, float* v) {
+                                                                   Weights<T, IN_HALVES> weights, int64_t i,
+                                                                   int64_t count, float* m, float* v) {
   int64_t block = i / BLOCK;
   uint8_t padded[2][LANES] = {};
   const uint8_t *m_codes = moments.exp_avg + i, *v_codes = moments.exp_avg_sq + i;
@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) void adamw_8bit_lanes(const AdamwSt
   }
 }
 
-// Blocks [begin, end) of `numel` elements; W is a Weights<T, Wire>; the last one may be shorter.
+// Blocks [begin, end) of `numel` elements; W is a Weights; the last one may be shorter.
 template <class W>
 void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, W weights, int64_t numel, int64_t begin,
                 int64_t end) {

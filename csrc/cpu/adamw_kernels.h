@@ -1,6 +1,8 @@
 // AdamW on the elements of a flat shard: each is read once, updated in fp32 and written once.
 
-static inline __attribute__((always_inline)) F32 square_root(F32 v) {
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE F32 square_root(F32 v) {
 #if LANES == 16
   return _mm512_sqrt_ps(v);
 #elif LANES == 8
@@ -11,56 +13,76 @@ static inline __attribute__((always_inline)) F32 square_root(F32 v) {
 #endif
 }
 
-// ---- new weights to memory: fp32 as they are, bf16 rounded stochastically (minift/ops/rounding.py) ----
+// ---- LANES weights from memory, and to it: fp32, bf16 rounded stochastically, or in halves ----
 
 #include "random_bits.h"
 
-static inline __attribute__((always_inline)) void store_weights(float* to, F32 weight, uint64_t, int64_t) {
-  store(to, weight);
+INLINE F32 load_weights(Weights<float> weights, int64_t i) { return load(weights.master + i); }
+
+INLINE F32 load_weights(Weights<Bf16> weights, int64_t i) { return load(weights.master + i); }
+
+// minift/ops/halves.py; the lower half has a sign.
+INLINE F32 load_weights(Weights<Bf16, true> weights, int64_t i) {
+  U16 lower;
+  __builtin_memcpy(&lower, weights.lower + i, sizeof lower);
+  U32 upper = bit_cast<U32>(load(weights.master + i));
+  return bit_cast<F32>(upper + ((widen(lower) ^ 0x8000u) - 0x8000u));
 }
 
-static inline __attribute__((always_inline)) void store_weights(Bf16* to, F32 weight, uint64_t key, int64_t element) {
+INLINE void store_weights(const AdamwStep&, Weights<float> weights, int64_t i, F32 weight) {
+  store(weights.master + i, weight);
+}
+
+// minift/ops/rounding.py.
+INLINE void store_weights(const AdamwStep& step, Weights<Bf16> weights, int64_t i, F32 weight) {
   // Away from zero, if the random bits carry out of the half that is cut off.
-  U16 rounded = narrow((bit_cast<U32>(weight) + widen(random_bits(key, element))) >> 16);
+  U16 rounded = narrow((bit_cast<U32>(weight) + widen(random_bits(step.key, step.first + i))) >> 16);
   U16 nan = U16{} + uint16_t(0x7fc0);
-  U16 is_finite = narrow(bit_cast<U32>(weight * 0.0f == 0.0f) & 0xffffu);
-  rounded = (rounded & is_finite) | (nan & ~is_finite);
-  __builtin_memcpy(to, &rounded, sizeof rounded);
+  U16 kept = narrow(bit_cast<U32>(weight * 0.0f == 0.0f) & 0xffffu);
+  rounded = (rounded & kept) | (nan & ~kept);
+  __builtin_memcpy(weights.master + i, &rounded, sizeof rounded);
+}
+
+INLINE void store_weights(const AdamwStep&, Weights<Bf16, true> weights, int64_t i, F32 weight) {
+  U32 bits = weight == weight ? bit_cast<U32>(weight) : U32{} + 0x7fc00000u;  // a NaN must not be carried around to 0
+  U16 upper = narrow((bits + 0x8000u) >> 16), lower = narrow(bits & 0xffffu);
+  __builtin_memcpy(weights.master + i, &upper, sizeof upper);
+  __builtin_memcpy(weights.lower + i, &lower, sizeof lower);
 }
 
 // ---- the update ----
 
-// The first `count` <= LANES elements; the other lanes are zero.
-template <class T>
-static inline __attribute__((always_inline)) F32 load_up_to(const T* from, int64_t count) {
-  return count == LANES ? load(from) : load(from, count);
-}
-
-// `count` <= LANES weights from i on, and their moments, which become those of this step.
-template <class T, class Wire>
-static inline __attribute__((always_inline)) void adamw_lanes(const AdamwStep& step, float factor,
-                                                              Weights<T, Wire> weights, int64_t i, int64_t count,
-                                                              F32& exp_avg, F32& exp_avg_sq) {
-  F32 grad = factor * load_up_to(weights.grad + i, count);
+// LANES weights from i on, and their moments, which become those of this step.
+template <class T, bool IN_HALVES>
+INLINE void update_lanes(const AdamwStep& step, float factor, Weights<T, IN_HALVES> weights, int64_t i, F32& exp_avg,
+                         F32& exp_avg_sq) {
+  F32 grad = factor * load(weights.grad + i);
   exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * grad;
   exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * grad * grad;
-  F32 old = load_up_to(weights.master + i, count);
+  F32 old = load_weights(weights, i);
   F32 weight = step.keep * old - step.step_size * (exp_avg / (square_root(exp_avg_sq) + step.eps));
-  if (count == LANES) {
-    store_weights(weights.master + i, weight, step.key, step.first + i);
-    if (weights.wire != nullptr) store_exactly(weights.wire + i, load(weights.master + i));
-  } else {
-    T last[LANES];
-    store_weights(last, weight, step.key, step.first + i);
-    __builtin_memcpy(weights.master + i, last, count * sizeof(T));
-    if (weights.wire == nullptr) return;
-    Wire last_wire[LANES];
-    store_exactly(last_wire, load(last));
-    __builtin_memcpy(weights.wire + i, last_wire, count * sizeof(Wire));
-  }
+  store_weights(step, weights, i, weight);
 }
 
-// Elements [begin, end); W is a Weights<T, Wire>. `step.first` is the number of element 0.
+// The same of `count` <= LANES.
+template <class T, bool IN_HALVES>
+INLINE void adamw_lanes(const AdamwStep& step, float factor, Weights<T, IN_HALVES> weights, int64_t i, int64_t count,
+                        F32& exp_avg, F32& exp_avg_sq) {
+  if (count == LANES) return update_lanes(step, factor, weights, i, exp_avg, exp_avg_sq);
+  T master[LANES] = {};
+  float grad[LANES] = {};
+  uint16_t lower[LANES] = {};
+  __builtin_memcpy(master, weights.master + i, count * sizeof(T));
+  __builtin_memcpy(grad, weights.grad + i, count * sizeof(float));
+  if (IN_HALVES) __builtin_memcpy(lower, weights.lower + i, count * sizeof(uint16_t));
+  AdamwStep from_here = step;
+  from_here.first += i;
+  update_lanes(from_here, factor, Weights<T, IN_HALVES>{master, grad, lower}, 0, exp_avg, exp_avg_sq);
+  __builtin_memcpy(weights.master + i, master, count * sizeof(T));
+  if (IN_HALVES) __builtin_memcpy(weights.lower + i, lower, count * sizeof(uint16_t));
+}
+
+// Elements [begin, end); W is a Weights. `step.first` is the number of element 0.
 template <class W>
 void adamw(const AdamwStep& step, W weights, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end) {
   float factor = step.factor();
@@ -79,3 +101,5 @@ void adamw(const AdamwStep& step, W weights, float* exp_avg, float* exp_avg_sq, 
     store(exp_avg_sq + i, v, left);
   }
 }
+
+#undef INLINE

@@ -80,7 +80,6 @@ INLINE U16 narrow(U32 v) {
 
 INLINE F32 to_fp32(F32 v, float*) { return v; }
 INLINE F32 from_fp32(F32 v, float*) { return v; }
-INLINE F32 from_fp32_exactly(F32 v, float*) { return v; }
 
 INLINE F32 to_fp32(U16 bits, Bf16*) { return bit_cast<F32>(widen(bits) << 16); }
 INLINE U16 from_fp32_exactly(F32 v, Bf16*) {
@@ -162,13 +161,6 @@ INLINE void store(T* to, F32 value, int64_t count) {
   T lanes[LANES];
   store(lanes, value);
   __builtin_memcpy(to, lanes, count * sizeof(T));
-}
-
-// As torch rounds, subnormals too.
-template <class T>
-INLINE void store_exactly(T* to, F32 value) {
-  typename Storage<T>::Vector v = from_fp32_exactly(value, (T*)nullptr);
-  __builtin_memcpy(to, &v, sizeof v);
 }
 
 // What is left of a value after a visit to T.

@@ -1,5 +1,5 @@
-// AdamW with 8-bit moments on the GPU, bound by memory: 16 bytes of an element (12 with a bf16 master) and those of the
-// wire, each of them once.
+// AdamW with 8-bit moments on the GPU, bound by memory: 16 bytes of an element (12 with a bf16 master), each of them
+// once.
 //
 // A warp has a block of 256 elements, eight for each lane in two packs of four, from codes to codes in registers. The
 // tables of both maps, 26 KB, are in shared memory, and a code is found by one look into them. That is four looks for
@@ -74,21 +74,14 @@ __device__ __forceinline__ void quantize(const Quad (&moments)[QUADS], int64_t s
     PackOf<uint8_t, QUAD> four{};
 #pragma unroll
     for (int k = 0; k < QUAD; ++k) four.set(k, map.code_of(__fmul_rn(moments[q].at[k], inverse)));
-    if (VECTOR) {
-      store_elements(codes + i, four);
-    } else {
-#pragma unroll
-      for (int k = 0; k < QUAD; ++k) {
-        if (i + k < n) codes[i + k] = four.at(k);
-      }
-    }
+    store_elements<VECTOR>(codes + i, four, VECTOR ? QUAD : n - i);
   }
 }
 
 // The block of elements start to start + BLOCK, or to n. VECTOR: it is complete, and everything is aligned. One warp.
-template <bool VECTOR, class T, class Wire>
+template <bool VECTOR, class T, bool IN_HALVES>
 __device__ __forceinline__ void step_block(const AdamwStep& step, float factor, const QuantizedMoments& moments,
-                                           const Weights<T, Wire>& weights, const SharedMap<true>& signed_map,
+                                           const Weights<T, IN_HALVES>& weights, const SharedMap<true>& signed_map,
                                            const SharedMap<false>& unsigned_map, int64_t start, int64_t n) {
   float m_absmax = moments.exp_avg_absmax[start / BLOCK], v_absmax = moments.exp_avg_sq_absmax[start / BLOCK];
   Quad m[QUADS], v[QUADS];
@@ -104,10 +97,10 @@ __device__ __forceinline__ void step_block(const AdamwStep& step, float factor, 
   quantize<VECTOR>(v, start, n, unsigned_map, moments.exp_avg_sq, moments.exp_avg_sq_absmax);
 }
 
-template <class T, class Wire>
+template <class T, bool IN_HALVES>
 __global__ void __launch_bounds__(THREADS)
     adamw_8bit_kernel(const __grid_constant__ AdamwStep step, const __grid_constant__ QuantizedMoments moments,
-                      Weights<T, Wire> weights, int64_t n, bool vector) {
+                      Weights<T, IN_HALVES> weights, int64_t n, bool vector) {
   float factor = step.factor();
   if (!is_finite(factor)) return;
   __shared__ SharedMap<true> signed_map;
@@ -127,16 +120,16 @@ __global__ void __launch_bounds__(THREADS)
 
 }  // namespace
 
-template <class T, class Wire>
-void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, Weights<T, Wire> weights, int64_t n,
+template <class T, bool IN_HALVES>
+void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, Weights<T, IN_HALVES> weights, int64_t n,
                 cudaStream_t stream) {
   bool vector = aligned(weights) && aligned<QUAD>(moments.exp_avg) && aligned<QUAD>(moments.exp_avg_sq);
-  launch("adamw_8bit", adamw_8bit_kernel<T, Wire>, blocks_for(n, BLOCK * WARPS * BLOCKS_OF_WARP), THREADS, stream,
+  launch("adamw_8bit", adamw_8bit_kernel<T, IN_HALVES>, blocks_for(n, BLOCK * WARPS * BLOCKS_OF_WARP), THREADS, stream,
          step, moments, weights, n, vector);
 }
 
-#define INSTANTIATE(T, WIRE) \
-  template void adamw_8bit(const AdamwStep&, const QuantizedMoments&, Weights<T, WIRE>, int64_t, cudaStream_t);
+#define INSTANTIATE(T, IN_HALVES) \
+  template void adamw_8bit(const AdamwStep&, const QuantizedMoments&, Weights<T, IN_HALVES>, int64_t, cudaStream_t);
 MINIFT_FOR_ALL_WEIGHTS(INSTANTIATE)
 
 }  // namespace minift::cuda

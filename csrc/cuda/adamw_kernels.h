@@ -1,4 +1,4 @@
-// AdamW: launchers. Weights<T, Wire>: T is float or Bf16, Wire float, Bf16 or Fp16.
+// AdamW: launchers.
 
 #pragma once
 
@@ -9,17 +9,16 @@
 
 namespace minift::cuda {
 
-// DO(T, Wire) for all of them.
-#define MINIFT_FOR_ALL_WEIGHTS(DO) \
-  DO(float, float) DO(float, Bf16) DO(float, Fp16) DO(Bf16, float) DO(Bf16, Bf16) DO(Bf16, Fp16)
+// DO(T, IN_HALVES) for all there are.
+#define MINIFT_FOR_ALL_WEIGHTS(DO) DO(float, false) DO(Bf16, false) DO(Bf16, true)
 
 // n weights, and their moments.
-template <class T, class Wire>
-void adamw(const AdamwStep& step, Weights<T, Wire> weights, float* exp_avg, float* exp_avg_sq, int64_t n,
+template <class T, bool IN_HALVES>
+void adamw(const AdamwStep& step, Weights<T, IN_HALVES> weights, float* exp_avg, float* exp_avg_sq, int64_t n,
            cudaStream_t stream);
 
-template <class T, class Wire>
-void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, Weights<T, Wire> weights, int64_t n,
+template <class T, bool IN_HALVES>
+void adamw_8bit(const AdamwStep& step, const QuantizedMoments& moments, Weights<T, IN_HALVES> weights, int64_t n,
                 cudaStream_t stream);
 
 }  // namespace minift::cuda

@@ -43,11 +43,14 @@ __device__ inline T from_bits(uint32_t bits) { return {static_cast<uint16_t>(bit
 template <>
 __device__ inline float from_bits<float>(uint32_t bits) { return __uint_as_float(bits); }
 template <>
+__device__ inline uint16_t from_bits<uint16_t>(uint32_t bits) { return static_cast<uint16_t>(bits); }
+template <>
 __device__ inline uint8_t from_bits<uint8_t>(uint32_t bits) { return static_cast<uint8_t>(bits); }
 
 template <class T>
 __device__ inline uint32_t to_bits(T value) { return value.bits; }
 __device__ inline uint32_t to_bits(float value) { return __float_as_uint(value); }
+__device__ inline uint32_t to_bits(uint16_t value) { return value; }
 __device__ inline uint32_t to_bits(uint8_t value) { return value; }
 
 // As in memory, and in as many registers: elements of 2 bytes would get a register each.
@@ -145,13 +148,17 @@ __device__ inline void store_shared(T* to, const PackOf<T, SIZE>& elements) {
 
 // The first `count` elements to global memory. VECTOR: `to` is aligned.
 template <bool VECTOR, class T, int SIZE>
-__device__ inline void store_pack(T* to, const Floats<SIZE>& pack, int64_t count) {
-  PackOf<T, SIZE> elements = from_floats<T>(pack);
+__device__ inline void store_elements(T* to, const PackOf<T, SIZE>& elements, int64_t count) {
   if (VECTOR && count >= SIZE) return store_elements(to, elements);
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) {
     if (i < count) to[i] = elements.at(i);
   }
+}
+
+template <bool VECTOR, class T, int SIZE>
+__device__ inline void store_pack(T* to, const Floats<SIZE>& pack, int64_t count) {
+  store_elements<VECTOR>(to, from_floats<T>(pack), count);
 }
 
 // As above, where being aligned is no constant of the kernel; it is the same for all of its threads.

@@ -201,14 +201,15 @@ class Saver:
 
 
 def shard_states(optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
-    """Shard -> "master", "exp_avg", … -> the live tensors, 1-D: what a checkpoint has of it."""
+    """Shard -> "master", "lower" (of one in halves), "exp_avg", … -> the live tensors, 1-D: what a checkpoint has of
+    it."""
     states = optimizer.state_dict()
-    return {shard.name: {"master": shard.master, **states[shard.name]} for shard in optimizer.shards}
+    return {shard.name: {**shard.halves(), **states[shard.name]} for shard in optimizer.shards}
 
 
 def places_of(optimizer: AdamW, shard: FlatShard, piece: ParamRange) -> dict[str, Place]:
     """Where in these tensors the state of `piece`, one of the ranges of `shard`, is."""
-    return {"master": Place(piece.start, piece.stop), **optimizer.places(shard, piece)}
+    return dict.fromkeys(shard.halves(), Place(piece.start, piece.stop)) | optimizer.places(shard, piece)
 
 
 def _plain(places: dict[str, Place]) -> dict[str, dict[str, int]]:

@@ -1,15 +1,17 @@
 """Sharded training checkpoints: every rank writes its own shard, and any number of ranks can load them.
 
     checkpoints/step-00000120/
-        rank-00000-of-00002.safetensors   "<shard>/master", "<shard>/exp_avg", "<shard>/exp_avg_sq" or what else
-        rank-00001-of-00002.safetensors   `optim.moments` has: 1-D; "rng/…"; metadata: where in them the elements of
+        rank-00000-of-00002.safetensors   "<shard>/master", "<shard>/lower" (if fp32 masters are in two halves:
+        rank-00001-of-00002.safetensors   `ops.halves`), "<shard>/exp_avg", "<shard>/exp_avg_sq" or what else
+                                          `optim.moments` has: 1-D; "rng/…"; metadata: where in them the elements of
                                           which parameters are
         manifest.json                     step, optimizer step, data state, base fingerprint, checksum of every file
 
 Only what is trained is stored: a LoRA checkpoint holds adapters and their moments, not the base model, whose
 fingerprint stands in the manifest. Positions are global (parameter, element), so loading is a copy of ranges, and
-neither the writer's world size nor its strategy (ZeRO-1/2/3, replicas) matters. On the same world size the restored
-state is bitwise what was saved, generators included; on another one the generators start from their seeds.
+neither the writer's world size nor its strategy (ZeRO-1/2/3, replicas) matters, nor whether fp32 weights are stored in
+halves. On the same world size the restored state is bitwise what was saved, generators included; on another one the
+generators start from their seeds.
 
 A checkpoint is complete or not there, at every instant, also with `kill -9` (`saver` writes, `manifest` checks):
 
@@ -79,7 +81,9 @@ def load_checkpoint(folder: Path, optimizer: AdamW, world: World) -> Standing:
             raise ValueError(f"{folder} does not fit this run: {problem}")
     for shard in optimizer.shards:
         for wanted in shard.ranges:
-            for what, place in places_of(optimizer, shard, wanted).items():
+            for start, values in stored.weights(wanted):
+                shard.set_weights(values, wanted.start + start)
+            for what, place in optimizer.places(shard, wanted).items():
                 stored.copy(wanted, what, place.elements, states[shard.name][what][place.start : place.stop])
     optimizer.num_steps = manifest.optimizer_step
     if manifest.world_size == world.size:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minift.model.weights import StoredTensor, read_header, read_into
+from minift.ops.halves import read_weights
 from minift.optim.moments import Place
 from minift.optim.shard import ParamRange
 
@@ -24,7 +25,7 @@ _READ_ELEMENTS = 4 << 20  # at a time, on the way to a device
 class _StoredRange:
     """A range of a parameter in one shard in one file.
 
-    tensors: "master", "exp_avg", … -> where the entries of the shard are.
+    tensors: "master", "lower", "exp_avg", … -> where the entries of the shard are.
     places: where among them those of the range are; it need not have any in each tensor.
     """
 
@@ -35,6 +36,13 @@ class _StoredRange:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         return {what: self.tensors[what].dtype for what in self.places}
+
+    def read(self, what: str, first: int, out: Tensor) -> None:
+        """Fill `out`, 1-D, with entries of `what` from that of element `first` of the parameter on."""
+        source, place = self.tensors[what], self.places[what]
+        entry, rest = divmod(first - self.range.param_start, place.elements)
+        assert rest == 0, f"{self.range} is not cut as {what} is"
+        _read(source.file, source.offset + (place.start + entry) * source.dtype.itemsize, out)
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,12 @@ class StoredRanges:
         return {name: entries[0].range.full_shape for name, entries in self._ranges.items()}
 
     def problem(self, wanted: ParamRange, dtypes: dict[str, torch.dtype]) -> str:
-        """Why `copy` could not fill all of `wanted`, a range of a known parameter, with exactly `dtypes`; or empty."""
+        """Why `weights` and `copy` could not give all of `wanted`, a range of a known parameter, in exactly `dtypes`
+        (fp32 weights may be in halves on one side only); or empty."""
         num_stored = 0
         for overlap in self._overlaps(wanted):
             stored = overlap.stored.dtypes
-            if stored != dtypes:
+            if _joined(stored) != _joined(dtypes):
                 return f"of {wanted.name} there is {_show(stored)}, and here {_show(dtypes)}"
             num_stored += overlap.last - overlap.first
         num_wanted = wanted.stop - wanted.start
@@ -83,17 +92,25 @@ class StoredRanges:
         return ""
 
     def copy(self, wanted: ParamRange, what: str, elements: int, destination: Tensor) -> None:
-        """Fill `destination` (1-D, an entry for every `elements` elements) with `what` ("master", "exp_avg", …) of the
-        elements that `wanted` names."""
+        """Fill `destination` (1-D, an entry for every `elements` elements) with `what` ("exp_avg", …) of the elements
+        that `wanted` names."""
         for overlap in self._overlaps(wanted):
-            source, place = overlap.stored.tensors[what], overlap.stored.places[what]
-            begins = (overlap.first - start for start in (overlap.stored.range.param_start, wanted.param_start))
             # Shards are cut where blocks end, so an overlap begins with an entry on both sides.
-            (there, rest_there), (here, rest_here) = (divmod(begin, elements) for begin in begins)
-            assert rest_there == rest_here == 0 and place.elements == elements, f"{wanted} is not cut as {what} is"
-            offset = source.offset + (place.start + there) * source.dtype.itemsize
+            here, rest = divmod(overlap.first - wanted.param_start, elements)
+            assert rest == 0 and overlap.stored.places[what].elements == elements, f"{wanted} is not cut as {what} is"
             count = -(-(overlap.last - overlap.first) // elements)
-            _read(source.file, offset, destination[here : here + count])
+            overlap.stored.read(what, overlap.first, destination[here : here + count])
+
+    def weights(self, wanted: ParamRange) -> Iterator[tuple[int, Tensor]]:
+        """All weights of `wanted`: (where in it they begin, 1-D fp32 or bf16 in host memory), a piece at a time."""
+        for overlap in self._overlaps(wanted):
+            for first in range(overlap.first, overlap.last, _READ_ELEMENTS):
+                count = min(_READ_ELEMENTS, overlap.last - first)
+                halves = {}
+                for what in overlap.stored.places.keys() & {"master", "lower"}:
+                    halves[what] = torch.empty(count, dtype=overlap.stored.tensors[what].dtype)
+                    overlap.stored.read(what, first, halves[what])
+                yield first - wanted.param_start, read_weights(halves["master"], halves.get("lower"))
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Generator states that `rank` saved."""
@@ -123,6 +140,13 @@ def _read(path: Path, offset: int, out: Tensor) -> None:
         read_into(path, offset, host)
         piece.copy_(host)
         offset += host.nbytes
+
+
+def _joined(dtypes: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Of weights in halves: as if they were fp32 in one piece."""
+    if "lower" not in dtypes:
+        return dtypes
+    return {what: dtype for what, dtype in dtypes.items() if what != "lower"} | {"master": torch.float32}
 
 
 def _show(dtypes: dict[str, torch.dtype]) -> str:

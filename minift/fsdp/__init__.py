@@ -4,9 +4,10 @@ Follow one weight W of one block through a step on N ranks (strategy zero3; `pol
 
 1. `shard()` puts W into its block's *bucket*: a flat tensor of all parameters of the block with the same dtypes and the
    same trainability, cut into N equal shards (`flat`, `bucket`). This rank stores its shard: fp32 master values if W is
-   trained, the wire dtype if it is frozen. W itself becomes a placeholder of the right shape that holds no memory.
+   trained, with a bf16 wire in two halves of which one is what is sent (`ops/halves`); the wire dtype if it is frozen.
+   W itself becomes a placeholder of the right shape that holds no memory.
 2. While the block before it computes, the block's gather begins (`hooks`; in the first step nobody knows the order yet,
-   `schedule` records it): it borrows one of the buffers of a *ring* (`unit`), casts the own shard into its place there,
+   `schedule` records it): it borrows one of the buffers of a *ring* (`unit`), copies the own shard to its place there,
    and asks the `transport` for the other N - 1 places: NCCL, sends between processes, or memory they share.
 3. The block's forward begins; W is now a view of the buffer. When it ends the buffer goes back to the ring, and the
    block after the next overwrites it. Autograd has saved activations only, never W ([Note: what autograd may save] in
@@ -18,8 +19,7 @@ Follow one weight W of one block through a step on N ranks (strategy zero3; `pol
    buffer begins (a sum, never a mean: the loss was divided by the global weight), and the gathered buffer is freed.
    While the next two blocks go backward, this rank's chunk is added up into the fp32 gradient shard.
 7. `clip` takes the global norm from the shards, the optimizer updates the fp32 master shard in place, and the next
-   gather (2) sends the new values. Of units that are always gathered in the same place (the root; all blocks but in
-   zero3) it writes them there too, and nothing is left to cast.
+   gather (2) sends the new values.
 
 Per step a block costs two all-gathers and one reduce-scatter of its trainable part (the last block one all-gather: it
 ends the forward and begins the backward). Per rank it holds 1/N of parameters, gradients and optimizer state, plus a

@@ -6,6 +6,7 @@ memory, and using it out of turn gives NaN instead of a plausible number.
 Bytes held by a bucket on each of N ranks, with F = full_numel (see `flat`):
 
     storage shard   F/N · storage itemsize    always; of a *resident* bucket it lies in the gathered tensor itself
+    lower halves    F/N · 2                   fp32 masters with a bf16 wire: the storage shard has the upper ones, bf16
     gathered        F · wire itemsize         borrowed from a buffer while the unit is FULL; always, if resident
     gradients       F/N · 4                   trainable only: the fp32 sum over ranks and microbatches
       while they are computed, F · (wire itemsize, or reduce itemsize if the transport adds in the dtype it sends),
@@ -13,17 +14,15 @@ Bytes held by a bucket on each of N ranks, with F = full_numel (see `flat`):
       On a GPU from a step's first backward of the unit (of the root: forward) to `clear_grads`; else always
 
 A bucket is resident if gathering would only copy what all ranks can see already: storage and wire dtype are the same
-(frozen, or trained in fp32 throughout), and there is one rank, or the transport shares memory between ranks and has
-room. Then N ranks hold one copy together, 1/N each, and yet nothing has to be gathered. A rank updates its part of it
-when all have reduced their gradients, so have read it in backward for the last time; they meet before they read it
-again (`ShardedModel.weights_changed`), and around a forward that comes in between. Frozen buckets of a strategy that
-keeps weights gathered are resident too, whatever the transport: gathered once, when they are loaded.
+(all but fp32 masters with an fp16 wire, and bf16 ones with another wire), and there is one rank, or the transport
+shares memory between ranks and has room. Then N ranks hold one copy together, 1/N each, and yet nothing has to be
+gathered. A rank updates its part of it when all have reduced their gradients, so have read it in backward for the last
+time; they meet before they read it again (`ShardedModel.weights_changed`), and around a forward that comes in between.
+Frozen buckets of a strategy that keeps weights gathered are resident too, whatever the transport: gathered once, when
+they are loaded.
 
-Where a trainable bucket has one place in which it is always gathered (what is kept beyond its forward: `unit`), the
-optimizer writes new weights into the own part of it in the pass in which it updates the masters, and gathering needs no
-cast. Where offloaded masters are updated on another device, they are cast on their way. So are the blocks of zero3,
-which take turns with a few buffers. To keep their wire copies beside the masters would cost F/N · wire itemsize each,
-and save, with a 16-bit wire, 2 of the 12 bytes per element that the casts before forward and backward move.
+So a step casts no weights: of fp32 masters with a bf16 wire, the half that is sent is stored for itself
+(`ops/halves.py`), also where they are offloaded. Only other pairs of dtypes are cast, on their way into a buffer.
 
 No schedule here: see `unit`.
 """
@@ -41,16 +40,24 @@ from minift.fsdp.flat import FlatLayout
 from minift.fsdp.transport import PIECE_ELEMENTS, Buffer, NoRoomError, Transport
 from minift.grad_slot import GradSlot, lay_slot, slot_of
 from minift.ops.blockwise import BLOCK
+from minift.ops.halves import read_weights, write_weights_
 from minift.optim.shard import FlatShard
 
 
 @dataclass(frozen=True)
 class Dtypes:
-    """storage: of the shard. wire: of the gathered parameters. grad: of gradients on their way to the reduction."""
+    """storage: of the shard. wire: of the gathered parameters. grad: of gradients on their way to the reduction.
+    has_lower: the shard has the upper halves of fp32 masters, and there are lower ones beside it."""
 
     storage: torch.dtype
     wire: torch.dtype
     grad: torch.dtype
+    has_lower: bool = False
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Of what is stored, lower halves included."""
+        return torch.float32 if self.has_lower else self.storage
 
 
 class Bucket:
@@ -82,11 +89,12 @@ class Bucket:
         self.resident = dtypes.storage == dtypes.wire and all_see_it and not offload
         self._resident_buffer: Buffer | None = None
         self._transport = transport
-        self._offload = offload
+        self.offload = offload  # stored in host memory
         self._views: dict[int, list[Tensor]] = {}  # buffer address -> one view per parameter
         self._placeholders = [_placeholder(p.shape, dtypes.wire, self.world.device) for p in params.values()]
         self._full: Tensor | None = None  # 1-D, wire dtype, while gathering or gathered
         self.shard = self._make_shard()  # 1-D, storage dtype
+        self.lower = torch.zeros_like(self.shard, dtype=torch.int16) if dtypes.has_lower else None
         self.grad: Tensor | None = None  # 1-D fp32, shard_numel; while it has memory: `have_grads`
         self._grads_stay = offload or not are_grads_made_anew(self.world.device)
         self.grad_is_empty = True  # nothing was added up since `clear_grads`: overwrite instead of adding
@@ -94,7 +102,6 @@ class Bucket:
         self._full_grad: Tensor | None = None  # 1-D, full_numel
         self.kept_buffer: Buffer | None = None  # where the full gradient lies, if it is kept
         self._flat_shard: FlatShard | None = None
-        self._wire_is_current = False  # the own part of where it is gathered is the master as it is now, cast
         self.keeps_full_grads = keeps_full_grads and trainable
         if trainable:
             for parameter_name, parameter in params.items():
@@ -113,7 +120,7 @@ class Bucket:
                 self.expose()
                 return self.layout.chunk(self._full, self.world.rank).zero_()
         self.hide()
-        if self._offload:
+        if self.offload:
             return _host_zeros(numel, dtype, self.world.device)
         return torch.zeros(numel, dtype=dtype, device=self.world.device)
 
@@ -128,34 +135,36 @@ class Bucket:
         borrows = self.trainable and not self.keeps_full_grads
         return self.layout.full_numel * self.dtypes.grad.itemsize if borrows else 0
 
+    def move_out(self) -> None:
+        """Be resident no longer: the own shard gets memory of its own, and the others' are gathered."""
+        assert self.resident
+        own = self.shard
+        self.resident, self._resident_buffer, self._views = False, None, {}
+        self.hide()
+        self.shard = own.clone()
+
+    def forget_grads(self) -> None:
+        """All that `make_grads` made."""
+        self._flat_shard = self.grad = self._full_grad = self.kept_buffer = None
+        self._slots = []
+
     # Gathering #
 
     def place(self, memory: Tensor) -> Tensor:
-        """Take `memory` (1-D uint8, gather_bytes long), cast the own shard into its place, return the full tensor."""
+        """Take `memory` (1-D uint8, gather_bytes long), copy the own shard to its place, return the full tensor."""
         self._full = memory.view(self.dtypes.wire)
-        if not self._wire_is_current:
-            own = self.layout.chunk(self._full, self.world.rank)
-            numel = max(1, len(own)) if own.device == self.shard.device else PIECE_ELEMENTS
-            for start in range(0, len(own), numel):
-                here = slice(start, start + numel)  # offloaded: brought to the device and cast there
-                own[here].copy_(self.shard[here].to(own.device, non_blocking=True))
+        own = self.layout.chunk(self._full, self.world.rank)
+        if self.dtypes.storage == self.dtypes.wire or own.device == self.shard.device:
+            own.copy_(self.shard, non_blocking=True)
+        else:  # offloaded masters are brought to the device and cast there
+            for place, piece in zip(own.split(PIECE_ELEMENTS), self.shard.split(PIECE_ELEMENTS), strict=True):
+                place.copy_(piece.to(own.device, non_blocking=True))
         return self._full
-
-    def settle_in(self, memory: Tensor) -> None:
-        """Say that `place` will always get this `memory`, and nothing else will: an optimizer may write there."""
-        if self.trainable and self.shard.device == memory.device:
-            self.flat_shard().wire = self.layout.chunk(memory.view(self.dtypes.wire), self.world.rank)
 
     @property
     def is_updated_in_place(self) -> bool:
         """Whether an optimizer writes where other ranks that share this memory read."""
-        return self.trainable and (self.resident or self.flat_shard().wire is not None)
-
-    def masters_changed(self) -> None:
-        """They were written since the last call. What did not also write `FlatShard.wire` leaves it to be cast."""
-        if self.trainable:
-            shard = self.flat_shard()
-            self._wire_is_current, shard.wire_is_written = shard.wire_is_written, False
+        return self.trainable and self.resident
 
     def expose(self) -> None:
         """Make the parameters views of the gathered memory. Views are made once per buffer, not once per gather."""
@@ -183,7 +192,8 @@ class Bucket:
 
     def make_grads(self, scratch: Tensor | None) -> None:
         """Say what an optimizer updates. scratch: see `use_scratch`."""
-        self._flat_shard = FlatShard(self.name, self.shard, None, self.layout.local_ranges(self.world.rank))
+        ranges = self.layout.local_ranges(self.world.rank)
+        self._flat_shard = FlatShard(self.name, self.shard, None, ranges, self.lower)
         if scratch is not None:
             self.use_scratch(scratch)
         elif self._grads_stay:
@@ -203,7 +213,7 @@ class Bucket:
                 self._full_grad[part].zero_()
             self._slots = [GradSlot(view) for view in self.layout.views(self._full_grad)]
             self._set_grad(self.layout.chunk(self._full_grad, self.world.rank))
-        elif self._offload:
+        elif self.offload:
             self._set_grad(_host_zeros(numel, torch.float32, self.world.device))
         else:
             make = torch.zeros if self._grads_stay else torch.empty  # the first reduction overwrites all of it
@@ -255,7 +265,9 @@ class Bucket:
     def load(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Fill the shard: `read(name, start, stop)` gives elements [start, stop) of the flattened parameter."""
         for r in self.layout.local_ranges(self.world.rank):
-            self.shard[r.start : r.stop].copy_(read(r.name, r.param_start, r.param_start + r.stop - r.start))
+            here = slice(r.start, r.stop)
+            lower = None if self.lower is None else self.lower[here]
+            write_weights_(self.shard[here], lower, read(r.name, r.param_start, r.param_start + r.stop - r.start))
 
     def complete(self) -> None:
         """After `load`, if resident in memory of this rank only: gather what the others have loaded. Collective."""
@@ -263,15 +275,16 @@ class Bucket:
             self._transport.all_gather(self._resident_buffer, [self._full]).wait()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Gather the *storage* (fp32 masters, not their wire copy) and yield (name, tensor). Collective.
+        """Gather the *weights as they are stored* (fp32 masters, both halves) and yield (name, tensor). Collective.
 
-        Holds one temporary of full_numel storage elements; the yielded tensors are views of it, valid until the next.
+        Holds one temporary of full_numel of them; the yielded tensors are views of it, valid until the next.
         A copy also of what is resident: other ranks may go on, and update that, before this one has used it.
         """
-        (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * self.shard.itemsize)
+        dtype = self.dtypes.weights
+        (buffer,) = self._transport.gather_buffers(1, self.layout.full_numel * dtype.itemsize)
         buffer.acquire()
-        full = buffer.memory.view(self.shard.dtype)
-        self.layout.chunk(full, self.world.rank).copy_(self.shard)
+        full = buffer.memory.view(dtype)
+        read_weights(self.shard, self.lower, out=self.layout.chunk(full, self.world.rank))
         self._transport.all_gather(buffer, [full]).wait()
         for span, view in zip(self.layout.spans, self.layout.views(full), strict=True):
             yield span.name, view

@@ -2,7 +2,7 @@
 
 | strategy | a rank stores between steps, of N          | gathered weights live until     | gradients are reduced    |
 |----------|--------------------------------------------|---------------------------------|--------------------------|
-| ddp      | everything                                 | the next update (the wire copy) | once a step, all-reduce  |
+| ddp      | everything                                 | the next update                 | once a step, all-reduce  |
 | zero1    | 1/N of masters and optimizer state         | the next update                 | once a step              |
 | zero2    | 1/N of masters, optimizer state, gradients | the next update                 | after every microbatch   |
 | zero3    | 1/N of everything                          | a unit's forward, its backward | after every microbatch   |
@@ -50,6 +50,10 @@ class ShardPolicy:
     offload: bool = False
     """Keep master weights, gradients and optimizer state in host memory, and update them there (ZeRO-Offload)."""
 
+    offload_frozen: tuple[str, ...] = ()
+    """zero3: blocks (regular expressions searched in their names) whose frozen weights wait in host memory for their
+    forward and backward; what is trained stays on the device. ["layers"]: all of them. Useless on CPUs."""
+
     def __post_init__(self) -> None:
         if self.strategy not in ("zero3", "zero2", "zero1", "ddp"):
             raise ValueError(f"fsdp.strategy is {self.strategy!r}; valid: zero3, zero2, zero1, ddp")
@@ -71,11 +75,23 @@ class ShardPolicy:
                 f"fsdp.offload is true with strategy {self.strategy} and {self.replicas} replica(s), where gradients "
                 "are summed up in device memory once a step; valid with zero2 and zero3 without replicas"
             )
-        for pattern in self.keep_gathered:
+        if self.offload_frozen and (self.strategy != "zero3" or not self.reshard_after_forward or self.offload):
+            raise ValueError(
+                f"fsdp.offload_frozen is {list(self.offload_frozen)} with strategy {self.strategy}, "
+                f"reshard_after_forward {str(self.reshard_after_forward).lower()} and offload "
+                f"{str(self.offload).lower()}; valid with zero3 and resharding, where blocks are gathered in turns, "
+                "and without offload, which is for everything"
+            )
+        for option, pattern in self.patterns():
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"fsdp.keep_gathered has {pattern!r}, no regular expression ({error})") from None
+                raise ValueError(f"{option} has {pattern!r}, no regular expression ({error})") from None
+
+    def patterns(self) -> list[tuple[str, str]]:
+        """(option, regular expression) of all that choose blocks."""
+        kept = [("fsdp.keep_gathered", pattern) for pattern in self.keep_gathered]
+        return kept + [("fsdp.offload_frozen", pattern) for pattern in self.offload_frozen]
 
     def shard_size(self, world_size: int) -> int:
         """Ranks among which one copy of the model is cut up. ValueError if the ranks cannot form equal groups."""
@@ -94,6 +110,11 @@ class ShardPolicy:
     def keeps_until_backward(self, unit_name: str) -> bool:
         """Whether zero3 leaves this block gathered between its forward and its backward."""
         return not self.reshard_after_forward or any(re.search(p, unit_name) for p in self.keep_gathered)
+
+    def is_offloaded(self, unit_name: str, trainable: bool) -> bool:
+        """Whether such weights of this block (the root: "") are stored in host memory."""
+        chosen = unit_name != "" and any(re.search(pattern, unit_name) for pattern in self.offload_frozen)
+        return self.offload or (chosen and not trainable)
 
     def keeps_full_gradients(self, shard_size: int) -> bool:
         """Whether gradients of several microbatches are added up before they are reduced: in buffers of the whole size,

@@ -4,6 +4,7 @@ Memory per rank, in bytes, beside activations (closed form; `held_bytes()` repor
 F = full_numel; s, w, g: itemsizes of storage, wire and gradients; N: ranks of the shard axis:
 
     shards     Σ F/N · s                                                      resident buckets: inside of `gathered`
+               Σ F/N · 2 of fp32 masters whose upper halves these are         resident or not
     gathered   zero3: (1 + prefetch) · max_blocks Σ F·w  +  Σ_kept blocks F·w  +  root F·w
                others: Σ F·w           resident buckets need F·w each always and no buffer
     gradients  zero2, zero3: Σ_trainable F/N · 4  +  2 · max_blocks Σ F·g  +  root F·g
@@ -31,7 +32,7 @@ from minift.fsdp.hooks import Hooks
 from minift.fsdp.policy import ShardPolicy
 from minift.fsdp.shared_memory import SharedMemory
 from minift.fsdp.streams import Lane
-from minift.fsdp.transport import NcclTransport, PairedSends, Transport
+from minift.fsdp.transport import NcclTransport, NoRoomError, PairedSends, Transport
 from minift.fsdp.unit import REDUCTIONS_IN_FLIGHT, Keep, Links, Ring, Unit, aligned
 from minift.optim.shard import FlatShard
 from minift.precision import Precision
@@ -69,7 +70,7 @@ class ShardedModel:
         self._links = Links(gather, reduce, self.mesh.replica, *lanes, recorder)
         groups = assign_parameters(module, unit_modules)
         buckets = {group.name: self._make_buckets(group, precision) for group in groups}
-        self.units = self._make_units(groups, buckets)
+        self.units = self._make_units_in_room(groups, buckets)
         self._has_live_weights = any(bucket.is_updated_in_place for bucket in self.buckets)
         """Whether updates of one rank may be seen by others at once, so that they must not read meanwhile."""
         self.hooks = Hooks(self.units, policy.prefetch_units, recorder, self._meet_around_update)
@@ -108,7 +109,7 @@ class ShardedModel:
         self._meet()
         for bucket in self.buckets:
             bucket.load(read)
-        self._drop_copies()
+        self.hooks.free_updated()
         self._share_loaded()
 
     def weights_changed(self) -> None:
@@ -118,11 +119,12 @@ class ShardedModel:
         Masters may be written when a backward has ended that completed the gradients of the step, or at the start: then
         no rank is reading them.
         """
-        self._drop_copies()
+        self.hooks.free_updated()
         self._meet_around_update()
 
     def full_tensors(self, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, full tensor) in storage dtype, one bucket in memory at a time. Collective: all ranks iterate."""
+        """Yield (name, full tensor) as stored, halves put together, one bucket in memory at a time. Collective: all
+        ranks iterate."""
         for bucket in self.buckets:
             if bucket.trainable or not trainable_only:
                 yield from bucket.full_tensors()
@@ -177,6 +179,7 @@ class ShardedModel:
                 held["gathered"] += bucket.layout.full_numel * bucket.dtypes.wire.itemsize
             else:
                 held["shards"] += bucket.shard.nbytes
+            held["shards"] += 0 if bucket.lower is None else bucket.lower.nbytes
             if bucket.grad is not None and not _shares_storage(bucket.grad, self._scratch):
                 held["gradients"] += 4 * (
                     bucket.layout.full_numel if bucket.keeps_full_grads else bucket.layout.shard_numel
@@ -215,10 +218,11 @@ class ShardedModel:
                 real[name] = old.detach().reshape(-1)
             wire = precision.wire_dtype if old.dtype.is_floating_point else old.dtype  # packed bytes are never cast
             dtypes = Dtypes(
-                storage=precision.master_dtype if old.requires_grad else wire,
+                storage=precision.storage_dtype if old.requires_grad else wire,
                 wire=wire,
                 # Sums in fp32 need no fp32 addends; what was computed in the wire dtype loses nothing by staying in it.
                 grad=wire if self._links.reduce.sums_in_fp32 else precision.reduce_dtype,
+                has_lower=old.requires_grad and precision.has_halves,
             )
             # Real memory comes from the bucket; this only carries shape, dtype and identity.
             placeholder = torch.empty((), dtype=wire, device=self.world.device).expand(old.shape)
@@ -238,13 +242,34 @@ class ShardedModel:
                 transport,
                 keeps_full_grads=self.policy.keeps_full_gradients(self.mesh.shard.size),
                 stays_gathered=self.policy.keeps_until_update(),
-                offload=self.policy.offload,
+                offload=self.policy.is_offloaded(group.name, trainable),
             )
             assert len(real.keys() & params.keys()) in (0, len(params)), f"{name}: some parameters are meta, not all"
             if params.keys() <= real.keys():
                 bucket.load(lambda name, start, stop: real[name][start:stop])
             buckets.append(bucket)
         return buckets
+
+    def _make_units_in_room(self, groups: list[Group], buckets: dict[str, list[Bucket]]) -> list[Unit]:
+        """Resident buckets were there first. Where they left no memory to share for buffers, and later for an export,
+        the largest of them lie in each rank's own memory instead, and are gathered."""
+        everything = [bucket for members in buckets.values() for bucket in members]
+        largest_bytes = max((b.layout.full_numel * b.dtypes.weights.itemsize for b in everything), default=0)
+        while True:
+            resident = [bucket for bucket in everything if bucket.resident]
+            units: list[Unit] = []
+            try:
+                units = self._make_units(groups, buckets)
+                if resident and self.shares_memory:
+                    self._links.gather.gather_buffers(1, largest_bytes)
+                return units
+            except NoRoomError:
+                if not resident:
+                    raise
+                units.clear()  # and with them their buffers
+                for bucket in everything:
+                    bucket.forget_grads()
+                max(resident, key=lambda bucket: bucket.layout.full_numel * bucket.dtypes.wire.itemsize).move_out()
 
     def _make_units(self, groups: list[Group], buckets: dict[str, list[Bucket]]) -> list[Unit]:
         keep: dict[str, Keep] = {}
@@ -257,12 +282,15 @@ class ShardedModel:
                 keep[group.name] = Keep.UNTIL_FORWARD_ENDS
         blocks = [group.name for group in groups if group.name != ""]
         passing = [name for name in blocks if keep[name] is Keep.UNTIL_FORWARD_ENDS]
-        for pattern in self.policy.keep_gathered:
+        for option, pattern in self.policy.patterns():
             if blocks and not any(re.search(pattern, name) for name in blocks):
                 raise ValueError(
-                    f"fsdp.keep_gathered has {pattern!r}, found in no name of the {len(blocks)} blocks, which "
+                    f"{option} has {pattern!r}, found in no name of the {len(blocks)} blocks, which "
                     f"are {blocks[0]} ... {blocks[-1]}"
                 )
+        for name in blocks:
+            if self.policy.is_offloaded(name, trainable=False) and not self.policy.offload:
+                self._check_offloaded(name, keep[name], buckets[name])
         shared = self._gather_ring(
             min(1 + self.policy.prefetch_units, len(passing)),
             max((_gather_bytes(buckets[n]) for n in passing), default=0),
@@ -290,6 +318,17 @@ class ShardedModel:
             )
         return units
 
+    def _check_offloaded(self, name: str, keep: Keep, buckets: list[Bucket]) -> None:
+        """ValueError unless this block, which fsdp.offload_frozen has chosen, gains by it."""
+        chosen = f"fsdp.offload_frozen {list(self.policy.offload_frozen)} chooses block {name}"
+        if keep is not Keep.UNTIL_FORWARD_ENDS:
+            raise ValueError(
+                f"{chosen}, which stays gathered from forward to backward, in device memory of its own; valid: blocks "
+                "that fsdp.keep_gathered does not choose too, with fsdp.reshard_after_forward true"
+            )
+        if all(bucket.trainable for bucket in buckets):
+            raise ValueError(f"{chosen}, which has no frozen weights; valid: blocks with some, or fsdp.offload")
+
     def _make_grads(self, blocks: list[list[Bucket]], root: list[Bucket]) -> None:
         """Gradient shards. When weights are updated in backward, blocks take turns with as many as can be under way:
         `_scratch`, (reductions in flight, largest block)."""
@@ -313,12 +352,6 @@ class ShardedModel:
     def _reduce_ring(self, count: int, num_bytes: int, scratch: Tensor | None = None) -> Ring:
         buffers = self._links.reduce.reduce_buffers(count, num_bytes)
         return Ring("gradients", buffers, num_bytes, self._links.recorder, scratch)
-
-    def _drop_copies(self) -> None:
-        """The masters have changed: forget what was gathered, and cast copies unless an update has renewed them."""
-        self.hooks.free_updated()
-        for bucket in self.buckets:
-            bucket.masters_changed()
 
     def _meet_around_update(self) -> None:
         """Before and after updates are seen by other ranks that might be reading."""

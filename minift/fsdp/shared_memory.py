@@ -1,8 +1,8 @@
 """Collectives of processes on one host through memory that all of them have mapped: nothing is sent.
 
-A gathered buffer is one piece of memory for all ranks. To gather, every rank casts its shard into its chunk and says
+A gathered buffer is one piece of memory for all ranks. To gather, every rank copies its shard to its chunk and says
 so; when all have, everybody reads all of it. To reduce, every rank leaves its gradients where they were computed and
-says so; when all have, everybody reads chunk `rank` of each. So an all-gather moves 1/N of the bytes once (the cast),
+says so; when all have, everybody reads chunk `rank` of each. So an all-gather moves 1/N of the bytes once (the copy),
 and N ranks hold one gathered copy instead of N.
 
 Two counters per buffer and rank order it, g being how often the buffer has been lent:

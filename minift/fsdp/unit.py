@@ -140,10 +140,6 @@ class Unit:
         self.reduce_ring = reduce_ring
         self._links = links
         self._to_gather = [bucket for bucket in buckets if not bucket.resident]
-        if keep is not Keep.UNTIL_FORWARD_ENDS and self._to_gather:  # it has a ring of its own, of one buffer
-            (buffer,) = gather_ring.buffers
-            for bucket, memory in self._pieces(buffer):
-                bucket.settle_in(memory)
         self.keeps_full_grads = any(bucket.keeps_full_grads for bucket in self.trainable)
         self.pending_backwards = 0
         """Forwards since the last backward, that a backward may still go through."""

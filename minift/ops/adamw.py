@@ -3,12 +3,12 @@
     g = f g     m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2     w = keep w - step_size m / (sqrt(v) + eps)
 
 Paper: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, with the bias corrections folded into step_size and
-eps by the caller (`minift/optim/adamw.py`). fp32 inside. A bf16 master is rounded stochastically (`rounding.py`). The
-new weights may go to a second place too, in the dtype in which they are sent: that saves a pass over the masters.
+eps by the caller (`minift/optim/adamw.py`). fp32 inside. Weights are fp32, in one tensor or in two halves of which the
+upper one is what is sent (`halves.py`); or bf16, rounded stochastically (`rounding.py`).
 
-Bytes per element that go over the bus: 28 (fp32 master) or 24 (bf16) and those of the second place, each of them once.
-That is all the time it takes, as long as nobody goes over the same memory twice: the reference, seven element-wise
-operations, works on blocks that stay in the cache for this reason.
+Bytes per element that go over the bus: 28 (fp32 weights) or 24 (bf16), each of them once. That is all the time it
+takes, as long as nobody goes over the same memory twice: the reference, seven element-wise operations, works on blocks
+that stay in the cache for this reason.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from minift.ops import extension
+from minift.ops.halves import read_weights, write_weights_
 from minift.ops.rounding import random_bits, round_stochastically_
 
 # Of the reference. In L3: starting an operation on a block that fits into L2 takes as long as running it. On a GPU a
-# block is large enough to hide its launches, and its scratch is 64 MiB, or up to 256 MiB with bf16 masters.
+# block is large enough to hide its launches, and its scratch is 64 MiB, or up to 256 MiB with bf16 masters and halves.
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
@@ -51,14 +52,13 @@ class Weights:
     master: (n,) fp32 or bf16; updated in place.
     grad: (n,) fp32; only read.
     first: number of element 0 within its parameter, for random bits.
-    wire: (n,) fp32, bf16 or fp16, overwritten with the new master, rounded to nearest even as `Tensor.copy_` does; or
-        None.
+    lower: (n,) int16, the other half of fp32 weights whose upper half is `master`; updated too. None: there is none.
     """
 
     master: Tensor
     grad: Tensor
     first: int = 0
-    wire: Tensor | None = None
+    lower: Tensor | None = None
 
 
 def adamw_(weights: Weights, exp_avg: Tensor, exp_avg_sq: Tensor, grad_factor: Tensor | None, step: AdamWStep) -> None:
@@ -69,7 +69,7 @@ def adamw_(weights: Weights, exp_avg: Tensor, exp_avg_sq: Tensor, grad_factor: T
         nothing is written.
     """
     moments = exp_avg, exp_avg_sq
-    _adamw(weights.master, weights.grad, *moments, weights.wire, grad_factor, *step, weights.first)
+    _adamw(weights.master, weights.grad, *moments, weights.lower, grad_factor, *step, weights.first)
 
 
 def adamw_reference(
@@ -77,7 +77,7 @@ def adamw_reference(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    wire: Tensor | None,
+    lower: Tensor | None,
     grad_factor: Tensor | None,
     *constants: float,
 ) -> None:
@@ -97,21 +97,21 @@ def adamw_reference(
         m.lerp_(g, 1.0 - step.beta1)
         v.mul_(step.beta2).addcmul_(g, g, value=1.0 - step.beta2)
         denominator = torch.sqrt(v, out=scratch[: len(v)]).add_(step.eps)
-        update_weights_(master[here], None if wire is None else wire[here], m, denominator, step, first + start)
+        update_weights_(master[here], None if lower is None else lower[here], m, denominator, step, first + start)
 
 
 def update_weights_(
-    master: Tensor, wire: Tensor | None, exp_avg: Tensor, denominator: Tensor, step: AdamWStep, first: int
+    master: Tensor, lower: Tensor | None, exp_avg: Tensor, denominator: Tensor, step: AdamWStep, first: int
 ) -> None:
-    """wire = master = keep master - step_size exp_avg / denominator; a bf16 master with stochastic rounding."""
-    wide = master.float()  # fp32 weights themselves
+    """weight = keep weight - step_size exp_avg / denominator; of bf16 weights with stochastic rounding."""
+    wide = read_weights(master, lower).float()  # of fp32 weights themselves
     if step.keep != 1.0:
         wide.mul_(step.keep)
     wide.addcdiv_(exp_avg, denominator, value=-step.step_size)
-    if master.dtype == torch.bfloat16:
+    if lower is not None:
+        write_weights_(master, lower, wide)
+    elif master.dtype == torch.bfloat16:
         round_stochastically_(master, wide, random_bits(step.key, first, len(master), master.device))
-    if wire is not None:
-        wire.copy_(master)
 
 
 def _adamw_fake(*arguments: object) -> None:

@@ -45,7 +45,7 @@ def adamw_8bit_(
         weights.master, weights.grad,
         moments.exp_avg_codes, moments.exp_avg_absmax, moments.exp_avg_sq_codes, moments.exp_avg_sq_absmax,
         signed_map.values, signed_map.buckets, unsigned_map.values, unsigned_map.buckets,
-        weights.wire, grad_factor, *step, weights.first,
+        weights.lower, grad_factor, *step, weights.first,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def adamw_8bit_reference(
     signed_buckets: Tensor,
     unsigned_values: Tensor,
     unsigned_buckets: Tensor,
-    wire: Tensor | None,
+    lower: Tensor | None,
     grad_factor: Tensor | None,
     *constants: float,
 ) -> None:
@@ -81,7 +81,7 @@ def adamw_8bit_reference(
         v = dequantize_blockwise(exp_avg_sq_codes[here], exp_avg_sq_absmax[blocks], unsigned_map)
         v.mul_(step.beta2).addcmul_(g, g, value=1.0 - step.beta2)
         denominator = torch.sqrt(v).add_(step.eps)
-        update_weights_(master[here], None if wire is None else wire[here], m, denominator, step, first + start)
+        update_weights_(master[here], None if lower is None else lower[here], m, denominator, step, first + start)
         for values, codes, absmax, dynamic_map in (
             (m, exp_avg_codes, exp_avg_absmax, signed_map),
             (v, exp_avg_sq_codes, exp_avg_sq_absmax, unsigned_map),

@@ -13,9 +13,8 @@ Everything is computed in fp32, in one pass over memory (`minift/ops/adamw.py`, 
 rounded stochastically, with random bits that depend on the element and not on the shard (`minift/ops/rounding.py`).
 
 Memory beside master and gradient: 8 bytes per element, with 8-bit moments 2.03 (`moments.py`), on the device or on the
-host (`memory.py`). Where `FlatShard.wire` says where weights are sent from, they are written there in the same pass.
-Not here: the gradient's norm and when weights are sent (fsdp), schedules (`schedule.py`), the loss scale
-(`loss_scaler.py`).
+host (`memory.py`). Not here: the gradient's norm and when weights are sent (fsdp), schedules (`schedule.py`), the loss
+scale (`loss_scaler.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _MOMENTS = {"fp32": Fp32Moments, "8bit": BlockwiseMoments}
 
 
 class AdamW:
-    """Updates `shard.master` of every shard in place.
+    """Updates the weights of every shard in place.
 
     `step` updates all shards. `begin_step` and then `update` of each shard, in any order and as soon as its gradient is
     complete, gives the same bits.
@@ -96,8 +95,6 @@ class AdamW:
         """The step begun last wrote nothing, as its grad_factor was not finite: it does not count."""
         assert not self._due, f"a step is taken back that has not updated {sorted(self._due)}"
         self.num_steps -= 1
-        for shard in self.shards:
-            shard.wire_is_written = False
 
     @torch.no_grad()
     def update(self, shard: FlatShard, grad_factor: Tensor | None = None) -> None:
@@ -114,12 +111,11 @@ class AdamW:
         def update_piece(number: int, states: tuple[Tensor, ...]) -> None:
             segment, here = pieces[number]
             first = segment.param_start + here.start - segment.start
-            wire = None if shard.wire is None else shard.wire[here]
-            weights = Weights(shard.master[here], shard.grad[here], first, wire)
+            lower = None if shard.lower is None else shard.lower[here]
+            weights = Weights(shard.master[here], shard.grad[here], first, lower)
             moments.update(weights, states, grad_factor, steps[segment])
 
         memory.lend([moments.views(segment, here) for segment, here in pieces], update_piece)
-        shard.wire_is_written = shard.wire is not None
 
     def _constants(self, segment: Segment) -> AdamWStep:
         beta1, beta2 = self.config.betas

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 from minift.optim.config import OptimConfig
 from minift.optim.shard import FlatShard, ParamRange
 
@@ -46,7 +44,7 @@ def segments(
     last_piece: ParamRange | None = None
     for piece in shard.ranges:
         lr_ratio, decay = config.lr_ratio(piece.name), config.decay(piece.name)
-        is_next = shard.master.dtype == torch.float32 and last_piece is not None and may_merge(last_piece, piece)
+        is_next = not shard.is_rounded and last_piece is not None and may_merge(last_piece, piece)
         if is_next and (found[-1].lr_ratio, found[-1].decay) == (lr_ratio, decay):
             found[-1] = replace(found[-1], stop=piece.stop)
         else:

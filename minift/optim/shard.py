@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minift.ops.halves import read_weights, write_weights_
+
 
 @dataclass(frozen=True)
 class ParamRange:
@@ -34,25 +36,27 @@ class FlatShard:
     """This rank's piece of one trainable bucket.
 
     name: unique among the shards of a model and the same on every rank (it is the key of the optimizer state).
-    master: (n,) fp32 or bf16, the weights that the optimizer updates in place; bf16 is rounded stochastically.
+    master: (n,) fp32 or bf16, the weights that the optimizer updates in place.
+    lower: (n,) int16, what `master`, bf16, lacks of fp32 weights (`ops/halves.py`), updated too. None: nothing; bf16
+        weights are then rounded stochastically.
     grad: (n,) fp32, the sum of the reduced gradients, which its owner adds into; may be scaled (AdamW's grad_factor).
         None: there is none at the moment, and no memory for it.
-    ranges: ordered, not overlapping. Elements in no range are padding: zero in `master` and in `grad`.
-    wire: (n,) where its owner sends weights from, in the dtype in which they are sent; the optimizer, which has each
-        weight at hand, writes it there too. None: the owner casts for itself.
-    wire_is_written: set by the optimizer when `wire` holds the master just updated; its owner takes it back.
+    ranges: ordered, not overlapping. Elements in no range are padding: zero in `master`, `lower` and `grad`.
     """
 
     name: str
     master: Tensor
     grad: Tensor | None
     ranges: list[ParamRange]
-    wire: Tensor | None = None
-    wire_is_written: bool = False
+    lower: Tensor | None = None
 
     def __post_init__(self) -> None:
         valid = self.master.dim() == 1 and self.master.dtype in (torch.float32, torch.bfloat16)
         assert valid, f"{self.name}: master must be 1-D fp32 or bf16"
+        if self.lower is not None:
+            valid = self.lower.shape == self.master.shape and self.lower.dtype == torch.int16
+            valid = valid and self.master.dtype == torch.bfloat16
+            assert valid, f"{self.name}: lower must be int16, beside a bf16 master"
         valid = self.grad is None or (self.grad.shape == self.master.shape and self.grad.dtype == torch.float32)
         assert valid, f"{self.name}: grad must be fp32 of the shape of master"
         end = 0
@@ -60,9 +64,27 @@ class FlatShard:
             assert end <= piece.start < piece.stop <= self.master.numel(), f"{self.name}: bad range {piece}"
             end = piece.stop
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether weights are bf16, and updates rounded to it."""
+        return self.master.dtype == torch.bfloat16 and self.lower is None
+
+    def halves(self) -> dict[str, Tensor]:
+        """The tensors that hold the weights: "master", and "lower" if there is one."""
+        return {"master": self.master} | ({} if self.lower is None else {"lower": self.lower})
+
+    def weights(self) -> Tensor:
+        """(n,), as the optimizer sees them: `master`, or fp32 of both halves, which is new memory."""
+        return read_weights(self.master, self.lower)
+
+    def set_weights(self, values: Tensor, start: int = 0) -> None:
+        """Let the weights from `start` on be `values`, 1-D. Its owner is to be told: `ShardedModel.weights_changed`."""
+        here = slice(start, start + len(values))
+        write_weights_(self.master[here], None if self.lower is None else self.lower[here], values)
+
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Let the parameters in `values`, whole, be these. Its owner is to be told: `ShardedModel.weights_changed`."""
+        """Let the parameters in `values`, whole, be these. Its owner is to be told, as of `set_weights`."""
         for piece in self.ranges:
             if piece.name in values:
                 stop = piece.param_start + piece.stop - piece.start
-                self.master[piece.start : piece.stop] = values[piece.name].reshape(-1)[piece.param_start : stop]
+                self.set_weights(values[piece.name].reshape(-1)[piece.param_start : stop], piece.start)

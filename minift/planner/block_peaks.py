@@ -19,6 +19,9 @@ from minift.ops.nf4_linear import slice_width
 from minift.planner.activations import BlockActivations, Call
 from minift.planner.shapes import ProjectionShape
 
+_LANES, _KEYS = 192, 64  # of a block of queries and of keys in csrc/cpu/attention.h
+_MIN_CHUNK_KEYS, _MAX_CHUNKS = 512, 4
+
 # Forward #
 
 
@@ -150,8 +153,8 @@ def backward_needs(block: BlockActivations) -> dict[str, int]:
 
 
 def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, int]]:
-    """(freed so far of what is kept, made again, gradients and temporaries, workspace), beside dout, b·T·D, which is
-    alive throughout: it is the gradient of x_mid's residual path, too."""
+    """(freed so far of what is kept, made again, gradients and temporaries, workspace), beside one gradient of the
+    residual path, b·T·D: dout, and behind the MLP's norm that of x_mid. Who runs the block again holds on to dout."""
     is_selective = block.unit.recompute == "selective"
 
     def kept(*names: str) -> int:
@@ -198,7 +201,8 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
         gone += kept(_method(block.gate_up))
 
     needs_dx = "lse" in block.kept
-    dsum = _dsum_bytes(block, block.o, needs_dx)
+    dout = block.hidden if block.runs_again else 0
+    dsum = dout + _dsum_bytes(block, block.o, needs_dx)
     yield gone, 0, dsum, 0
     gone += of_after(block.o)
     made, workspace = _product_needs(block, block.o, needs_dx)
@@ -209,14 +213,14 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
     if block.o.is_opaque:
         gone += kept(_method(block.o))
     turned = remade("turned") if block.model.qk_norm else 0
-    yield gone, turned, 2 * block.queries + 2 * block.keys, _attention_workspace_bytes(block)
+    yield gone, turned, dout + 2 * block.queries + 2 * block.keys, _attention_workspace_bytes(block)
 
     needs_dx = "x" in block.kept
     gone += kept("lse", "out") + (0 if is_selective and block.model.qk_norm else kept("turned"))
-    yield gone, 0, block.queries + 2 * block.keys + _dsum_bytes(block, block.qkv, needs_dx), 0
+    yield gone, 0, dout + block.queries + 2 * block.keys + _dsum_bytes(block, block.qkv, needs_dx), 0
     gone += kept("values") + of_after(block.qkv)
     made, workspace = _product_needs(block, block.qkv, needs_dx)
-    yield gone, remade("normed"), block.queries + 2 * block.keys + made, workspace
+    yield gone, remade("normed"), dout + block.queries + 2 * block.keys + made, workspace
 
 
 def _kept_results_bytes(block: BlockActivations, call: Call) -> int:
@@ -271,16 +275,22 @@ def _converted_bytes(block: BlockActivations, projection: ProjectionShape) -> in
 
 
 def _attention_workspace_bytes(block: BlockActivations) -> int:
-    """Backward of attention. CPU: documents of 1024 keys and more are cut into up to 4 chunks of 512, each with its
-    part of dq in fp32, of which the later ones are seen by ever fewer queries (csrc/cpu/attention.cpp). GPU: dq is
-    added up in fp32 (Dao 2023, arXiv 2307.08691)."""
-    width = block.model.num_heads * block.model.head_dim
-    work = block.run.workload
+    """Backward of attention. GPU: dq is added up in fp32 (Dao 2023, arXiv 2307.08691). CPU (csrc/cpu/attention.cpp):
+    documents of 1024 keys and more are cut into up to 4 chunks, each with its part of dq in fp32, of which the later
+    ones are seen by ever fewer queries; and scratch of one thread, with dk and dv of a chunk in fp32."""
+    model, work = block.model, block.run.workload
+    width, keys = model.num_heads * model.head_dim, work.document_tokens
     if block.run.is_on_gpu:
         return 4 * work.tokens * width
-    chunks = min(4, work.document_tokens // 512)
-    if chunks < 2:
-        return 0
-    # Chunk c begins where (1 - begin / keys)² = 1 - c / chunks, and is seen by the queries after its beginning.
-    seen = sum(math.sqrt(1 - c / chunks) for c in range(chunks))
-    return int(4 * work.tokens * width * seen)
+    count = max(1, min(_MAX_CHUNKS, keys // _MIN_CHUNK_KEYS))
+    # Chunk c begins where (1 - begin / keys)² = 1 - c / count, and is seen by the queries after its beginning.
+    shares = (1 - math.sqrt(1 - c / count) for c in range(count))
+    begins = [int(share * keys / _KEYS) * _KEYS for share in shares] + [keys]
+    seen = sum(keys - begin for begin in begins[:-1]) if count > 1 else 0
+    most_keys = max(stop - begin for begin, stop in zip(begins, begins[1:], strict=False))
+
+    terms = 1 if block.run.wire_itemsize == 4 else 2  # in bf16 rows lie there a second time, in pairs
+    dim, lanes = -(-model.head_dim // (16 * terms)) * 16 * terms, _LANES
+    rows = (4 + 2 * (terms - 1)) * lanes * dim + (2 + (terms - 1)) * (_KEYS * dim + _KEYS * lanes)
+    scratch = rows // terms + 2 * lanes * dim + 2 * most_keys * dim
+    return 4 * (work.tokens // keys * seen * width + scratch)

@@ -141,6 +141,7 @@ def held_bytes(engine: ShardedModel, optimizer: AdamW) -> dict[str, int]:
         scales = _scale_bytes(bucket, is_whole)
         held["quantization scales"] += scales
         held["weights"] += bucket.shard.nbytes * (bucket.world.size if is_whole else 1) - scales
+        held["weights"] += 0 if bucket.lower is None else bucket.lower.nbytes
     rings = {id(ring): ring for unit in engine.units for ring in (unit.gather_ring, unit.reduce_ring)}
     gather_rings = {id(unit.gather_ring) for unit in engine.units}
     for key, ring in rings.items():

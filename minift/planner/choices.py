@@ -105,11 +105,10 @@ def alternatives(asked: Candidate, world_size: int) -> Iterator[Candidate]:
     recomputes = [RecomputeConfig(), RecomputeConfig("selective"), RecomputeConfig("full", 2), RecomputeConfig("full")]
     policies = []
     if world_size > 1 and policy.strategy not in ("ddp", "zero1"):  # which know no such thing as resharding
-        policies = [
-            replace(policy, strategy="zero3", reshard_after_forward=True),
-            replace(policy, strategy="zero3", reshard_after_forward=False),
-            replace(policy, strategy="zero2"),
-        ]
+        policies = [replace(policy, strategy="zero3", reshard_after_forward=True)]
+        if not policy.offload_frozen:  # which is for blocks that take turns
+            policies.append(replace(policy, strategy="zero3", reshard_after_forward=False))
+            policies.append(replace(policy, strategy="zero2"))
     for choice in itertools.product(
         [recompute, *(other for other in recomputes if other != recompute)],
         [policy, *(other for other in policies if other != policy)],
@@ -254,7 +253,8 @@ def _offload(candidate: Candidate) -> Candidate | None:
     policy = candidate.setup.fsdp
     if policy.offload or policy.replicas > 1 or policy.strategy not in ("zero2", "zero3"):
         return None
-    return candidate.with_("--fsdp.offload true", fsdp=replace(policy, offload=True))
+    names = " --fsdp.offload_frozen []" if policy.offload_frozen else ""
+    return candidate.with_(f"--fsdp.offload true{names}", fsdp=replace(policy, offload=True, offload_frozen=()))
 
 
 _EXACT: dict[str, tuple[Change, ...]] = {  # what is changed -> how

@@ -7,7 +7,8 @@
 What is there all the time is the engine's (closed form in minift/fsdp/sharded.py, after ZeRO: Rajbhandari et al. 2020,
 arXiv 1910.02054, section 3.1) and the optimizer's:
 
-    weights               Σ F/N · storage itemsize; resident F · wire itemsize, and no gathered form beside it
+    weights               Σ F/N · storage itemsize; resident F · wire itemsize, and no gathered form beside it; and
+                          Σ F/N · 2 of fp32 masters whose upper halves these are
     quantization scales   the part of the NF4 bytes that are no codes
     gradients             Σ_trainable F/N · 4, or F · 4 where microbatches are added up before they are reduced; on a
                           GPU from a unit's first backward in a step (of the root: forward) to the update
@@ -97,16 +98,16 @@ def persistent_bytes(run: RunShape) -> tuple[dict[str, int], dict[str, int]]:
     """What a rank holds between steps, and what of it lies on the host of its GPU."""
     device = dict.fromkeys(PERSISTENT, 0)
     host: dict[str, int] = {}
-    is_offloaded = run.policy.offload and run.is_on_gpu
-    shards = host if is_offloaded else device
     for bucket in run.buckets:
+        is_offloaded = bucket.is_offloaded and run.is_on_gpu
+        shards = host if is_offloaded else device
         weights, scales = _stored_bytes(bucket, run)
         _add(shards, "weights", weights)
         _add(shards, "quantization scales", scales)
         if bucket.trainable:
             _add(shards, "gradients", 0 if _makes_grads_anew(run) else _grad_bytes(bucket, run))
             _add(host if is_offloaded or run.optim.paged else device, "optimizer state", moment_bytes(bucket, run))
-    _add(shards, "gradients", run.scratch_bytes)
+    _add(host if run.policy.offload and run.is_on_gpu else device, "gradients", run.scratch_bytes)
     for ring in {r.key: r for unit in run.units for r in (unit.gather_ring, unit.reduce_ring)}.values():
         is_gather = any(unit.gather_ring.key == ring.key for unit in run.units)
         size = ring.count * ring.buffer_bytes
@@ -127,6 +128,7 @@ def _stored_bytes(bucket: BucketShape, run: RunShape) -> tuple[int, int]:
     """(weights, quantization scales) of a rank's shard, or of what is resident: of all of it, or of its share."""
     is_whole = bucket.resident and not run.shares_memory
     total = bucket.storage_itemsize * (bucket.full_numel if is_whole else bucket.shard_numel)
+    total += bucket.lower_itemsize * bucket.shard_numel
     scales = sum(
         p.numel if is_whole else bucket.local_numel.get(p.name, 0)
         for p in bucket.parameters

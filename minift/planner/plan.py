@@ -155,7 +155,8 @@ class Planner:
         run = self._describe(candidate)
         timed = None
         setup, machine = candidate.setup, self.machine
-        crosses_bus = setup.fsdp.offload or setup.optim.paged or setup.recompute.policy == "offload"
+        crosses_bus = setup.optim.paged or setup.recompute.policy == "offload"
+        crosses_bus = crosses_bus or any(bucket.is_offloaded for bucket in run.buckets)
         if machine.device is not None and machine.network is not None and not (machine.is_gpu and crosses_bus):
             timed = time_step(run, machine.device, machine.network)
         return Plan(candidate, machine, run, plan_memory(run), timed)

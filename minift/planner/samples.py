@@ -233,10 +233,12 @@ class _Maker:
         grad = torch.randn(elements, device=self.device)
         state = [torch.zeros(elements, device=self.device) for _ in range(2)]
         update = Op("adamw", self.dtype, 28 * elements)
-        yield lambda: Sample(update, lambda: adamw_(Weights(wide, grad), *state, None, STEP))
+        upper, lower = torch.zeros_like(wide, dtype=torch.bfloat16), torch.zeros_like(wide, dtype=torch.int16)
+        weights = Weights(upper, grad, lower=lower)  # as a bf16 wire has them; as many bytes as fp32 in one piece
+        yield lambda: Sample(update, lambda: adamw_(weights, *state, None, STEP))
         shard = FlatShard("x", wide, grad, [ParamRange("x", 0, elements, 0, (elements,))])
         moments = BlockwiseMoments(shard, lambda numel, dtype: torch.zeros(numel, dtype=dtype, device=self.device))
         (segment,) = segments(shard, OptimConfig(), moments.may_merge)
         views = moments.views(segment, slice(0, elements))
         update_8bit = Op("adamw 8bit", self.dtype, 16 * elements)
-        yield lambda: Sample(update_8bit, lambda: moments.update(Weights(wide, grad), views, None, STEP))
+        yield lambda: Sample(update_8bit, lambda: moments.update(weights, views, None, STEP))

@@ -102,22 +102,23 @@ class ParameterShape:
 class BucketShape:
     """One bucket, as `fsdp.bucket.Bucket` has it: sizes in elements, and bytes an element of each form.
 
-    resident: its shard lies in the gathered tensor, which is always there. keeps_full_grads: gradients of full_numel
-    are added up over microbatches, in fp32. is_written_by_optimizer: gathered in one place, where updates put the new
-    values, too. local_numel: {parameter: elements of it in the shard of rank 0}.
+    resident: its shard lies in the gathered tensor, which is always there. is_offloaded: its shard is in host memory.
+    keeps_full_grads: gradients of full_numel are added up over microbatches, in fp32. lower_itemsize: of the other half
+    of fp32 masters, or 0. local_numel: {parameter: elements of it in the shard of rank 0}.
     """
 
     name: str
     trainable: bool
     parameters: tuple[ParameterShape, ...]
     storage_itemsize: int
+    lower_itemsize: int
     wire_itemsize: int
     grad_itemsize: int
     shard_numel: int
     full_numel: int
     resident: bool
+    is_offloaded: bool
     keeps_full_grads: bool
-    is_written_by_optimizer: bool
     gather_bytes: int
     reduce_bytes: int
     local_numel: dict[str, int]
@@ -363,13 +364,14 @@ def _bucket(bucket: Bucket) -> BucketShape:
             for name, p in bucket.params.items()
         ),
         bucket.dtypes.storage.itemsize,
+        0 if bucket.lower is None else bucket.lower.itemsize,
         bucket.dtypes.wire.itemsize,
         bucket.dtypes.grad.itemsize,
         bucket.layout.shard_numel,
         bucket.layout.full_numel,
         bucket.resident,
+        bucket.offload,
         bucket.keeps_full_grads,
-        bucket.trainable and bucket.flat_shard().wire is not None,
         bucket.gather_bytes,
         bucket.reduce_bytes,
         {r.name: r.stop - r.start for r in bucket.layout.local_ranges(0)},

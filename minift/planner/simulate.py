@@ -5,7 +5,7 @@ reduce and wait. `Engine` here takes the same decisions in methods of the same n
 units has been learnt, nothing fails), and instead of computing moves three clocks of one rank forward:
 
     compute     forward, recompute, backward, update; stands still where the engine waits for a collective
-    lanes       one to gather, one to reduce: casts and sums run there, beside compute (CUDA streams). On a CPU there
+    lanes       one to gather, one to reduce: copies and sums run there, beside compute (CUDA streams). On a CPU there
                 are none, and this work moves the compute clock
     wires       one for each axis of the mesh: carries one collective after the other, in the order of issue
 
@@ -28,7 +28,7 @@ from minift.trace import Lane, Span, Trace
 class Collective:
     """One all-gather, reduce-scatter or all-reduce.
 
-    prepare_s: casts into the buffer, before. wire_s: the link is taken by it. latency_s: until the result is there
+    prepare_s: copies into the buffer, before. wire_s: the link is taken by it. latency_s: until the result is there
     after the link is free again. finish_s: adds up what came, after. host_s: what of `wire_s` keeps the processor busy
     that computes, which is that much slower meanwhile.
     """

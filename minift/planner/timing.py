@@ -3,8 +3,8 @@
     timed = time_step(run, device, network)      run: `shapes.RunShape`
     timed.seconds, timed.exposed_s, timed.trace
 
-On CUDA casts and sums run in lanes of their own beside compute. On a CPU they take their turn in it, and so does what
-ranks do to meet.
+On CUDA copies, casts and sums run in lanes of their own beside compute. On a CPU they take their turn in it, and so
+does what ranks do to meet.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class Timed:
 def time_step(run: RunShape, device: Device, network: Network) -> Timed:
     work = count(run)
     units = [_priced(run, unit, shape, device, network) for unit, shape in zip(work.units, run.units, strict=True)]
-    has_live_weights = run.shares_memory and any(
-        b.trainable and (b.resident or b.is_written_by_optimizer) for b in run.buckets
-    )
+    has_live_weights = run.shares_memory and any(b.trainable and b.resident for b in run.buckets)
     everybody = network.shard_axis(run.world_size)
     schedule = Schedule(
         microbatches=work.microbatches,

@@ -379,7 +379,6 @@ def _exchanges(run: RunShape, unit: UnitShape) -> dict[str, object]:
         prepare=tuple(
             cast(_DTYPE_OF_SIZE[b.storage_itemsize], _DTYPE_OF_SIZE[b.wire_itemsize], b.shard_numel)
             for b in gathered
-            if not b.is_written_by_optimizer
         ),
     )
     reduce = Transfer(
@@ -393,15 +392,11 @@ def _exchanges(run: RunShape, unit: UnitShape) -> dict[str, object]:
         "reduce": reduce if trained else None,
         "replica_bytes": sum(4 * b.shard_numel for b in trained) if run.world_size > run.shard_size else 0,
         "update": tuple(
-            Op(state, "float32", b.shard_numel * (2 * b.storage_itemsize + 2 * moments + 4 + _written(b)))
+            Op(state, "float32", b.shard_numel * (2 * (b.storage_itemsize + b.lower_itemsize + moments) + 4))
             for b in trained
         ),
         "square_sum": tuple(elementwise("square sum", "float32", b.shard_numel, 1) for b in trained),
     }
-
-
-def _written(bucket: BucketShape) -> int:
-    return bucket.wire_itemsize if bucket.is_written_by_optimizer else 0
 
 
 def _added_up(bucket: BucketShape, ranks: int) -> Op:

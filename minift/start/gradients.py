@@ -116,7 +116,7 @@ def _as_factor(local_name: str, thin: Tensor) -> Tensor:
 def _write(engine: ShardedModel, values: Mapping[str, Tensor]) -> None:
     """Make these the trained parameters, and all others zero. Collective."""
     for shard in engine.trainable_shards():
-        shard.master.zero_()
+        shard.set_weights(torch.zeros_like(shard.master))
         shard.write(values)
     engine.weights_changed()
 
@@ -136,6 +136,6 @@ def _backward(built: BuiltModel, steps: Sequence[Sequence[Batch]], objective: Su
 def _gradients(engine: ShardedModel) -> dict[str, Tensor]:
     """All of them, whole; the parameters are gone. Collective."""
     for shard in engine.trainable_shards():
-        shard.master.copy_(shard.grad)
+        shard.set_weights(shard.grad)
     engine.weights_changed()
     return {name: gradient.clone() for name, gradient in engine.full_tensors(trainable_only=True)}

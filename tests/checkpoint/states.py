@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minift.checkpoint.saver import shard_states
 from minift.dist.process import World
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
@@ -32,6 +31,7 @@ class Cut:
     is_whole: bool = False
     seed: int = 0
     master: torch.dtype = torch.float32
+    in_halves: bool = False  # what is fp32
 
     def replica_world(self, world: World) -> World:
         """The ranks that hold the same shards."""
@@ -57,8 +57,10 @@ class Cut:
                 for name, a, b in spans
                 if max(a, begin) < min(b, stop)
             ]
-            master = torch.zeros(stop - begin, dtype=self.master)
-            shards.append(FlatShard(f"bucket.{index}:seed{self.seed}", master, torch.zeros(stop - begin), ranges))
+            master = torch.zeros(stop - begin, dtype=torch.bfloat16 if self.in_halves else self.master)
+            lower = torch.zeros_like(master, dtype=torch.int16) if self.in_halves else None
+            name = f"bucket.{index}:seed{self.seed}"
+            shards.append(FlatShard(name, master, torch.zeros(stop - begin), ranges, lower))
         return AdamW(shards, OptimConfig(lr=0.1))
 
     def _shard_size(self, world: World) -> int:
@@ -81,17 +83,18 @@ def fill(optimizer: AdamW, seed: int) -> None:
     """Give every element its value, and the optimizer `seed` steps."""
     optimizer.num_steps = seed
     for shard in optimizer.shards:
-        for what, tensor in shard_states(optimizer)[shard.name].items():
-            for r in shard.ranges:
-                values = expected(r.name, what, seed, tensor.dtype)
-                tensor[r.start : r.stop] = values[r.param_start : r.param_start + r.stop - r.start]
+        for r in shard.ranges:
+            here = slice(r.param_start, r.param_start + r.stop - r.start)
+            shard.set_weights(expected(r.name, "master", seed, shard.weights().dtype)[here], r.start)
+            for what, tensor in optimizer.state_dict()[shard.name].items():
+                tensor[r.start : r.stop] = expected(r.name, what, seed, tensor.dtype)[here]
 
 
 def differences(optimizer: AdamW, seed: int) -> list[str]:
     """Where the state is not, bit for bit, what `fill` makes; padding must be zero."""
     found = [] if optimizer.num_steps == seed else [f"{optimizer.num_steps} steps"]
     for shard in optimizer.shards:
-        for what, tensor in shard_states(optimizer)[shard.name].items():
+        for what, tensor in ({"master": shard.weights()} | optimizer.state_dict()[shard.name]).items():
             right = torch.zeros_like(tensor)
             for r in shard.ranges:
                 values = expected(r.name, what, seed, tensor.dtype)

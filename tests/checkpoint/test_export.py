@@ -73,7 +73,7 @@ def export_with_peak(world: World, base: Path, out: Path) -> tuple[float, float]
     engine = shard(model, model.shard_units(), world, ShardPolicy(), Precision())
     engine.load(reader.read_range)
     for piece in engine.trainable_shards():
-        piece.master.add_(0.25)
+        piece.set_weights(piece.weights() + 0.25)
     held = reset_peak()
     export_run(engine, config, None, str(base), out)
     return (resident("VmHWM") - held) / MIB, largest / MIB

@@ -64,8 +64,9 @@ def cuts(world_size: int) -> st.SearchStrategy[Cut]:
 @given(data=st.data())
 def test_any_cut_restores_the_same_bits(tmp_path_factory, writers: int, readers: int, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    there = replace(data.draw(cuts(writers)), master=dtype)
-    here = replace(data.draw(cuts(readers)), master=dtype)
+    in_halves = st.booleans() if dtype == torch.float32 else st.just(False)  # or not, on either side
+    there = replace(data.draw(cuts(writers)), master=dtype, in_halves=data.draw(in_halves))
+    here = replace(data.draw(cuts(readers)), master=dtype, in_halves=data.draw(in_halves))
     parent = tmp_path_factory.mktemp("run")
     written = run_ranks(writers, save, parent, there)
     for rank, (loaded, differences, random) in enumerate(run_ranks(readers, load, parent, here)):
@@ -120,6 +121,13 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
             assert text.startswith("ValueError: ") and message in text
     for message in run_ranks(2, load_error, tmp_path, Cut(master=torch.bfloat16)):
         assert "there is master float32, exp_avg float32" in message and "and here master bfloat16" in message
+
+
+def test_bf16_weights_are_no_half_of_fp32_ones(tmp_path: Path) -> None:
+    run_ranks(1, save, tmp_path, Cut(in_halves=True))
+    (message,) = run_ranks(1, load_error, tmp_path, Cut(master=torch.bfloat16))
+    assert "there is master bfloat16, lower int16, exp_avg" in message
+    assert "and here master bfloat16, exp_avg" in message
 
 
 def test_missing_elements_are_missed(tmp_path: Path) -> None:

@@ -66,8 +66,16 @@ def unsharded(case: Case, masters: Tree | None = None) -> Tree:
     model = Tree(case) if masters is None else copy.deepcopy(masters)
     for parameter in model.parameters():
         stored = parameter.data.to(case.precision.master_dtype) if parameter.requires_grad else parameter.data
-        parameter.grad, parameter.data = None, stored.to(DEVICE, case.precision.wire_dtype)
+        read = on_the_wire(stored, case) if parameter.requires_grad else stored.to(case.precision.wire_dtype)
+        parameter.grad, parameter.data = None, read.to(DEVICE)
     return model
+
+
+def on_the_wire(master: Tensor, case: Case) -> Tensor:
+    """What is read of it: a cast; of fp32 in halves too, but for ties, which go away from zero and not to even."""
+    if not case.precision.has_halves:
+        return master.to(case.precision.wire_dtype)
+    return ((master.view(torch.int32) + 2**15) >> 16 << 16).view(torch.float32).bfloat16()
 
 
 def reference_gradients(case: Case, masters: Tree | None = None) -> dict[str, Tensor]:

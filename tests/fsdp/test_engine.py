@@ -27,6 +27,7 @@ from minift.precision import Precision
 from tests.fsdp.oracle import (
     Expected,
     expected_gradients,
+    on_the_wire,
     reference_gradients,
     relative_error,
     rounds_sums,
@@ -54,7 +55,7 @@ from tests.ranks import DEVICE, run_ranks
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 STRATEGIES = ["zero3", "zero2", "zero1", "ddp"]
 TRANSPORTS = ["shared", "paired"]
-# fp32 masters with an fp32 wire are not gathered where ranks share memory. Narrower masters are, and compute in fp32.
+# fp32 masters with an fp32 wire are not gathered where ranks share memory. Narrower ones with that wire are.
 WAYS = [
     {"transport": "shared"}, {"transport": "shared", "precision": NARROW_MASTERS}, {"transport": "paired"},
     {"transport": "paired", "grads_anew": True},
@@ -219,7 +220,7 @@ def bits_after_steps(case: Case) -> dict[str, Tensor]:
                 flat.grad.copy_(flat.grad.to(case.precision.reduce_dtype))
         optimizer.step(1.0)
         for name, parameter in trained.items():
-            parameter.data.copy_(masters[name])
+            parameter.data.copy_(on_the_wire(masters[name], case))
     return {name: (masters[name] if name in trained else p.detach()).cpu() for name, p in model.named_parameters()}
 
 
@@ -525,9 +526,9 @@ class TorchLinearTree(nn.Module):
 
 def run_torch_linear(world: World) -> str:
     model = TorchLinearTree()
-    shard(model, list(model.blocks), world, ShardPolicy(), BF16)
+    shard(model, list(model.blocks), world, ShardPolicy(), FP16)  # whose masters have to be gathered
     with pytest.raises(RuntimeError) as caught:
-        model(torch.ones(3, 8, dtype=torch.bfloat16, requires_grad=True))
+        model(torch.ones(3, 8, dtype=torch.float16, requires_grad=True))
     return str(caught.value)
 
 
@@ -559,8 +560,9 @@ def placeholders_on_rank(world: World, case: Case) -> set[str]:
     [
         ("paired", FP32, lambda name: True),
         ("paired", BF16, lambda name: True),
-        ("shared", BF16, lambda name: "up" not in name),  # what is frozen lies in memory that all ranks see
-        ("shared", BF16_MASTERS, lambda name: False),  # and what is trained in the dtype of the wire
+        ("shared", FP16, lambda name: "up" not in name),  # what is frozen lies in memory that all ranks see
+        ("shared", BF16, lambda name: False),  # and of what is trained, that which is in the dtype of the wire
+        ("shared", BF16_MASTERS, lambda name: False),
         ("shared", FP32, lambda name: False),
     ],
 )

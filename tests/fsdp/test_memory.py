@@ -62,14 +62,15 @@ def closed_form(case: Case, w: int, shard_size: int) -> dict[str, int]:
     trainable = DEPTH * rest + root
     slots = DEPTH if not (zero3 and case.policy.reshard_after_forward) else 1 + case.policy.prefetch_units
     shards, gathered = 0, 0
-    for is_resident, master_bytes, block, rest_of_model in (
-        (all_see_it or not zero3, w, up, 0),  # frozen, and gathered for good where weights stay
-        (all_see_it and w == 4, 4, rest, root),
+    for is_resident, lower_bytes, block, rest_of_model in (
+        (all_see_it or not zero3, 0, up, 0),  # frozen, and gathered for good where weights stay
+        (all_see_it, 4 - w, rest, root),
     ):
+        shards += lower_bytes * (DEPTH * block + rest_of_model) // shard_size
         if is_resident:
             gathered += w * (DEPTH * block + rest_of_model)
         else:
-            shards += master_bytes * (DEPTH * block + rest_of_model) // shard_size
+            shards += w * (DEPTH * block + rest_of_model) // shard_size
             gathered += w * (slots * block + rest_of_model)
     if case.policy.step_in_backward:
         gradients = 2 * 4 * rest // shard_size + 4 * root // shard_size + 2 * w * rest + w * root
@@ -167,6 +168,7 @@ def levels_on_rank(world: World, case: Case) -> tuple[dict[str, int], dict[str, 
 
 @pytest.mark.parametrize("prefetch_units", [0, 1, 2])
 def test_all_of_the_buffers_are_used_and_no_more(prefetch_units: int) -> None:
-    case = Case(2, WIDTH, HIDDEN, DEPTH, VOCAB, policy=ShardPolicy(prefetch_units=prefetch_units))
+    policy = ShardPolicy(prefetch_units=prefetch_units)
+    case = Case(2, WIDTH, HIDDEN, DEPTH, VOCAB, transport="paired", policy=policy)
     for most, there_is in run_ranks(2, levels_on_rank, case):
         assert most == there_is

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
-from minift.fsdp.shared_memory import SharedMemory
-from minift.fsdp.transport import NoRoomError
 from minift.model.linear import Linear
+from minift.precision import Precision
 from minift.trace import Recorder
 from tests.fsdp.oracle import reference_gradients, relative_error
 from tests.fsdp.trees import (
     BF16,
+    FP16,
     FP32,
     NARROW_MASTERS,
     Case,
@@ -136,8 +136,8 @@ class LateComer(nn.Module):
 
 def late_comer_on_rank(world: World) -> str:
     model = LateComer()
-    engine = shard(model, list(model.blocks), world, ShardPolicy(), BF16)
-    x = torch.ones(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    engine = shard(model, list(model.blocks), world, ShardPolicy(), FP16)
+    x = torch.ones(3, 8, dtype=torch.float16, requires_grad=True)
     for _ in range(2):
         model(x).backward()
         engine.clear_gradients()
@@ -247,94 +247,58 @@ def sleep_in(model: nn.Module, world: World, slow_rank: int):
 def add_one(engine: ShardedModel) -> None:
     """As an optimizer does it."""
     for flat_shard in engine.trainable_shards():
-        flat_shard.master.add_(1.0)
-        if flat_shard.wire is not None:
-            flat_shard.wire.copy_(flat_shard.master)
-            flat_shard.wire_is_written = True
+        flat_shard.set_weights(flat_shard.weights() + 1.0)
     engine.weights_changed()
+
+
+def ones(precision: Precision) -> Tensor:
+    return torch.ones(1, 4, dtype=precision.wire_dtype)
 
 
 def forward_before_the_update(world: World, precision, policy) -> tuple[float, float]:
     """backward, an evaluation that takes one rank long, the update, an evaluation."""
     model, engine = three_ones(world, precision, policy)
-    model(torch.ones(1, 4)).sum().backward()
+    model(ones(precision)).sum().backward()
     hook = sleep_in(model, world, slow_rank=1)
     with torch.no_grad():
-        before = model(torch.ones(1, 4)).mean()
+        before = model(ones(precision)).mean()
         hook.remove()
         add_one(engine)
-        return float(before), float(model(torch.ones(1, 4)).mean())
+        return float(before), float(model(ones(precision)).mean())
 
 
 def forward_after_a_slow_update(world: World, precision, policy) -> float:
     model, engine = three_ones(world, precision, policy)
-    model(torch.ones(1, 4)).sum().backward()
+    model(ones(precision)).sum().backward()
     time.sleep(SLOW_S if world.rank == 1 else 0.0)
     add_one(engine)
     with torch.no_grad():
-        return float(model(torch.ones(1, 4)).mean())
+        return float(model(ones(precision)).mean())
 
 
 def forward_before_a_load(world: World, precision, policy) -> tuple[float, float]:
     model, engine = three_ones(world, precision, policy)
     hook = sleep_in(model, world, slow_rank=1)
     with torch.no_grad():
-        before = model(torch.ones(1, 4)).mean()
+        before = model(ones(precision)).mean()
         hook.remove()
         engine.load(lambda name, start, stop: torch.full((stop - start,), 2.0))
-        return float(before), float(model(torch.ones(1, 4)).mean())
+        return float(before), float(model(ones(precision)).mean())
 
 
 @pytest.mark.parametrize(
     ("precision", "policy"),
     [
         (FP32, ShardPolicy()),
+        (BF16, ShardPolicy()),
         (NARROW_MASTERS, ShardPolicy()),
         (NARROW_MASTERS, ShardPolicy(strategy="zero2")),
         (NARROW_MASTERS, ShardPolicy(reshard_after_forward=False)),
     ],
-    ids=["resident", "gathered", "kept until the update", "kept until backward"],
+    ids=["resident", "resident halves", "gathered", "kept until the update", "kept until backward"],
 )
 def test_no_rank_reads_weights_that_another_is_writing(precision, policy) -> None:
     """(I + 1)³ of ones is 5³; (2 · 1)³ of ones is 8³."""
     assert run_ranks(2, forward_before_the_update, precision, policy) == [(1.0, 125.0)] * 2
     assert run_ranks(2, forward_after_a_slow_update, precision, policy) == [125.0] * 2
     assert run_ranks(2, forward_before_a_load, precision, policy) == [(1.0, 512.0)] * 2
-
-
-def resident_without_room(world: World, case: Case) -> tuple[set[bool], dict[str, Tensor]]:
-    """Memory that all ranks share has room for gather buffers, but not for the whole model."""
-    original = SharedMemory.gather_buffers
-    room = 3
-
-    def little(self, count: int, num_bytes: int):
-        nonlocal room
-        room -= 1
-        if room < 0 and count == 1 and num_bytes != 0 and not ring_asked:
-            raise NoRoomError("full")
-        return original(self, count, num_bytes)
-
-    ring_asked = False
-    original_ring = ShardedModel._make_units
-
-    def make_units(self, groups, buckets):
-        nonlocal ring_asked
-        ring_asked = True
-        return original_ring(self, groups, buckets)
-
-    SharedMemory.gather_buffers, ShardedModel._make_units = little, make_units
-    try:
-        model, engine = sharded(case, world)
-    finally:
-        SharedMemory.gather_buffers, ShardedModel._make_units = original, original_ring
-    run_microbatches(model, engine, case, world.rank)
-    return {bucket.resident for bucket in engine.buckets}, gathered_gradients(engine)
-
-
-def test_what_does_not_fit_into_shared_memory_is_gathered() -> None:
-    case = Case(2, depth=4)
-    expected = reference_gradients(case)
-    for resident, gradients in run_ranks(2, resident_without_room, case):
-        assert resident == {True, False}
-        for name, gradient in gradients.items():
-            assert relative_error(gradient, expected[name]) <= 1e-6, name

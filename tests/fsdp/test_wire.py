@@ -1,6 +1,6 @@
-"""What ranks compute with is the master as it is now, cast: also where the optimizer, and not the gather, casts it.
+"""What ranks compute with is the master as it is now, cast: also where it is the half of a master that lies there.
 
-Oracle: the masters, gathered and cast with `Tensor.to`; bit for bit, whatever has been done to them before.
+Oracle: the masters, gathered and cast by themselves; bit for bit, whatever has been done to them before.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 from minift.dist.collectives import barrier
 from minift.dist.process import World
 from minift.fsdp import ShardPolicy
+from minift.ops.halves import write_weights_
 from minift.optim.adamw import AdamW
 from minift.optim.config import OptimConfig
+from tests.fsdp.oracle import on_the_wire
 from tests.fsdp.trees import BF16, BF16_MASTERS, FP16, FP32, NARROW_MASTERS, Case, Tree, microbatch, sharded
 from tests.ranks import run_ranks
 
@@ -85,12 +87,10 @@ class Run:
         barrier(self.world)
         for shard in self.optimizer.shards:
             for piece in shard.ranges:
-                new = self.new_values(piece.name).to(shard.master.dtype)
-                begin, end = (
-                    i * new.itemsize for i in (piece.param_start, piece.param_start + piece.stop - piece.start)
-                )
-                memory = shard.master[piece.start : piece.stop].view(torch.uint8).numpy()
-                memory[:] = new.view(torch.uint8).numpy()[begin:end]
+                new = self.new_values(piece.name)[piece.param_start :][: piece.stop - piece.start]
+                values = [new.to(shard.master.dtype)] if shard.lower is None else split(new)
+                for tensor, value in zip(shard.halves().values(), values, strict=True):
+                    tensor[piece.start : piece.stop].view(torch.uint8).numpy()[:] = value.view(torch.uint8).numpy()
         self.engine.weights_changed()
 
     def fail(self) -> None:
@@ -111,6 +111,12 @@ class Run:
         shape = dict(Tree(self.case).named_parameters())[name].shape
         generator = torch.Generator().manual_seed(self.number)
         return torch.randn(shape.numel(), generator=generator)
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    upper, lower = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
+    write_weights_(upper, lower, values)
+    return upper, lower
 
 
 def weights_in_use(run: Run) -> dict[str, Tensor]:
@@ -134,7 +140,11 @@ def compare_after_each(world: World, case: Case, state: str, actions: list[str])
     run, wrong = Run(world, case, state), []
     for number, action in enumerate(actions):
         run.do(action)
-        expected = {name: t.to(case.precision.wire_dtype) for name, t in run.engine.full_tensors()}
+        trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+        expected = {
+            name: on_the_wire(tensor, case) if name in trained else tensor.to(case.precision.wire_dtype)
+            for name, tensor in run.engine.full_tensors()
+        }
         for name, weight in weights_in_use(run).items():
             if not torch.equal(weight.view(torch.uint8), expected[name].view(torch.uint8)):
                 wrong.append(f"{name} after {actions[: number + 1]}")
@@ -167,42 +177,3 @@ def test_nothing_leaves_the_wire_behind(policy: ShardPolicy, undo: str) -> None:
         case = Case(2, policy=policy, precision=BF16, transport=transport)
         actions = ["step", undo, undo, "step", undo, "evaluate", "step", "fail", undo]
         assert run_ranks(2, compare_after_each, case, "fp32", actions) == [[]] * 2
-
-
-def marked_wire(world: World, case: Case) -> tuple[set[str], set[str], set[str], bool]:
-    """Buckets whose shard the optimizer also writes where it is sent from, those of which ranks then see what lies
-    there, and those that are cast; and whether the optimizer's are its masters, before anything is gathered."""
-    run = Run(world, case, "fp32")
-    run.do("step")
-    shards = {b.name: b.flat_shard() for b in run.engine.buckets if b.trainable}
-    written = {name: shard for name, shard in shards.items() if shard.wire is not None}
-    is_right = all(torch.equal(shard.wire, shard.master.to(shard.wire.dtype)) for shard in written.values())
-    for shard in written.values():
-        shard.wire.fill_(3.0)
-    seen = weights_in_use(run)
-    marked = {b.name for b in run.engine.buckets if all((seen[name] == 3.0).all() for name in b.params)}
-    return set(written), marked, set(shards) - set(written), is_right
-
-
-BLOCKS = {f"blocks.{index}:trainable:bfloat16" for index in range(3)}
-ROOT = "(root):trainable:bfloat16"
-
-
-@pytest.mark.parametrize(
-    ("policy", "cast"),
-    [
-        (ShardPolicy(), BLOCKS),  # they take turns with a few buffers
-        (ShardPolicy(keep_gathered=("blocks.0",)), BLOCKS - {"blocks.0:trainable:bfloat16"}),
-        (ShardPolicy(strategy="zero2"), set()),
-        (ShardPolicy(strategy="zero2", offload=True), set()),
-        (ShardPolicy(strategy="zero1"), set()),
-        (ShardPolicy(strategy="ddp"), set()),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("transport", ["shared", "paired"])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_who_casts(policy: ShardPolicy, cast: set[str], transport: str, world_size: int) -> None:
-    case = Case(world_size, policy=policy, precision=BF16, transport=transport)
-    for written, marked, still_cast, is_right in run_ranks(world_size, marked_wire, case):
-        assert is_right and written == marked == (BLOCKS | {ROOT}) - cast and still_cast == cast

@@ -166,13 +166,14 @@ def policies(draw, world_size: int, replicas: bool = False) -> ShardPolicy:
     strategy = draw(st.sampled_from(["zero3", "zero3", "zero3", "zero2", "zero1", "ddp"]))
     groups = [r for r in range(1, world_size + 1) if world_size % r == 0] if replicas and strategy != "ddp" else [1]
     num_replicas = draw(st.sampled_from(groups))
+    offload = draw(st.booleans()) and strategy in ("zero2", "zero3") and num_replicas == 1
     return ShardPolicy(
         strategy=strategy,
         replicas=num_replicas,
         reshard_after_forward=draw(st.booleans()),
         keep_gathered=draw(st.sampled_from([(), ("blocks.0",)])),
         prefetch_units=draw(st.integers(0, 3)),
-        offload=draw(st.booleans()) and strategy in ("zero2", "zero3") and num_replicas == 1,
+        offload=offload,
     )
 
 
@@ -190,6 +191,11 @@ def cases(draw, max_world_size: int = 4, replicas: bool = False, precisions: Seq
     microbatches = draw(st.integers(1, 3))
     one_path = st.lists(st.integers(0, depth - 1), max_size=depth + 1).map(tuple) if depth else st.just(())
     paths = st.lists(one_path, min_size=microbatches, max_size=microbatches).map(tuple)
+    frozen, policy = draw(st.sampled_from(FROZEN)), draw(policies(world_size, replicas))
+    takes_turns = policy.strategy == "zero3" and policy.reshard_after_forward and not policy.keep_gathered
+    has_frozen = depth > 0 and frozen in ("blocks", "up", "down.weight", "blocks.0", "embed|blocks.0")
+    if takes_turns and has_frozen and not policy.offload and draw(st.booleans()):
+        policy = replace(policy, offload_frozen=("blocks.0",))
     return Case(
         world_size,
         paths=draw(st.one_of(st.just(()), paths)),
@@ -199,10 +205,10 @@ def cases(draw, max_world_size: int = 4, replicas: bool = False, precisions: Seq
         uneven=draw(st.booleans()),
         vocab=draw(st.integers(2, 13)),
         tied=draw(st.booleans()),
-        frozen=draw(st.sampled_from(FROZEN)),
+        frozen=frozen,
         microbatches=microbatches,
         transport=draw(st.sampled_from(["shared", "paired"])),
-        policy=draw(policies(world_size, replicas)),
+        policy=policy,
         seed=draw(st.integers(0, 10_000)),
         precision=draw(st.sampled_from(precisions)),
         recompute=draw(RECOMPUTES),

@@ -41,7 +41,8 @@ def test_transformers_loads_what_we_write(data, hf_settings, pack, logits):
     tensors = list(model.named_parameters())
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
     order = data.draw(st.permutations(tensors))
-    tokens_T = torch.randint(drawn["vocab_size"], (30,))
+    seed = data.draw(st.integers(0, 999))
+    tokens_T = torch.randint(drawn["vocab_size"], (30,), generator=torch.Generator().manual_seed(seed))
     with tempfile.TemporaryDirectory() as folder:
         save_model(order, model.config, folder, specs, max_shard_bytes=data.draw(st.sampled_from([2e3, 5e9])))
         theirs, report = AutoModelForCausalLM.from_pretrained(
@@ -51,7 +52,10 @@ def test_transformers_loads_what_we_write(data, hf_settings, pack, logits):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert theirs.dtype == torch.float32  # from config.json
     expected = theirs.eval()(tokens_T.unsqueeze(0)).logits[0]
-    assert (model(*pack([tokens_T]), head=logits) - expected).abs().max() <= 2e-5 * expected.abs().max()
+    error = (model(*pack([tokens_T]), head=logits) - expected).abs().max()
+    # Norms of few features can make much of little: as much of our roundings as of theirs.
+    their_error = (theirs.double()(tokens_T.unsqueeze(0)).logits[0] - expected).abs().max()
+    assert error <= 2e-5 * expected.abs().max() + 8 * their_error
     assert ours.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), model.parameters(), strict=True))
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == drawn["tie_word_embeddings"]

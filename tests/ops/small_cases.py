@@ -111,12 +111,11 @@ def low_rank_cases(device: torch.device) -> None:
 def adamw_cases(device: torch.device) -> None:
     maps = [dynamic_map(signed).to(device) for signed in (True, False)]
     factor = torch.tensor(0.5, device=device)
-    for n, master_dtype, wire_dtype in itertools.product(
-        (1, 255, 1030), DTYPES[:2], (None, torch.float32, torch.bfloat16, torch.float16)
-    ):
+    storages = (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)
+    for n, (master_dtype, in_halves) in itertools.product((1, 255, 1030), storages):
         start, grad = (torch.randn(n + 1, device=device)[1:] for _ in range(2))
-        wire = None if wire_dtype is None else torch.empty(n + 1, dtype=wire_dtype, device=device)[1:]
-        weights = Weights(start.to(master_dtype), grad, first=3, wire=wire)
+        lower = torch.zeros(n + 1, dtype=torch.int16, device=device)[1:] if in_halves else None
+        weights = Weights(start.to(master_dtype), grad, first=3, lower=lower)
         adamw_(weights, torch.zeros_like(start), torch.zeros_like(start), factor, STEP)
         zeros = [quantize_blockwise(torch.zeros_like(start), a_map) for a_map in maps]
         adamw_8bit_(weights, QuantizedMoments(*zeros[0], *zeros[1]), *maps, None, STEP)

@@ -1,4 +1,5 @@
-"""The fused AdamW update. Oracles: the formula in fp64, and `rounding.py` for bf16 masters.
+"""The fused AdamW update. Oracles: the formula in fp64; `rounding.py` for bf16 masters; fp32 masters for those in
+halves.
 
 Tolerances, with u = 2^-24: m is the sum of two terms with at most 3 roundings each (4 with the gradient's factor),
 v likewise of two positive terms; the quotient adds 4 roundings and half of v's, the weight 3 of its own terms.
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 from minift.ops import adamw as module
 from minift.ops.adamw import AdamWStep, Weights, adamw_
+from minift.ops.halves import read_weights, write_weights_
 from minift.ops.rounding import random_bits, round_stochastically_
 
 HAS_CUDA_KERNELS = True
 U = 2.0**-24
 STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-6, step_size=2e-3, keep=1.0 - 3e-4, key=-(2**60) + 7)
 MASTERS = [torch.float32, torch.bfloat16]
-WIRES = [torch.float32, torch.bfloat16, torch.float16]
+BF16 = {"master": torch.zeros(8, dtype=torch.bfloat16)}
 SIZES = st.one_of(st.integers(0, 40), st.integers(200, 300))
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -46,14 +48,14 @@ def placed(tensor, offset):
     return memory[offset : offset + len(tensor)], memory
 
 
-def update(implementation, tensors, factor=None, step=STEP, first=0, wire=None, offsets=(0, 0, 0, 0)):
+def update(implementation, tensors, factor=None, step=STEP, first=0, lower=None, offsets=(0, 0, 0, 0)):
     """The new master, exp_avg and exp_avg_sq; nothing beside them changes."""
     pairs = [placed(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
     master, grad, exp_avg, exp_avg_sq = (view for view, _ in pairs)
     if implementation == "reference":
-        module.adamw_reference(master, grad, exp_avg, exp_avg_sq, wire, factor, *step, first)
+        module.adamw_reference(master, grad, exp_avg, exp_avg_sq, lower, factor, *step, first)
     else:
-        adamw_(Weights(master, grad, first, wire), exp_avg, exp_avg_sq, factor, step)
+        adamw_(Weights(master, grad, first, lower), exp_avg, exp_avg_sq, factor, step)
     assert torch.equal(grad.view(torch.int32), tensors[1].view(torch.int32))
     for (_, memory), offset in zip(pairs, offsets, strict=True):
         assert (memory[:offset] == 7).all() and (memory[-4:] == 7).all()
@@ -130,29 +132,46 @@ def test_a_bf16_master_is_one_of_the_two_neighbours_of_the_fp32_update(implement
     assert (down | (up & (wide != towards_zero))).all() and down.any() and up.any()
 
 
-@pytest.mark.parametrize("wire_dtype", WIRES)
-@pytest.mark.parametrize("master_dtype", MASTERS)
 @property_test
-@given(n=SIZES, seed=st.integers(0, 999), first=st.integers(0, 70))
-def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, master_dtype, wire_dtype, n, seed, first):
-    """Of numbers up to fp16's infinity and down to subnormals of both; and masters and moments are as without it."""
+@given(n=SIZES, seed=st.integers(0, 999), offsets=st.tuples(*[st.sampled_from([0, 0, 1, 2])] * 2))
+def test_in_halves_weights_are_updated_to_the_same_bits(implementation, n, seed, offsets):
+    """Of numbers up to fp32's largest and down to subnormals, wherever either half is. So are the moments."""
     master, grad, exp_avg, exp_avg_sq = draw(n, seed, torch.float32)
-    scale = 10.0 ** torch.randint(-44, 7, (n,), generator=torch.Generator().manual_seed(seed))
-    # An update that is small beside the weight: what is written is near `master * scale`.
-    tensors = ((master * scale).to(master_dtype), grad * 0.0, exp_avg * 0.0, exp_avg_sq)
-    wire = torch.full((n + 2,), 7.0, dtype=wire_dtype)
-    actual = update(implementation, tensors, first=first, wire=wire[1:-1])
-    for ours, expected in zip(actual, update(implementation, tensors, first=first), strict=True):
-        assert torch.equal(ours, expected)
-    assert torch.equal(wire[1:-1].view(torch.uint8), actual[0].to(wire_dtype).view(torch.uint8))
-    assert wire[0] == wire[-1] == 7.0
+    scale = 10.0 ** torch.randint(-44, 39, (n,), generator=torch.Generator().manual_seed(seed))
+    master = master * scale
+    expected_master, *expected = update(implementation, (master, grad, exp_avg, exp_avg_sq))
+    lower = torch.full((offsets[0] + n + 2,), 7, dtype=torch.int16)
+    upper, here = torch.empty(n, dtype=torch.bfloat16), lower[offsets[0] : offsets[0] + n]
+    write_weights_(upper, here, master)
+    tensors = upper, grad, exp_avg, exp_avg_sq
+    new_upper, *moments = update(implementation, tensors, lower=here, offsets=(offsets[1], 0, 0, 0))
+    assert torch.equal(read_weights(new_upper, here).view(torch.int32), expected_master.view(torch.int32))
+    for ours, theirs in zip(moments, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (lower[: offsets[0]] == 7).all() and (lower[-2:] == 7).all()
+
+
+def test_nans_and_infinities_in_halves(implementation):
+    """They are such in the upper half, with which compute goes on, too."""
+    master = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 3.4e38, 1.0])
+    master.view(torch.int32)[1] = 2**31 - 1  # what a GPU makes of 0/0: rounding to nearest would carry it to -0
+    upper, lower = torch.empty(6, dtype=torch.bfloat16), torch.empty(6, dtype=torch.int16)
+    write_weights_(upper, lower, master)
+    grad, zeros = torch.zeros(6), torch.zeros(6)
+    grad[0] = torch.nan
+    new, _, _ = update(implementation, (upper, grad, zeros, zeros), lower=lower)
+    assert new.isnan().tolist() == [True, True, False, False, False, False]
+    assert new.isinf().tolist() == [False, False, True, True, True, False]  # 3.4e38 is beyond bf16's largest
+    weights = read_weights(new, lower)
+    assert weights.isnan().tolist() == [True, True, False, False, False, False]
+    assert weights[4].item() == torch.tensor(3.4e38).mul(STEP.keep).item()
 
 
 def any_bits(n, dtype, seed):
     """(n,): zeros of both signs, subnormals, infinities, NaNs with payloads."""
     numbers = torch.randint(0, 256, (n, dtype.itemsize), generator=torch.Generator().manual_seed(seed))
     some = numbers.to(torch.uint8).view(dtype).flatten()
-    return torch.where(numbers[:, 0] % 4 == 0, torch.tensor(-0.0, dtype=dtype), some)
+    return torch.where(numbers[:, 0] % 4 == 0, torch.tensor(-0.0).to(dtype), some)
 
 
 @pytest.mark.parametrize("master_dtype", MASTERS)
@@ -161,19 +180,19 @@ def any_bits(n, dtype, seed):
     n=SIZES,
     seed=st.integers(0, 999),
     factor=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
-    wire_dtype=st.sampled_from([None, *WIRES]),
+    in_halves=st.booleans(),
     offsets=st.tuples(*[st.sampled_from([0, 0, 0, 1, 2])] * 4),
 )
 def test_nothing_is_written_with_a_factor_that_is_not_finite(
-    implementation, master_dtype, n, seed, factor, wire_dtype, offsets
+    implementation, master_dtype, n, seed, factor, in_halves, offsets
 ):
     tensors = [any_bits(n, dtype, seed + at) for at, dtype in enumerate([master_dtype, *[torch.float32] * 3])]
-    wire = None if wire_dtype is None else any_bits(n, wire_dtype, seed)
-    wire_before = None if wire is None else wire.clone()
-    after = update(implementation, tensors, torch.tensor(factor), wire=wire, offsets=offsets)
+    lower = any_bits(n, torch.int16, seed) if in_halves and master_dtype == torch.bfloat16 else None
+    lower_before = None if lower is None else lower.clone()
+    after = update(implementation, tensors, torch.tensor(factor), lower=lower, offsets=offsets)
     for ours, before in zip(after, (tensors[0], *tensors[2:]), strict=True):
         assert torch.equal(ours.view(torch.uint8), before.view(torch.uint8))
-    assert wire is None or torch.equal(wire.view(torch.uint8), wire_before.view(torch.uint8))
+    assert lower is None or torch.equal(lower, lower_before)
 
 
 @pytest.mark.parametrize("master_dtype", MASTERS)
@@ -196,13 +215,13 @@ def test_many_threads_give_the_same_bits(instruction_set, in_threads):
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
-@pytest.mark.parametrize("master_dtype", MASTERS)
+@pytest.mark.parametrize("master_dtype, in_halves", [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("factor", [None, torch.tensor(0.5)])
-def test_opcheck(instruction_set, master_dtype, factor):
+def test_opcheck(instruction_set, master_dtype, in_halves, factor):
     tensors = draw(20, 0, master_dtype)
-    for wire in (None, torch.zeros(20, dtype=torch.float16)):
-        arguments = (*tensors, wire, factor, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
-        torch.library.opcheck(torch.ops.minift.adamw.default, arguments)
+    lower = torch.zeros(20, dtype=torch.int16) if in_halves else None
+    arguments = (*tensors, lower, factor, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
+    torch.library.opcheck(torch.ops.minift.adamw.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +232,15 @@ def test_opcheck(instruction_set, master_dtype, factor):
         (lambda t: t.update(exp_avg=torch.zeros(8, dtype=torch.bfloat16)), "exp_avg must"),
         (lambda t: t.update(exp_avg_sq=torch.zeros(16)[::2]), "moments must be contiguous"),
         (lambda t: t.update(grad_factor=torch.ones(2)), "grad_factor must be"),
-        (lambda t: t.update(wire=torch.zeros(7)), "wire must be"),
-        (lambda t: t.update(wire=torch.zeros(16)[::2]), "wire must be"),
-        (lambda t: t.update(wire=torch.zeros(8, dtype=torch.float64)), "dtype must be"),
+        (lambda t: t.update(BF16, lower=torch.zeros(7, dtype=torch.int16)), "lower must be"),
+        (lambda t: t.update(BF16, lower=torch.zeros(16, dtype=torch.int16)[::2]), "lower must be"),
+        (lambda t: t.update(BF16, lower=torch.zeros(8, dtype=torch.int32)), "lower must be"),
+        (lambda t: t.update(lower=torch.zeros(8, dtype=torch.int16)), "lower must be"),
     ],
 )
 def test_what_the_kernel_cannot_read_is_refused(instruction_set, spoil, complaint):
     t = {name: torch.zeros(8) for name in ("master", "grad", "exp_avg", "exp_avg_sq")}
-    t |= {"grad_factor": None, "wire": None}
+    t |= {"grad_factor": None, "lower": None}
     spoil(t)
     with pytest.raises(RuntimeError, match=complaint):
-        adamw_(Weights(t["master"], t["grad"], 0, t["wire"]), t["exp_avg"], t["exp_avg_sq"], t["grad_factor"], STEP)
+        adamw_(Weights(t["master"], t["grad"], 0, t["lower"]), t["exp_avg"], t["exp_avg_sq"], t["grad_factor"], STEP)

@@ -17,6 +17,7 @@ from minift.ops import adamw, adamw_8bit
 from minift.ops.adamw import AdamWStep, Weights, adamw_
 from minift.ops.adamw_8bit import QuantizedMoments, adamw_8bit_
 from minift.ops.blockwise import BLOCK, dequantize_blockwise, dynamic_map, quantize_blockwise
+from minift.ops.halves import read_weights, write_weights_
 from tests.ops.test_adamw import any_bits
 
 HAS_CUDA_KERNELS = True
@@ -25,7 +26,6 @@ SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
 STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-6, step_size=2e-3, keep=1.0 - 3e-4, key=-(2**60) + 7)
 FORGETFUL = AdamWStep(beta1=0.0, beta2=0.0, eps=1e-6, step_size=0.0, keep=1.0, key=0)
 MASTERS = [torch.float32, torch.bfloat16]
-WIRES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.one_of(st.integers(0, 40), st.integers(240, 900), st.sampled_from([256, 512, 768]))
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -58,7 +58,7 @@ def decoded(moments):
     )
 
 
-def update(implementation, master, grad, moments, factor=None, step=STEP, first=0, wire=None, offsets=(0,) * 5):
+def update(implementation, master, grad, moments, factor=None, step=STEP, first=0, lower=None, offsets=(0,) * 5):
     """The new master and moments, so many elements behind aligned addresses; nothing beside them changes."""
     tensors = [master, *tensors_of(moments)]
     memories = [
@@ -70,9 +70,9 @@ def update(implementation, master, grad, moments, factor=None, step=STEP, first=
     if implementation == "reference":
         maps = (SIGNED.values, SIGNED.buckets, UNSIGNED.values, UNSIGNED.buckets)
         constants = (*step, first)
-        adamw_8bit.adamw_8bit_reference(master, grad, *tensors_of(moments), *maps, wire, factor, *constants)
+        adamw_8bit.adamw_8bit_reference(master, grad, *tensors_of(moments), *maps, lower, factor, *constants)
     else:
-        adamw_8bit_(Weights(master, grad, first, wire), moments, SIGNED, UNSIGNED, factor, step)
+        adamw_8bit_(Weights(master, grad, first, lower), moments, SIGNED, UNSIGNED, factor, step)
     for memory, offset in zip(memories, offsets, strict=True):
         assert (memory[:offset] == 7).all() and (memory[-4:] == 7).all()
     return master, moments
@@ -144,20 +144,18 @@ def test_weights_are_updated_from_the_decoded_moments(implementation, master_dty
             assert ((ours_block - block).abs() <= 0.501 * bound * block.abs().max(0, keepdim=True)[0]).all()
 
 
-@pytest.mark.parametrize("wire_dtype", WIRES)
-@pytest.mark.parametrize("master_dtype", MASTERS)
 @property_test
 @given(n=SIZES, seed=st.integers(0, 999), offsets=st.tuples(*[st.sampled_from([0, 0, 0, 1, 2])] * 5))
-def test_the_wire_gets_the_bits_of_a_cast_of_the_new_master(implementation, master_dtype, wire_dtype, n, seed, offsets):
-    """And masters and moments are as without it, and as at any other address."""
-    master, grad, moments = draw(n, seed, master_dtype)
-    wire = torch.full((n + 2,), 7.0, dtype=wire_dtype)
-    new_master, after = update(implementation, master, grad, moments, first=3, wire=wire[1:-1])
-    expected_master, expected = update(implementation, master, grad, moments, first=3, offsets=offsets)
-    assert torch.equal(new_master, expected_master)
+def test_in_halves_weights_are_updated_to_the_same_bits(implementation, n, seed, offsets):
+    """So are the moments; and both, wherever they are."""
+    master, grad, moments = draw(n, seed)
+    expected_master, expected = update(implementation, master, grad, moments, first=3)
+    upper, lower = torch.empty(n, dtype=torch.bfloat16), torch.full((n + 2,), 7, dtype=torch.int16)
+    write_weights_(upper, lower[1:-1], master)
+    upper, after = update(implementation, upper, grad, moments, first=3, lower=lower[1:-1], offsets=offsets)
+    assert torch.equal(read_weights(upper, lower[1:-1]), expected_master)
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(after), tensors_of(expected), strict=True))
-    assert torch.equal(wire[1:-1].view(torch.uint8), new_master.to(wire_dtype).view(torch.uint8))
-    assert wire[0] == wire[-1] == 7.0
+    assert lower[0] == lower[-1] == 7
 
 
 @pytest.mark.parametrize("master_dtype", MASTERS)
@@ -184,22 +182,23 @@ def test_where_it_is_cut_between_blocks_changes_no_bit(implementation, master_dt
     n=SIZES,
     seed=st.integers(0, 999),
     factor=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
-    wire_dtype=st.sampled_from([None, *WIRES]),
+    in_halves=st.booleans(),
     offsets=st.tuples(*[st.sampled_from([0, 0, 0, 1, 2])] * 5),
 )
 def test_nothing_is_written_with_a_factor_that_is_not_finite(
-    implementation, master_dtype, n, seed, factor, wire_dtype, offsets
+    implementation, master_dtype, n, seed, factor, in_halves, offsets
 ):
     blocks = -(-n // BLOCK)
     kinds = [(n, torch.uint8), (blocks, torch.float32)] * 2
     moments = QuantizedMoments(*(any_bits(size, dtype, seed + at) for at, (size, dtype) in enumerate(kinds)))
     master, grad = any_bits(n, master_dtype, seed + 4), any_bits(n, torch.float32, seed + 5)
-    wire = None if wire_dtype is None else any_bits(n, wire_dtype, seed)
-    wire_before = None if wire is None else wire.clone()
-    new_master, after = update(implementation, master, grad, moments, torch.tensor(factor), wire=wire, offsets=offsets)
+    lower = any_bits(n, torch.int16, seed) if in_halves and master_dtype == torch.bfloat16 else None
+    lower_before = None if lower is None else lower.clone()
+    options = {"lower": lower, "offsets": offsets}
+    new_master, after = update(implementation, master, grad, moments, torch.tensor(factor), **options)
     for ours, before in zip((new_master, *tensors_of(after)), (master, *tensors_of(moments)), strict=True):
         assert torch.equal(ours.view(torch.uint8), before.view(torch.uint8))
-    assert wire is None or torch.equal(wire.view(torch.uint8), wire_before.view(torch.uint8))
+    assert lower is None or torch.equal(lower, lower_before)
 
 
 def test_padding_stays_zero(implementation):
@@ -259,8 +258,8 @@ def test_many_threads_give_the_same_bits(instruction_set, in_threads):
 def test_opcheck(instruction_set, master_dtype):
     master, grad, moments = draw(300, 0, master_dtype)
     maps = (SIGNED.values, SIGNED.buckets, UNSIGNED.values, UNSIGNED.buckets)
-    for wire in (None, torch.zeros(300, dtype=torch.bfloat16)):
-        arguments = (master, grad, *tensors_of(moments), *maps, wire, None, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
+    for lower in (None, torch.zeros(300, dtype=torch.int16))[: 1 + (master_dtype == torch.bfloat16)]:
+        arguments = (master, grad, *tensors_of(moments), *maps, lower, None, 0.9, 0.95, 1e-6, 1e-3, 0.999, 5, 0)
         torch.library.opcheck(torch.ops.minift.adamw_8bit.default, arguments)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def measure(world: World, case: Case) -> Measured:
         ModelConfig.from_hf(case.hf), None, setup.adapter, quant=setup.quant, train=setup.train, freeze=setup.freeze
     ).module
     apply_recompute(model, model.shard_units(), setup.recompute, recorder)
-    buffers: list[Buffer] = []
+    buffers: WeakSet[Buffer] = WeakSet()  # not those that were there for a moment
     engine = shard(
         model, model.shard_units(), world, setup.fsdp, setup.precision, recorder,
         lambda members: _watched(connect if case.link == "shared memory" else _sends, members, buffers),
@@ -85,7 +86,7 @@ def measure(world: World, case: Case) -> Measured:
         step()
     shared = _storages(b.memory for b in buffers if isinstance(b, _SharedBuffer))
     tensors = [b.memory for b in buffers] + [b.staging for b in buffers if isinstance(b, _StagedBuffer)]
-    tensors += [t for bucket in engine.buckets for t in (bucket.shard, bucket.grad) if t is not None]
+    tensors += [t for bucket in engine.buckets for t in (bucket.shard, bucket.lower, bucket.grad) if t is not None]
     tensors += [t for moments in optimizer._moments.values() for t in moments.tensors.values()]
     tensors += [t for b in batches for t in (b.tokens_T, b.positions_T, b.targets_T)]
     held = sum(size for at, size in _storages(tensors).items() if at not in shared)
@@ -118,13 +119,13 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def _watched(connect: Callable[[World], Transport], world: World, buffers: list[Buffer]) -> Transport:
+def _watched(connect: Callable[[World], Transport], world: World, buffers: WeakSet[Buffer]) -> Transport:
     """A transport that notes in `buffers` which it has made."""
     transport = connect(world)
 
     def watch(make: Callable[[int, int], list[Buffer]]) -> Callable[[int, int], list[Buffer]]:
         def made(count: int, num_bytes: int) -> list[Buffer]:
-            buffers.extend(new := make(count, num_bytes))
+            buffers.update(new := make(count, num_bytes))
             return new
 
         return made

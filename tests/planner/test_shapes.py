@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minift.build import construct
@@ -127,6 +127,7 @@ POLICIES = st.sampled_from(
         ShardPolicy(keep_gathered=("layers.1",), prefetch_units=0),
         ShardPolicy(step_in_backward=True, prefetch_units=2),
         ShardPolicy("zero2", offload=True),
+        ShardPolicy(offload_frozen=("layers.1",)),
         ShardPolicy(offload=True, step_in_backward=True),
     ]
 )
@@ -135,6 +136,7 @@ POLICIES = st.sampled_from(
 @settings(max_examples=30, deadline=None)
 @given(METHODS, PRECISIONS, POLICIES, st.integers(1, 3), st.sampled_from(["shared memory", "paired sends"]))
 def test_the_plan_is_what_the_engine_makes(method, precision, policy, world_size, link):
+    assume(method.adapter is not None or not policy.offload_frozen)  # of which there is nothing in full fine-tuning
     setup = replace(method, precision=precision, fsdp=policy)
     config = TINY | {"tie_word_embeddings": world_size == 2}
     run = paper(config, setup, world_size, link)
@@ -148,7 +150,7 @@ def test_the_plan_is_what_the_engine_makes(method, precision, policy, world_size
                 bucket.shard_numel,
                 bucket.resident,
                 bucket.keeps_full_grads,
-                bucket.is_written_by_optimizer,
+                bucket.lower_itemsize,
             )
             for bucket in run.buckets
         ]
@@ -158,6 +160,7 @@ def test_the_plan_is_what_the_engine_makes(method, precision, policy, world_size
             [ring.count * ring.buffer_bytes for ring in rings]
             + [bucket.full_numel * bucket.wire_itemsize for bucket in run.buckets if bucket.resident]
             + [bucket.shard_numel * bucket.storage_itemsize for bucket in run.buckets if not bucket.resident]
+            + [bucket.shard_numel * bucket.lower_itemsize for bucket in run.buckets]
             + [4 * grads_numel(bucket, run) for bucket in run.buckets if bucket.trainable]
         )
         if rank == 0:
@@ -195,7 +198,7 @@ def on_rank(world: World, config: dict, setup: Setup, link: str):
             len(bucket.shard),
             bucket.resident,
             bucket.keeps_full_grads,
-            bucket.trainable and bucket.flat_shard().wire is not None,
+            0 if bucket.lower is None else bucket.lower.itemsize,
         )
         for bucket in engine.buckets
     ]

@@ -37,6 +37,11 @@ CASES = {
         adapter=LORA, quant=NF4, recompute=RecomputeConfig("selective")
     ),
     "llama-3.1-8b, qlora, full recompute": TrialSetup(adapter=LORA, quant=NF4, recompute=RecomputeConfig("full")),
+    "llama-3.2-1b, lora, full recompute, half of the blocks in host memory": TrialSetup(
+        adapter=LORA,
+        recompute=RecomputeConfig("full"),
+        fsdp=ShardPolicy(offload_frozen=("[13579]$",), prefetch_units=2),
+    ),
     "llama-3.2-1b, lora with dropout": TrialSetup(adapter=LoraConfig(r=16, dropout=0.05)),
     "llama-3.2-1b, qlora": TrialSetup(adapter=LORA, quant=NF4),
     "llama-3.2-1b, full": TrialSetup(),

@@ -63,6 +63,7 @@ CASES = {
     "lora, dropout": Case(LoraConfig(r=4, dropout=0.1)),
     "lora, full recompute": Case(LORA, recompute=RecomputeConfig("full")),
     "lora, offloaded activations": Case(LORA, recompute=RecomputeConfig("offload")),
+    "lora, frozen weights in host memory": Case(LORA, policy=ShardPolicy(offload_frozen=("1$",), prefetch_units=2)),
     "qlora": Case(LORA, QuantConfig()),
     "qlora, full recompute": Case(LORA, QuantConfig(), RecomputeConfig("full")),
     "dora": Case(DoraConfig(r=4)),
