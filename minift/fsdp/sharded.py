@@ -254,10 +254,11 @@ class ShardedModel:
         """Resident buckets were there first. Where they left no memory to share for buffers, and later for an export,
         the largest of them lie in each rank's own memory instead, and are gathered."""
         everything = [bucket for members in buckets.values() for bucket in members]
-        largest_bytes = max((b.layout.full_numel * b.dtypes.weights.itemsize for b in everything), default=0)
+        trained = (bucket for bucket in everything if bucket.trainable)
+        largest_bytes = max((b.layout.full_numel * b.dtypes.weights.itemsize for b in trained), default=0)
         while True:
             resident = [bucket for bucket in everything if bucket.resident]
-            units: list[Unit] = []
+            units: list[Unit] = []  # those of the last attempt are gone, and their buffers with them
             try:
                 units = self._make_units(groups, buckets)
                 if resident and self.shares_memory:
@@ -266,7 +267,6 @@ class ShardedModel:
             except NoRoomError:
                 if not resident:
                     raise
-                units.clear()  # and with them their buffers
                 for bucket in everything:
                     bucket.forget_grads()
                 max(resident, key=lambda bucket: bucket.layout.full_numel * bucket.dtypes.wire.itemsize).move_out()
