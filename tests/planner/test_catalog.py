@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from minift.fsdp import ShardPolicy
+from minift.optim.config import OptimConfig
+from minift.peft.lora import LoraConfig
 from minift.planner.catalog import MODELS, gpu, model_shape, network
 from minift.planner.choices import Candidate, Method
 from minift.planner.op import product
 from minift.planner.plan import Machine, Planner
 from minift.planner.shapes import Workload
 from minift.planner.show import time_text
+from minift.recompute import RecomputeConfig
 
 PARAMETERS = {  # of model cards, or of transformers' count where the card rounds
     "smollm2-135m": 134_515_008,
@@ -78,3 +82,21 @@ def test_a_gpu_waits_for_its_host_where_there_is_little_to_do(tokens: int, is_bo
     assert plan.is_launch_bound == is_bound == ("launch-bound" in time_text(plan))
     assert plan.seconds_without_host <= plan.timed.seconds
     assert plan.timed.seconds >= 16 * 44 * 30e-6
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"fsdp": ShardPolicy(offload=True)},
+        {"fsdp": ShardPolicy(offload_frozen=("1$",))},
+        {"optim": OptimConfig(paged=True)},
+        {"recompute": RecomputeConfig("offload")},
+    ],
+    ids=["offload", "offload_frozen", "paged", "recompute"],
+)
+def test_what_crosses_the_bus_to_host_memory_gets_no_time(choice: dict) -> None:
+    planner = Planner(model_shape("llama-3.2-1b"), Machine.of_gpus("h100", 1, "nvlink"))
+    workload = Workload(tokens=256, document_tokens=256)
+    assert planner.plan(Candidate(Method(adapter=LoraConfig()), workload, 256)).timed is not None
+    plan = planner.plan(Candidate(Method(adapter=LoraConfig(), **choice), workload, 256))
+    assert plan.timed is None and "crosses the bus" in time_text(plan)

@@ -272,3 +272,10 @@ def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
         name: of_all[name] for name in ("weights", "quantization scales", "gradients", "optimizer state")
     }
     assert offloaded.persistent["gathered buffers"] == on_device.persistent["gathered buffers"]
+
+    lora = Setup(LoraConfig())
+    half = plan_of(LLAMA_8B, replace(lora, fsdp=ShardPolicy(offload_frozen=("[13579]$",))), work_of(64))
+    projections = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336  # and two norms; in bf16, of 16 of 32 blocks
+    assert half.host == {"weights": 16 * 2 * (projections + 2 * 4096), "quantization scales": 0}
+    all_of_them = plan_of(LLAMA_8B, lora, work_of(64)).persistent["weights"]
+    assert half.persistent["weights"] + half.host["weights"] == all_of_them
