@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from minift import commands
-from minift.heap import keep_freed_memory
+from minift.heap import keep_few_products, keep_freed_memory
 
 MERGE_TARGETS = """for an adapter over NF4, what the update is added to. dequantized (default): the 4-bit weights,
 written dense; the model that was trained, rounded once, four times the bytes. original: the weights from before
@@ -29,6 +29,7 @@ updates, then cut to a rank. As PEFT's add_weighted_adapter."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     keep_freed_memory()
+    keep_few_products()
     try:
         options, unknown = _parser().parse_known_args(arguments)
         if options.overrides_anywhere:
