@@ -108,7 +108,8 @@ def prepare_data(options: Namespace) -> None:
     from minift.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(config.model.path)
-    documents = prepare(config.data, tokenizer, choose_template(config.data, tokenizer), Path(config.run_dir) / "data")
+    template, folder = choose_template(config.data, tokenizer), Path(config.run_dir) / "data"
+    documents = prepare(config.data, tokenizer, template, folder, objective=config.objective)
     console = Console()
     console.print(preview(documents, tokenizer))
     console.print("\n".join(documents.report.lines()), markup=False, highlight=False)

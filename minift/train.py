@@ -159,16 +159,13 @@ class Run:
 
     def documents(self) -> tuple[Documents, Documents | None]:
         """Encoded training and validation documents, from the run folder's cache if they are there."""
-        data = self.config.data
+        data, folder, objective = self.config.data, self.run_dir / "data", self.config.objective
         tokenizer = Tokenizer.from_folder(self.config.model.path)
         template = choose_template(data, tokenizer)
-        training = prepare(data, tokenizer, template, self.run_dir / "data")
+        training = prepare(data, tokenizer, template, folder, "train", objective)
         validation = None
         if data.validation or data.validation_share:
-            validation = prepare(data, tokenizer, template, self.run_dir / "data", split="validation")
-        if self.config.objective == "lm":
-            training = training.supervise_everything()
-            validation = validation and validation.supervise_everything()
+            validation = prepare(data, tokenizer, template, folder, "validation", objective)
         return training, validation
 
     def make_loader(self) -> StepLoader:

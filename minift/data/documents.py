@@ -155,11 +155,6 @@ class Documents(Sequence[Encoded]):
         report = EncodeReport(**about["report"]) if about["report"] else None
         return cls(**arrays, files=about["files"], report=report)
 
-    def supervise_everything(self) -> Documents:
-        """The same documents with every token to be predicted: language modelling instead of answers only."""
-        mask = np.broadcast_to(np.True_, self.mask.shape)  # one byte, however many tokens
-        return Documents(self.tokens, mask, self.offsets, self.sources, self.files, self.report)
-
     def save(self, folder: Path) -> None:
         for name, array in zip(_ARRAYS, (self.tokens, self.mask, self.offsets, self.sources), strict=True):
             np.save(folder / f"{name}.npy", array)

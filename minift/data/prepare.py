@@ -18,8 +18,11 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from minift.data.config import DataConfig
 from minift.data.documents import Documents, Encoded, EncodeReport
@@ -30,6 +33,9 @@ from minift.data.template import ChatTemplate
 from minift.data.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
+
+Objective = Literal["sft", "lm"]
+"""What is supervised. sft: what the assistant says, or the completion. lm: every token."""
 
 VERSION = 1
 """Goes up whenever the same rows would be encoded differently."""
@@ -55,6 +61,7 @@ def prepare(
     template: ChatTemplate | None,
     cache_folder: str | Path,
     split: Split = "train",
+    objective: Objective = "sft",
 ) -> Documents:
     """The encoded documents of a split, from the cache if they are there. `documents.report` says what was left out.
 
@@ -65,10 +72,10 @@ def prepare(
         raise ValueError("there is no validation data; set data.validation (files) or data.validation_share")
     cache_folder = Path(cache_folder)
     cache_folder.mkdir(parents=True, exist_ok=True)
-    folder = cache_folder / _key(config, tokenizer, template, split)
+    folder = cache_folder / _key(config, tokenizer, template, split, objective)
     with _lock(folder.with_suffix(".lock")):
         if not folder.exists():
-            documents = encode_split(config, tokenizer, template, split)
+            documents = encode_split(config, tokenizer, template, split, objective)
             with tempfile.TemporaryDirectory(dir=cache_folder, prefix=".writing-") as temporary:
                 written = Path(temporary) / "documents"
                 written.mkdir()
@@ -78,7 +85,11 @@ def prepare(
 
 
 def encode_split(
-    config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, split: Split = "train"
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    split: Split = "train",
+    objective: Objective = "sft",
 ) -> Documents:
     """`prepare` without the cache: in memory."""
     report = EncodeReport(config.max_length_tokens, config.overlong)
@@ -94,6 +105,8 @@ def encode_split(
         except RowError as error:
             bad_rows.add(error)
         else:
+            if objective == "lm":  # before `fit`, which leaves out what has nothing to be learnt
+                encoded = replace(encoded, targets_mask=np.ones(len(encoded), bool))
             documents += fit(encoded, config.max_length_tokens, config.overlong, report)
     report.bad_rows, report.bad_row_examples = bad_rows.count, bad_rows.examples
     if not documents:
@@ -144,14 +157,16 @@ def _format(file: str, config: DataConfig) -> str:
     raise ValueError("\n  ".join([f"{file}: there is no usable row in it", *bad_rows.examples]))
 
 
-def _key(config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, split: Split) -> str:
+def _key(
+    config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, split: Split, objective: Objective
+) -> str:
     """A name for the result that changes whenever the result might."""
     depends_on = {
         "version": VERSION,
         "files": {file: _sha256(file) for file in _files(config, split)},
         "tokenizer": tokenizer.fingerprint(),
         "template": [template.name, template.source] if template else None,
-        "policies": [config.format, config.max_length_tokens, config.overlong, config.on_bad_row],
+        "policies": [config.format, config.max_length_tokens, config.overlong, config.on_bad_row, objective],
         "share": [split, config.validation_share, config.seed] if config.validation_share else None,
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]

@@ -65,9 +65,10 @@ def test_key_depends_on_everything_that_matters(tmp_path, rows_file, byte_tokeni
         (replace(config, validation_share=0.4), None, "train"),
         (replace(config, validation_share=0.4), None, "validation"),
         (replace(config, validation_share=0.4, seed=1), None, "train"),
+        (config, None, "train", "lm"),
     ]
-    for count, (variant, template, split) in enumerate(variants, start=1):
-        prepare(variant, byte_tokenizer, template, tmp_path / "cache", split)
+    for count, (variant, template, *rest) in enumerate(variants, start=1):
+        prepare(variant, byte_tokenizer, template, tmp_path / "cache", *rest)
         assert len(folders(tmp_path / "cache")) == count, variants[count - 1]
     prepare(replace(config, shuffle=False, seed=5), byte_tokenizer, None, tmp_path / "cache")
     assert len(folders(tmp_path / "cache")) == len(variants)
@@ -151,6 +152,16 @@ def test_losses_are_reported(tmp_path, rows_file, byte_tokenizer):
     assert "2 bad rows were skipped" in text and "rows.jsonl:5: field completion is empty" in text
     assert "1 documents exceed max_length_tokens = 64 (overlong: truncate): 0 documents and 3 supervised tokens" in text
     assert "1 documents were left out: no token in them is supervised" in text
+
+
+def test_language_modelling_learns_prompts_too(tmp_path, rows_file, byte_tokenizer):
+    """Each token but a document's first is a target of exactly one piece, those of a prompt of several pieces too."""
+    config = config_for(rows_file([*questions(3), {"prompt": "a b" * 60, "completion": " yes no"}]), overlong="split")
+    whole = prepare(replace(config, max_length_tokens=999), byte_tokenizer, None, tmp_path)
+    cut = prepare(config, byte_tokenizer, None, tmp_path, objective="lm")
+    assert sum(document.num_targets for document in cut) == sum(len(document) - 1 for document in whole)
+    assert cut.report.targets == sum(document.num_targets for document in cut)
+    assert cut.report.overlong == 1 and cut.report.without_targets == cut.report.lost_targets == 0
 
 
 def test_nothing_to_learn_from(tmp_path, rows_file, byte_tokenizer):
