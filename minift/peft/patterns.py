@@ -77,7 +77,14 @@ def check_modules(names: Sequence[str], patterns: str | Sequence[str], what: str
 def _match_modules(names: Sequence[str], patterns: str | Sequence[str], what: str) -> set[str]:
     if isinstance(patterns, str):
         _compile(patterns, what)
-        return _nonempty({name for name in names if matches(name, patterns)}, patterns, names, what)
+        matched = {name for name in names if matches(name, patterns)}
+        ending = next((name for name in names if matches(name, [patterns])), None)
+        if ending is not None and not matched:
+            raise ValueError(
+                f"{what}: {patterns!r} is a regular expression for full names, and matches none of {len(names)}; valid "
+                f"as the ending of {ending}: the list [{patterns}]"
+            )
+        return _nonempty(matched, patterns, names, what)
     found = (_nonempty({name for name in names if matches(name, [p])}, p, names, what) for p in patterns)
     return set().union(*found)
 
