@@ -40,7 +40,8 @@ class RunFacts:
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
     `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None; `adapter_base`: the
     model that the adapter is for; `adapter_quant`: how that is quantised when it is read, None if not, or stored so.
-    `template`: data.template of the recipe. `plan`: what the planner said, and what was.
+    `adapter_is_mergeable`: whether the two can become plain weights. `template`: data.template of the recipe. `plan`:
+    what the planner said, and what was.
     """
 
     status: str
@@ -58,6 +59,7 @@ class RunFacts:
     adapter_base: str | None
     model_folder: str | None
     adapter_quant: QuantConfig | None = None
+    adapter_is_mergeable: bool = True
     template: str = "auto"
     plan: PlanResult | None = None
 
@@ -175,11 +177,10 @@ def _commands(run_dir: Path, facts: RunFacts) -> str:
             command = f"minift quantize --model {shlex.quote(facts.adapter_base)} --out {shlex.quote(model)}"
             blocks += [("Store the base as the adapter knows it", f"{command} {_options(quant)}")]
         both = f"--model {shlex.quote(model)} --adapter {shlex.quote(facts.adapter_folder)}{held}"
-        merged = shlex.quote(str(run_dir / "export" / "merged"))
-        blocks += [
-            ("Try it", f"minift generate {both} {ask}"),
-            ("Merge it into plain weights", f"minift merge {both} --out {merged}"),
-        ]
+        blocks += [("Try it", f"minift generate {both} {ask}")]
+        if facts.adapter_is_mergeable:
+            merged = shlex.quote(str(run_dir / "export" / "merged"))
+            blocks += [("Merge it into plain weights", f"minift merge {both} --out {merged}")]
     if facts.model_folder:
         blocks += [("Try it", f"minift generate --model {shlex.quote(facts.model_folder)} {ask}")]
     recipe = shlex.quote(str(run_dir / "config.yaml"))

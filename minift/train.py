@@ -48,6 +48,7 @@ from minift.optim.config import OptimConfig
 from minift.optim.loss_scaler import LossScaler
 from minift.optim.schedule import Schedule
 from minift.peft.adapter import AdapterConfig
+from minift.peft.manage import is_mergeable
 from minift.planner.check import PlanCheck
 from minift.precision import Precision
 from minift.progress import Progress
@@ -437,6 +438,7 @@ class Run:
                 adapter_folder=exported.adapter,
                 adapter_base=exported.base,
                 adapter_quant=exported.base_quant,
+                adapter_is_mergeable=is_mergeable(self.built.module),
                 model_folder=exported.model,
                 template=self.config.data.template,
                 plan=self.plan_check.result(),

@@ -180,6 +180,8 @@ def test_virtual_tokens_stop_resume_and_are_loaded(inputs: Path, tmp_path: Path,
     assert loss == pytest.approx(validation[-1]["validation_loss"], rel=1e-5)
     assert loss < validation[0]["validation_loss"]
     assert isinstance(answer(assistant, "abab", max_new_tokens=4), str)
+    report = (tmp_path / "straight" / "report.md").read_text()
+    assert "minift generate" in report and "minift merge" not in report  # which would refuse it
 
 
 def full_run(world: World, config: RunConfig) -> None:

@@ -7,7 +7,7 @@ For a model that one process holds whole (generation, evaluation). Sharded or la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ def check_mergeable(model: nn.Module) -> None:
             )
 
 
+def is_mergeable(model: nn.Module) -> bool:
+    """Whether all that adapters do to `model` can be written as its weights; `checkpoint.merge` says why not."""
+    try:
+        check_mergeable(model)
+    except ValueError:
+        return False
+    return _first_tied(model, adapter_modules(model)) is None
+
+
 def merge_all(
     model: nn.Module, target: MergeTarget = "dequantized", original: Callable[[str], Tensor] | None = None
 ) -> MergeReport:
@@ -37,10 +46,9 @@ def merge_all(
     target "original" over a quantized base.
     """
     check_mergeable(model)
-    users = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, adapter in adapters(model).items():
-        if any(users[parameter] > 1 for parameter in adapter.base.parameters()):
-            raise ValueError(f"{name} shares its weight with another module (tied embeddings): merging changes both")
+    tied = _first_tied(model, adapters(model))
+    if tied is not None:
+        raise ValueError(f"{tied} shares its weight with another module (tied embeddings): merging changes both")
     drifts: list[WeightDrift] = []
     for name, adapter in adapters(model).items():
         weight = adapter.base.dense_weight()
@@ -54,6 +62,12 @@ def unmerge_all(model: nn.Module) -> None:
     """Undo `merge_all`, restoring every bit."""
     for adapter in adapters(model).values():
         adapter.unmerge()
+
+
+def _first_tied(model: nn.Module, adapters: Mapping[str, AdapterModule]) -> str | None:
+    """The first of `adapters` (name -> module) whose base has a parameter that another module has, too."""
+    users = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return next((name for name, a in adapters.items() if any(users[p] > 1 for p in a.base.parameters())), None)
 
 
 @contextmanager

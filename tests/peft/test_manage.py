@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from minift.model.linear import Linear, LinearBase
 from minift.ops.nf4 import dequantize_nf4
 from minift.peft.adapter import Adapter
+from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.inject import adapter_parameters, adapters, inject
 from minift.peft.lora import LoraConfig
-from minift.peft.manage import merge_all, unmerge_all
+from minift.peft.manage import is_mergeable, merge_all, unmerge_all
+from minift.peft.prompt import PromptConfig
 from minift.quant.linear import NF4Linear, QuantConfig
 
 TOKENS = torch.arange(11) * 3
@@ -144,6 +146,24 @@ def test_tied_weights_are_not_merged_into(tiny_model):
     with pytest.raises(ValueError, match="lm_head shares its weight"):
         merge_all(model)
     assert not any(adapter.merged for adapter in adapters(model).values())
+
+
+@pytest.mark.parametrize(
+    ("config", "tied", "expected"),
+    [
+        (LoraConfig(r=2), True, True),
+        (LoraConfig(r=2, targets=["q_proj", "embed_tokens"]), False, True),
+        (LoraConfig(r=2, targets=["q_proj", "embed_tokens"]), True, False),
+        (BottleneckConfig(size=2), False, False),
+        (PromptConfig(num_virtual_tokens=2), False, False),
+    ],
+    ids=["tied elsewhere", "embedding", "tied", "bottleneck", "prompt"],
+)
+def test_what_is_mergeable(tiny_model, config, tied, expected):
+    """What `minift merge` would write, before anybody tries (tests/checkpoint/test_merge.py has its refusals)."""
+    model = tiny_model(tie_word_embeddings=tied)
+    inject(model, config)
+    assert is_mergeable(model) == expected
 
 
 def test_dense_weight_is_the_effective_weight(tiny_model):

@@ -53,7 +53,7 @@ def test_first_match_is_peft_pattern_key(patterns):
         (["proj"], None, "'proj' matches none"),  # a suffix starts after a dot
         (["q_proj", "model.layers.99.mlp.up_proj"], None, "nearest: model.layers"),
         (r"layers\.0", None, "matches none"),  # a single string must match the full name
-        ("q_proj", None, "'q_proj' is a regular expression for full names, and matches none of 37; valid as the ending"),
+        ("q_proj", None, "is a regular expression for full names, and matches none of 37; valid as the ending of"),
         (["q_proj"], "q_proj", "exclude: 'q_proj' is a regular expression for full names"),
         ("(", None, "not a regular expression"),
         (["q_proj"], ["v_proj"], "exclude: 'v_proj' matches none"),
