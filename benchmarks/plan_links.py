@@ -109,7 +109,7 @@ def main() -> None:
                     case.config, case.setup, world_size=num_ranks, link="paired sends", workload=case.workload
                 )
                 timed = time_step(run, measured.device, measured.networks[bytes_per_s])
-                exposed = timed.simulated.exposed_s / timed.seconds
+                exposed = timed.exposed_s / timed.seconds
                 shares += timing.foreign
                 rows.append({
                     "ranks": num_ranks, "gbit_per_second": 8e-9 * bytes_per_s, "run": case.text(),

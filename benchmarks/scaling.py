@@ -109,7 +109,7 @@ def point(model: str, way: Way, gpus: int, tokens: int) -> dict[str, Any] | None
     timed, alone = time_step(run, device, links), time_step(run, device, FREE)
     return {
         "model": model, "tokens": tokens, "way": way.name, "gpus": gpus, "peak_bytes": peak_bytes,
-        "step_seconds": timed.seconds, "exposed_seconds": timed.simulated.exposed_s,
+        "step_seconds": timed.seconds, "exposed_seconds": timed.exposed_s,
         "efficiency": alone.seconds / timed.seconds, "tokens_per_second": tokens * gpus / timed.seconds,
     }  # fmt: skip
 

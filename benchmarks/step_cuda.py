@@ -53,9 +53,10 @@ from minift.model.decoder import CausalLM
 from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
-from minift.planner.catalog import MODELS, model_shape
+from minift.planner.catalog import MODELS, gpu, model_shape, network
 from minift.planner.memory import plan_memory
 from minift.planner.shapes import Workload, describe
+from minift.planner.timing import time_step
 from minift.planner.trial import Trial, TrialSetup
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
@@ -89,8 +90,9 @@ def minift_side(args: argparse.Namespace, device: torch.device) -> Side:
     config, workload = model_shape(args.model), Workload(tokens=args.tokens, document_tokens=args.document_tokens)
     trial = Trial(config, setup, workload, world)
     link = "nccl" if device.type == "cuda" else "shared memory"
-    plan = plan_memory(describe(config, setup, world_size=1, link=link, workload=workload))
-    return trial.step, {"planned_bytes": plan.peak_bytes}
+    run = describe(config, setup, world_size=1, link=link, workload=workload)
+    planned_s = time_step(run, gpu("h100"), network("nvlink")).seconds
+    return trial.step, {"planned_bytes": plan_memory(run).peak_bytes, "planned_seconds": planned_s}
 
 
 def peft_side(args: argparse.Namespace, device: torch.device) -> Side:
@@ -301,6 +303,7 @@ def main() -> None:
         "tokens_per_second": ours["tokens_per_second"],
         "peak_gb": ours["peak_gb"],
         "peak_over_plan": min(run["peak_bytes"] for run in found["minift"]) / found["minift"][0]["planned_bytes"],
+        "time_over_plan": ours["seconds"] / found["minift"][0]["planned_seconds"],
     }
     for row in result.rows[1:]:
         result.values["tokens_ratio"] = ours["tokens_per_second"] / row["tokens_per_second"]

@@ -210,8 +210,10 @@ def _with_host(device: Device, steps: dict[tuple[int, int], float], world: World
 def _operations(work: StepWork) -> Iterator[Op]:
     for unit in work.units:
         yield from unit.forward + unit.forward_head + unit.recompute + unit.backward + unit.backward_head
-        yield from unit.update + unit.square_sum
-        for transfer in (unit.gather, unit.reduce):
+        exchange = unit.exchange
+        yield from [update.op for update in exchange.updates]
+        yield from exchange.square_sum
+        for transfer in (exchange.gather, exchange.reduce):
             if transfer is not None:
                 yield from transfer.prepare + transfer.finish
 

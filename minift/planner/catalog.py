@@ -4,10 +4,11 @@
     gpu("h100")                      -> Device: memory, and rates for times
     network("400g")                  -> Network
 
-No GPU was measured by minift. What one does of its datasheet's figures is what performance.md found elsewhere
-(sections 4.2 and 4.7): products at 70 % of the peak in 16 bits, attention at 55 % and its backward at 45 %, everything
-else at 87 % of the memory's bandwidth. The host's time for an operation is an estimate (benchmarks/host_time.py). For
-figures of the machine at hand: `minift plan --calibrate`.
+What a GPU does of its datasheet's figures is what performance.md found elsewhere (sections 4.2 and 4.7): products at
+70 % of the peak in 16 bits, attention at 55 % and its backward at 45 %, everything else at 87 % of the memory's
+bandwidth. The host's time for an operation is an estimate (benchmarks/host_time.py). An H100 that was measured later
+took what these figures say to within 10 % (tests/planner/test_h100.py), so they were left alone; no other card was.
+For figures of the machine at hand: `minift plan --calibrate`.
 """
 
 from __future__ import annotations
@@ -73,21 +74,25 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class _Card:
-    """memory_bytes: what PyTorch sees of it; tflops: dense, in 16 bits with fp32 sums; of memory, bytes a second."""
+    """memory_bytes: what PyTorch sees of it; tflops: dense, in 16 bits with fp32 sums; bytes a second of memory, and to
+    the host."""
 
     memory_bytes: int
     tflops: float
     memory_bytes_per_s: float
+    bus_bytes_per_s: float
 
+
+_PCIE_4, _PCIE_5 = 25e9, 53e9  # with 16 lanes, each way, from pinned memory (performance.md, section 2)
 
 _CARDS = {
-    "h100": _Card(79 * GIB, 989, 3.35e12),
-    "h200": _Card(139 * GIB, 989, 4.8e12),
-    "a100": _Card(79 * GIB, 312, 2.04e12),
-    "a100-40g": _Card(39 * GIB, 312, 1.56e12),
-    "l40s": _Card(44 * GIB, 362, 0.86e12),
-    "rtx4090": _Card(int(23.5 * GIB), 165, 1.01e12),
-    "rtx3090": _Card(int(23.5 * GIB), 71, 0.94e12),
+    "h100": _Card(79 * GIB, 989, 3.35e12, _PCIE_5),
+    "h200": _Card(139 * GIB, 989, 4.8e12, _PCIE_5),
+    "a100": _Card(79 * GIB, 312, 2.04e12, _PCIE_4),
+    "a100-40g": _Card(39 * GIB, 312, 1.56e12, _PCIE_4),
+    "l40s": _Card(44 * GIB, 362, 0.86e12, _PCIE_4),
+    "rtx4090": _Card(int(23.5 * GIB), 165, 1.01e12, _PCIE_4),
+    "rtx3090": _Card(int(23.5 * GIB), 71, 0.94e12, _PCIE_4),
 }
 
 CONTEXT_BYTES = GIB // 2
@@ -112,7 +117,10 @@ def gpu(name: str) -> Device:
             rates[f"{kind} float32"] = Rate(flops_per_s=share * peak / 15)
     for kind in LOW_RANK:  # these are narrow: limited by what they read
         rates[kind] = Rate(flops_per_s=0.7 * peak, bytes_per_s=bytes_per_s)
-    return Device(name, card.memory_bytes, peak, card.memory_bytes_per_s, rates, call_s=_CALL_S, runs_ahead=True)
+    return Device(
+        name, card.memory_bytes, peak, card.memory_bytes_per_s, rates,
+        call_s=_CALL_S, runs_ahead=True, bus_bytes_per_s=card.bus_bytes_per_s,
+    )  # fmt: skip
 
 
 _NVLINK_BYTES_PER_S = 370e9

@@ -78,7 +78,8 @@ class Device:
     memory_bytes: that a rank may use. peak_flops_per_s: of the datasheet, dense products in 16 bits; what model FLOP
     utilisation divides by. memory_bytes_per_s: likewise, of memory; of a CPU, that of a copy.
     rates: by "kind dtype", "kind", or "*" for all others. step_s: of the host, once a step, when nothing else runs.
-    runs_ahead: a host starts operations and does not wait.
+    runs_ahead: a host starts operations and does not wait. bus_bytes_per_s: each way, between its memory and its
+    host's; infinite: they are the same.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Device:
     pass_s: float = 0.0
     step_s: float = 0.0
     runs_ahead: bool = False
+    bus_bytes_per_s: float = math.inf
 
     def rate(self, op: Op) -> Rate:
         for key in (f"{op.kind} {op.dtype}", op.kind, "*"):

@@ -94,7 +94,7 @@ class Plan:
         """Why it has none."""
         if self.machine.device is None:
             return f"there are no figures of {self.machine.name}; minift plan --calibrate measures this machine"
-        return "what crosses the bus to host memory is not part of the model"
+        return "fsdp.offload updates weights on the GPU's host, of which there are no figures"
 
     @property
     def fits(self) -> bool:
@@ -154,10 +154,9 @@ class Planner:
         """ValueError for what building or training would refuse."""
         run = self._describe(candidate)
         timed = None
-        setup, machine = candidate.setup, self.machine
-        crosses_bus = setup.optim.paged or setup.recompute.policy == "offload"
-        crosses_bus = crosses_bus or any(bucket.is_offloaded for bucket in run.buckets)
-        if machine.device is not None and machine.network is not None and not (machine.is_gpu and crosses_bus):
+        machine = self.machine
+        host_updates = machine.is_gpu and candidate.setup.fsdp.offload
+        if machine.device is not None and machine.network is not None and not host_updates:
             timed = time_step(run, machine.device, machine.network)
         return Plan(candidate, machine, run, plan_memory(run), timed)
 

@@ -79,6 +79,8 @@ def time_text(plan: Plan) -> str:
         f"step {seconds:.3g} s, {plan.tokens_per_second:,.0f} tokens/s of all ranks, {mfu:.0%} of the peak FLOP/s; "
         f"a rank sends {show_bytes(timed.sent_bytes)}"
     )
+    if timed.exposed_s > 0.01 * seconds:
+        text += f"; {timed.exposed_s:.2g} s it only waits, for other ranks or the bus to host memory"
     if plan.is_launch_bound:
         text += (
             f"\nlaunch-bound: {device.name} alone would take {plan.seconds_without_host:.3g} s, the rest is its host, "
@@ -143,6 +145,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     if plan.timed is not None:
         record |= {
             "step_seconds": plan.timed.seconds,
+            "exposed_seconds": plan.timed.exposed_s,
             "tokens_per_second": plan.tokens_per_second,
             "sent_bytes": plan.timed.sent_bytes,
             "flops": plan.timed.work.flops,

@@ -7,12 +7,13 @@ units has been learnt, nothing fails), and instead of computing moves three cloc
     compute     forward, recompute, backward, update; stands still where the engine waits for a collective
     lanes       one to gather, one to reduce: copies and sums run there, beside compute (CUDA streams). On a CPU there
                 are none, and this work moves the compute clock
-    wires       one for each axis of the mesh: carries one collective after the other, in the order of issue
+    wires       one for each axis of the mesh: carries one collective after the other, in the order of issue. So do the
+                two of the bus between a GPU and its host, one for each way
 
 All ranks do the same at the same time, so one stands for all, and a collective lasts what `network` says of it. What
 comes out is a `Trace`, with the spans of a recorded step in the same order; tests compare them.
 
-Not here: what a unit costs (`work`, `device`), what the engine holds (`memory`).
+Not here: what a unit costs (`costs`), what the engine holds (`memory`).
 """
 
 from __future__ import annotations
@@ -21,80 +22,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from minift.fsdp.unit import REDUCTIONS_IN_FLIGHT, GradState, Keep, UnitState
+from minift.planner.costs import Collective, Schedule, SimUnit
 from minift.trace import Lane, Span, Trace
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One all-gather, reduce-scatter or all-reduce.
-
-    prepare_s: copies into the buffer, before. wire_s: the link is taken by it. latency_s: until the result is there
-    after the link is free again. finish_s: adds up what came, after. host_s: what of `wire_s` keeps the processor busy
-    that computes, which is that much slower meanwhile.
-    """
-
-    prepare_s: float = 0.0
-    wire_s: float = 0.0
-    latency_s: float = 0.0
-    finish_s: float = 0.0
-    host_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class SimUnit:
-    """A unit, and seconds of one microbatch. The first unit of a list is the root, named "".
-
-    head_s: of the root: norm, head and loss, after the blocks; and their backward, before the blocks'. What else it has
-    is embedding: `forward_s`, before the blocks, and `backward_s`, after them.
-    recompute_s: the part of backward that computes forward again; not counted in `backward_s`.
-    gather: None if nothing of it is gathered. reduce: None if it has nothing to train.
-    replica_sum: None without replicas. update_s: the optimizer, where that updates in backward.
-    has_backward: a gradient reaches its output. ends_with_input: one reaches its input, which tells the engine that its
-    backward has ended; of others it learns that at the end of the whole backward.
-    """
-
-    name: str
-    keep: Keep
-    forward_s: float = 0.0
-    recompute_s: float = 0.0
-    backward_s: float = 0.0
-    forward_head_s: float = 0.0
-    backward_head_s: float = 0.0
-    gather: Collective | None = None
-    reduce: Collective | None = None
-    replica_sum: Collective | None = None
-    update_s: float = 0.0
-    has_backward: bool = True
-    ends_with_input: bool = True
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What of a run's settings decides the order of events.
-
-    keeps_full_grads: gradients of several microbatches are added up before they are reduced. shard_size: ranks over
-    which the model is cut. steps_in_backward: a unit is updated when its gradient is complete. has_lanes: casts and
-    sums run beside compute. meet_s: a small all-reduce, of which a step has two, and one more where `meets_at_end`.
-    start_s: before anything.
-    norm_s, update_s: the gradient's norm, and the optimizer after it.
-    """
-
-    microbatches: int
-    prefetch_units: int
-    shard_size: int
-    keeps_full_grads: bool
-    steps_in_backward: bool = False
-    has_lanes: bool = False
-    start_s: float = 0.0
-    meet_s: float = 0.0
-    meets_at_end: bool = False
-    norm_s: float = 0.0
-    update_s: float = 0.0
-
-
-@dataclass(frozen=True)
 class Simulated:
-    """trace: of one rank. seconds: of the whole step. exposed_s: compute stood still, for collectives."""
+    """trace: of one rank. seconds: of the whole step. exposed_s: compute stood still, for collectives and the bus."""
 
     trace: Trace
     seconds: float
@@ -105,19 +39,22 @@ def simulate(units: list[SimUnit], schedule: Schedule) -> Simulated:
     """Run one step of `units`, the root first, then the blocks in order."""
     engine = Engine(units, schedule)
     engine.step()
+    if any(unit.pages_s for unit in units):  # those of the step before are on their way back when a step begins
+        engine = Engine(units, schedule, page_stored_at=engine.page_stored_at - engine.now)
+        engine.step()
     return Simulated(Trace(0, engine.spans), engine.now, engine.exposed_s)
 
 
 @dataclass
 class _Wire:
-    """Carries collectives one after the other."""
+    """Carries one thing after the other."""
 
     free_at: float = 0.0
 
-    def send(self, ready_at: float, collective: Collective) -> float:
-        """When the result is there of what was `ready_at`."""
-        self.free_at = max(self.free_at, ready_at) + collective.wire_s
-        return self.free_at + collective.latency_s
+    def send(self, ready_at: float, seconds: float) -> float:
+        """When that has arrived which was `ready_at` and takes so long."""
+        self.free_at = max(self.free_at, ready_at) + seconds
+        return self.free_at
 
 
 @dataclass
@@ -132,6 +69,7 @@ class _Unit:
     gathered_at: float = 0.0
     reduce_began: float | None = None
     reduced_at: float = 0.0
+    input_is_sent_for: bool = False
 
     @property
     def name(self) -> str:
@@ -147,11 +85,15 @@ class Engine:
     now: float = 0.0
     exposed_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
+    page_stored_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.units = [_Unit(costs) for costs in self.costs]
         self.root, *self.blocks = self.units
         self.shard_wire, self.replica_wire = _Wire(), _Wire()
+        self.to_host, self.to_device = _Wire(), _Wire()
+        self.input_copied_at = 0.0  # of the last one that was sent on its way
+        self.page_loaded_at = 0.0
         self.gather_lane, self.reduce_lane = 0.0, 0.0
         self.reducing: deque[_Unit] = deque()
         self.replica_sums: deque[tuple[_Unit, float, float | None]] = deque()
@@ -168,10 +110,13 @@ class Engine:
             self.forward()
             self.backward()
         if not self.schedule.steps_in_backward:
-            self.now += self.schedule.norm_s
+            self.now += sum(costs.norm_s for costs in self.costs)
         self.now += self.schedule.meet_s  # loss and norm
         if not self.schedule.steps_in_backward:
-            self._compute("optimizer", "", self.schedule.update_s)
+            began = self.now
+            for unit in self.units:
+                self._update(unit)
+            self._span("compute", "optimizer", "", began)
         if self.schedule.meets_at_end:
             self.now += self.schedule.meet_s
 
@@ -185,6 +130,8 @@ class Engine:
         self.now += self.root.costs.forward_s
         for block in self.blocks:
             self._gather(block, order)
+            if block.costs.bus_s:
+                self._copy_input(block, self.to_host)
             self._compute("forward", block.name, block.costs.forward_s)
             is_held = block is order[-1] or block.costs.keep is Keep.UNTIL_BACKWARD_ENDS
             if block.costs.keep is not Keep.UNTIL_UPDATE and not (is_held and block.costs.has_backward):
@@ -203,6 +150,8 @@ class Engine:
         for block in order[1:]:
             self._pre_backward(block, order)
             block_began = self.now
+            if block.costs.bus_s:
+                self._fetch_input(block)
             if block.costs.recompute_s:
                 self._compute("recompute", block.name, block.costs.recompute_s)
             self.now += block.costs.backward_s
@@ -253,7 +202,7 @@ class Engine:
 
     def _start_replica_sum(self, unit: _Unit) -> None:
         sums = unit.costs.replica_sum
-        arrives = None if sums is None else self.replica_wire.send(self.now, sums)
+        arrives = None if sums is None else self.replica_wire.send(self.now, sums.wire_s) + sums.latency_s
         self.replica_sums.append((unit, self.now, arrives))
         if self.schedule.steps_in_backward:
             self._finish_replica_sum()
@@ -266,7 +215,48 @@ class Engine:
             self._span("compute", "wait", unit.name, began)
             self._span("reduce-scatter", "all-reduce", unit.name, issued)
         if self.schedule.steps_in_backward:
-            self._compute("optimizer", unit.name, unit.costs.update_s)
+            began = self.now
+            self.now += unit.costs.norm_s
+            self._update(unit)
+            self._span("compute", "optimizer", unit.name, began)
+
+    # Update #
+
+    def _update(self, unit: _Unit) -> None:
+        """Pages come and go through two buffers, one shard after the other: `optim.memory.PinnedHost`. The host says
+        when they come, which is far ahead. What is stored last is not waited for."""
+        pages_s = unit.costs.pages_s
+        if not pages_s:
+            self.now += unit.costs.update_s
+            return
+        self.page_loaded_at = max(self.page_loaded_at, self.page_stored_at)
+        stored_at = [self.page_stored_at, self.page_stored_at]  # what was in each buffer
+        for number, bus_s in enumerate(pages_s):
+            self.page_loaded_at = self.to_device.send(max(self.page_loaded_at, stored_at[number % 2]), bus_s)
+            self._wait_until(self.page_loaded_at)
+            self.now += unit.costs.update_s * bus_s / sum(pages_s)
+            stored_at[number % 2] = self.page_stored_at = self.to_host.send(self.now, bus_s)
+
+    # Inputs in host memory: `recompute._Transfers` #
+
+    def _copy_input(self, block: _Unit, way: _Wire) -> None:
+        """One copy is under way at a time."""
+        self._wait_until(self.input_copied_at)
+        self.input_copied_at = way.send(self.now, block.costs.bus_s)
+
+    def _fetch_input(self, block: _Unit) -> None:
+        """And send for the one that backward will want next."""
+        self._send_for_input(block)
+        block.input_is_sent_for = False
+        self._wait_until(self.input_copied_at)
+        sent_away = [other for other in self.blocks[: self.blocks.index(block)] if other.costs.bus_s]
+        if sent_away:
+            self._send_for_input(sent_away[-1])
+
+    def _send_for_input(self, block: _Unit) -> None:
+        if not block.input_is_sent_for:
+            block.input_is_sent_for = True
+            self._copy_input(block, self.to_device)
 
     # Both #
 
@@ -294,11 +284,14 @@ class Engine:
         self.free_gather_buffers -= self._takes_turns(unit)
         unit.gather_began = self.now
         if self.schedule.has_lanes:
-            ready = max(self.gather_lane, self.now) + gather.prepare_s
-            unit.gathered_at = self.gather_lane = self.shard_wire.send(ready, gather)
+            ready = max(self.gather_lane, self.now)
+            if gather.bus_s:
+                ready = self.to_device.send(ready, gather.bus_s)
+            arrives = self.shard_wire.send(ready + gather.prepare_s, gather.wire_s) + gather.latency_s
+            unit.gathered_at = self.gather_lane = arrives
         else:
             self.now += gather.prepare_s
-            unit.gathered_at = self.shard_wire.send(self.now, gather)
+            unit.gathered_at = self.shard_wire.send(self.now, gather.wire_s) + gather.latency_s
 
     def wait_gather(self, unit: _Unit) -> None:
         if unit.costs.gather is not None:
@@ -330,10 +323,11 @@ class Engine:
         unit.reduced_at = self.now
         if is_sent and self.schedule.has_lanes:
             ready = max(self.reduce_lane, self.now) + reduce.prepare_s
-            unit.reduced_at = self.reduce_lane = self.shard_wire.send(ready, reduce) + reduce.finish_s
+            arrives = self.shard_wire.send(ready, reduce.wire_s) + reduce.latency_s
+            unit.reduced_at = self.reduce_lane = arrives + reduce.finish_s
         elif is_sent:
             self.now += reduce.prepare_s
-            unit.reduced_at = self.shard_wire.send(self.now, reduce)
+            unit.reduced_at = self.shard_wire.send(self.now, reduce.wire_s) + reduce.latency_s
 
     def finish_reduce(self, unit: _Unit) -> None:
         if unit.reduce_began is not None:
@@ -357,8 +351,11 @@ class Engine:
         """And make up for the time in which compute was slower than it seemed, since `issued`."""
         if collective.host_s and arrives > issued:
             self.now += collective.host_s * min(1.0, (self.now - issued) / (arrives - issued))
-        self.exposed_s += max(0.0, arrives - self.now)
-        self.now = max(self.now, arrives)
+        self._wait_until(arrives)
+
+    def _wait_until(self, moment: float) -> None:
+        self.exposed_s += max(0.0, moment - self.now)
+        self.now = max(self.now, moment)
 
     def _span(self, lane: Lane, kind: str, name: str, start: float, stop: float | None = None) -> None:
         self.spans.append(Span(lane, kind, name, start, self.now if stop is None else stop))

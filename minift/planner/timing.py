@@ -5,6 +5,9 @@
 
 On CUDA copies, casts and sums run in lanes of their own beside compute. On a CPU they take their turn in it, and so
 does what ranks do to meet.
+
+What crosses the bus to host memory takes turns on it, each way: frozen weights before they are gathered, inputs of
+blocks, moments in pages. Not here: masters in host memory, which the host's processor updates (`fsdp.offload`).
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from minift.planner.costs import Collective, Schedule, SimUnit
 from minift.planner.device import Device
+from minift.planner.exchange import Transfer
 from minift.planner.network import Network
 from minift.planner.shapes import RunShape, UnitShape
-from minift.planner.simulate import Collective, Schedule, Simulated, SimUnit, simulate
-from minift.planner.work import StepWork, Transfer, UnitWork, count
+from minift.planner.simulate import Simulated, simulate
+from minift.planner.work import StepWork, UnitWork, count
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class Timed:
     @property
     def seconds(self) -> float:
         return self.simulated.seconds
+
+    @property
+    def exposed_s(self) -> float:
+        """In which nothing is computed."""
+        return self.simulated.exposed_s
 
     @property
     def sent_bytes(self) -> int:
@@ -52,14 +62,13 @@ def time_step(run: RunShape, device: Device, network: Network) -> Timed:
         start_s=device.step_s,
         meet_s=network.meet_seconds(everybody),
         meets_at_end=has_live_weights,
-        norm_s=device.seconds(op for unit in work.units for op in unit.square_sum),
-        update_s=device.seconds(op for unit in work.units for op in unit.update),
     )
     return Timed(run, work, simulate(units, schedule))
 
 
 def _priced(run: RunShape, work: UnitWork, shape: UnitShape, device: Device, network: Network) -> SimUnit:
     shard, replicas = network.shard_axis(run.shard_size), network.replica_axis(run.world_size, run.shard_size)
+    exchange = work.exchange
 
     def exchanged(transfer: Transfer | None) -> Collective | None:
         if transfer is None:
@@ -69,12 +78,14 @@ def _priced(run: RunShape, work: UnitWork, shape: UnitShape, device: Device, net
             return Collective(prepare_s, finish_s=finish_s)
         moved = transfer.full_bytes * (shard.size - 1) / shard.size
         wire_s = network.shard_seconds(transfer.full_bytes, shard)
-        return Collective(prepare_s, wire_s, finish_s=finish_s, host_s=moved * network.host_s_per_byte)
+        bus_s = transfer.from_host_bytes / device.bus_bytes_per_s
+        host_s = moved * network.host_s_per_byte
+        return Collective(prepare_s, wire_s, finish_s=finish_s, host_s=host_s, bus_s=bus_s)
 
     replica_sum = None
-    if work.replica_bytes:
-        moved = 2 * work.replica_bytes * (replicas.size - 1) / replicas.size / network.sum_share
-        wire_s = network.sum_seconds(work.replica_bytes, replicas)
+    if exchange.replica_bytes:
+        moved = 2 * exchange.replica_bytes * (replicas.size - 1) / replicas.size / network.sum_share
+        wire_s = network.sum_seconds(exchange.replica_bytes, replicas)
         replica_sum = Collective(wire_s=wire_s, host_s=moved * network.host_s_per_byte)
     return SimUnit(
         work.name,
@@ -84,10 +95,13 @@ def _priced(run: RunShape, work: UnitWork, shape: UnitShape, device: Device, net
         backward_s=device.seconds(work.backward, passes=work.has_backward),
         forward_head_s=device.seconds(work.forward_head),
         backward_head_s=device.seconds(work.backward_head),
-        gather=exchanged(work.gather),
-        reduce=exchanged(work.reduce),
+        gather=exchanged(exchange.gather),
+        reduce=exchanged(exchange.reduce),
         replica_sum=replica_sum,
-        update_s=device.seconds(work.update + work.square_sum),
+        norm_s=device.seconds(exchange.square_sum),
+        update_s=device.seconds(update.op for update in exchange.updates),
+        pages_s=tuple(page / device.bus_bytes_per_s for update in exchange.updates for page in update.pages_bytes),
+        bus_s=work.input_bytes / device.bus_bytes_per_s,
         has_backward=work.has_backward,
         ends_with_input=work.ends_with_input,
     )
@@ -102,8 +116,8 @@ def sent_bytes(run: RunShape, work: StepWork, simulated: Simulated) -> int:
         unit = by_name.get(name)
         if kind == "all-reduce":
             replicas = run.world_size // run.shard_size
-            sent += times * (2 * unit.replica_bytes * (replicas - 1) // replicas)
+            sent += times * (2 * unit.exchange.replica_bytes * (replicas - 1) // replicas)
         elif kind in ("all-gather", "reduce-scatter") and not run.shares_memory:
-            transfer = unit.gather if kind == "all-gather" else unit.reduce
+            transfer = unit.exchange.gather if kind == "all-gather" else unit.exchange.reduce
             sent += times * (transfer.full_bytes // run.shard_size * (run.shard_size - 1))
     return sent

@@ -1,11 +1,11 @@
-"""What one rank computes and sends in a step: the operations of every unit, forward, again, and backward.
+"""What one rank computes in a step: the operations of every unit, forward, again, and backward.
 
     step = count(run)                 of a `shapes.RunShape`
     step.units[1].backward            operations (`op.Op`) of a block's backward, in one microbatch
 
 Counted from shapes alone, rule by rule as the modules have it: `model/linear.py` and `low_rank.py` (products),
 `model/block.py` (the rest of a block), `objectives/cross_entropy.py` (the head, whose gradients come in its forward),
-`recompute.py`, `fsdp/bucket.py` (casts and sums), `optim`. With T tokens, P weights in projections, no biases:
+`recompute.py`. With T tokens, P weights in projections, no biases:
 
     forward    2 T P + 4 E H pairs       backward   2 T P for dx, 2 T P for dW of trained weights, 10 E H pairs
     LoRA       forward 2 T Σ r (in + out), backward twice that
@@ -15,7 +15,8 @@ A gradient that nobody needs is not computed: what lies below the first trained 
 one that is reached no gradient of its input. Both follow from which tensors require a gradient, as in autograd.
 
 Not counted: Python, index arithmetic, and operations on less than a row a token. Not here: seconds (`device`), the
-order of things (`simulate`). Adapters that have a forward of their own count as LoRA of their rank.
+order of things (`simulate`), what is sent and updated (`exchange`). Adapters that have a forward of their own count as
+LoRA of their rank.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from minift.objectives.cross_entropy import default_chunk_tokens
 from minift.ops.low_rank import reads_wide_once
 from minift.ops.nf4_linear import GPU_SLICE_BYTES, SLICE_BYTES
+from minift.planner.exchange import DTYPE_OF_SIZE, Exchange, exchange_of
 from minift.planner.head import is_claimed_in_fp32
 from minift.planner.op import (
     Op,
@@ -38,19 +40,7 @@ from minift.planner.op import (
     total_flops,
     visible_pairs,
 )
-from minift.planner.shapes import BucketShape, ProjectionShape, RunShape, UnitShape
-
-_DTYPE_OF_SIZE = {1: "uint8", 2: "bfloat16", 4: "float32"}
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """A collective. prepare and finish: operations on this rank before and after; full_bytes: of what is gathered, or
-    reduced from."""
-
-    full_bytes: int
-    prepare: tuple[Op, ...] = ()
-    finish: tuple[Op, ...] = ()
+from minift.planner.shapes import ProjectionShape, RunShape, UnitShape
 
 
 @dataclass(frozen=True)
@@ -58,21 +48,18 @@ class UnitWork:
     """One unit in one microbatch. The root's forward and backward are those of its embedding; `head` are norm, head and
     loss.
 
-    add_up: what `reduce` finishes with in all microbatches but the first. update: of this rank's shard, once a step.
-    has_backward, ends_with_input: see `simulate.SimUnit`.
+    exchange: what it sends and stores, and its updates. has_backward, ends_with_input: see `simulate.SimUnit`.
+    input_bytes: of its input, if that waits for backward in host memory, beyond a bus.
     """
 
     name: str
     forward: tuple[Op, ...]
     recompute: tuple[Op, ...]
     backward: tuple[Op, ...]
-    gather: Transfer | None
-    reduce: Transfer | None
-    replica_bytes: int
-    update: tuple[Op, ...]
-    square_sum: tuple[Op, ...]
+    exchange: Exchange
     has_backward: bool
     ends_with_input: bool
+    input_bytes: int = 0
     forward_head: tuple[Op, ...] = ()
     backward_head: tuple[Op, ...] = ()
 
@@ -223,7 +210,7 @@ class _Projections:
         slot_itemsize = next(bucket.slot_itemsize for bucket in self.unit.buckets if bucket.trainable)
         if self.run.adds_products_up_in(slot_itemsize):
             return []
-        return [cast(self.dtype, _DTYPE_OF_SIZE[slot_itemsize], numel)]
+        return [cast(self.dtype, DTYPE_OF_SIZE[slot_itemsize], numel)]
 
 
 # Blocks #
@@ -243,6 +230,8 @@ class _Block:
             return _Projections(run, unit, names, T, x_needs)
 
         self.x_needs = x_needs
+        is_sent_away = unit.recompute == "offload" and run.is_on_gpu
+        self.input_bytes = T * D * _size(dtype) if is_sent_away else 0
         norm_needs = x_needs or "input_layernorm" in trains
         qkv = projections(("q_proj", "k_proj", "v_proj"), norm_needs)
         self.mixes = qkv.out_needs or run.num_prefix > 0 or bool({"q_norm", "k_norm"} & trains)
@@ -294,9 +283,10 @@ class _Block:
             tuple(self.forward),
             tuple(recompute) if self.out_needs else (),
             tuple(self.backward) if self.out_needs else (),
+            exchange_of(self.run, self.unit),
             has_backward=self.out_needs,
             ends_with_input=self.x_needs,
-            **_exchanges(self.run, self.unit),
+            input_bytes=self.input_bytes if self.out_needs else 0,
         )
 
 
@@ -351,11 +341,11 @@ class _Root:
             (elementwise("embedding", dtype, T * D, 2),),
             (),
             tuple(embedding_backward),
+            exchange_of(run, root),
             has_backward=True,
             ends_with_input=False,
             forward_head=tuple(forward),
             backward_head=tuple(backward),
-            **_exchanges(run, root),
         )
 
 
@@ -365,45 +355,6 @@ def _scaled(dtype: str, elements: int) -> list[Op]:
     if dtype == "float32":
         return [times]
     return [cast(dtype, "float32", elements), times, cast("float32", dtype, elements)]
-
-
-# What a unit sends #
-
-
-def _exchanges(run: RunShape, unit: UnitShape) -> dict[str, object]:
-    """gather, reduce, replica_bytes, update, square_sum of a `UnitWork`."""
-    gathered = [b for b in unit.buckets if not b.resident]
-    trained = [b for b in unit.buckets if b.trainable]
-    gather = Transfer(
-        sum(b.gather_bytes for b in gathered),
-        prepare=tuple(
-            cast(_DTYPE_OF_SIZE[b.storage_itemsize], _DTYPE_OF_SIZE[b.wire_itemsize], b.shard_numel)
-            for b in gathered
-        ),
-    )
-    reduce = Transfer(
-        sum(b.full_numel * (4 if b.keeps_full_grads else b.grad_itemsize) for b in trained),
-        finish=tuple(_added_up(b, run.shard_size) for b in trained if not (b.keeps_full_grads and run.shard_size == 1)),
-    )
-    state = "adamw 8bit" if run.optim.state == "8bit" else "adamw"
-    moments = 2 if run.optim.state == "8bit" else 8
-    return {
-        "gather": gather if gathered else None,
-        "reduce": reduce if trained else None,
-        "replica_bytes": sum(4 * b.shard_numel for b in trained) if run.world_size > run.shard_size else 0,
-        "update": tuple(
-            Op(state, "float32", b.shard_numel * (2 * (b.storage_itemsize + b.lower_itemsize + moments) + 4))
-            for b in trained
-        ),
-        "square_sum": tuple(elementwise("square sum", "float32", b.shard_numel, 1) for b in trained),
-    }
-
-
-def _added_up(bucket: BucketShape, ranks: int) -> Op:
-    """The chunks of all ranks into the fp32 shard: `transport.sum_chunks_`. Of a kept gradient, in place."""
-    size = 4 if bucket.keeps_full_grads else bucket.grad_itemsize
-    first = 0 if bucket.keeps_full_grads else size + 4
-    return Op("sum", _DTYPE_OF_SIZE[size], bucket.shard_numel * (first + (ranks - 1) * (size + 8)))
 
 
 def _size(dtype: str) -> int:

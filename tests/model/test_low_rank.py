@@ -110,7 +110,7 @@ def test_adapters_of_one_input_have_masks_of_their_own():
 def test_gradients_go_through_the_masks_of_forward(dropouts, rank, nf4, seed):
     """Of x and every factor, against autograd with the masks written out."""
     torch.manual_seed(seed)
-    adapters = [make_lora(5, 4 + i, rank, 0.7, dropout, bias=nf4, nf4=nf4) for i, dropout in enumerate(dropouts)]
+    adapters = [make_lora(5, 4 + i, rank, 0.7, p, bias=nf4, nf4=nf4) for i, p in enumerate(dropouts)]
     x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(seed)
     masks = [

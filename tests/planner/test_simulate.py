@@ -16,7 +16,8 @@ from minift.dist.process import World
 from minift.fsdp import ShardPolicy
 from minift.fsdp.unit import Keep, Unit
 from minift.optim.shard import FlatShard
-from minift.planner.simulate import Collective, Schedule, SimUnit, simulate
+from minift.planner.costs import Collective, Schedule, SimUnit
+from minift.planner.simulate import simulate
 from minift.recompute import RecomputeConfig
 from minift.trace import Recorder, Trace
 from tests.fsdp.trees import BF16, FP32, FROZEN, Case, policies, run_microbatches, sharded
@@ -155,6 +156,8 @@ def steps(draw) -> tuple[list[SimUnit], Schedule]:
             recompute_s=draw(seconds) if name else 0.0,
             forward_head_s=0.0 if name else draw(seconds),
             backward_head_s=0.0 if name else draw(seconds),
+            norm_s=draw(seconds),
+            update_s=draw(seconds),
             gather=draw(st.none() | st.builds(collective)) if shard_size > 1 else None,
             reduce=collective() if trains else None,
             replica_sum=collective() if trains and replicated else None,
@@ -174,8 +177,6 @@ def steps(draw) -> tuple[list[SimUnit], Schedule]:
         keeps_full_grads or shard_size == 1,
         has_lanes=draw(st.booleans()),
         meet_s=draw(seconds),
-        norm_s=draw(seconds),
-        update_s=draw(seconds),
     )
     return [root, *blocks], schedule
 
@@ -184,7 +185,8 @@ def compute_s(units: list[SimUnit], schedule: Schedule) -> float:
     per_microbatch = sum(
         u.forward_s + u.recompute_s + u.backward_s + u.forward_head_s + u.backward_head_s for u in units
     )
-    return schedule.microbatches * per_microbatch + schedule.norm_s + schedule.update_s + 2 * schedule.meet_s
+    once = sum(u.norm_s + u.update_s for u in units)
+    return schedule.microbatches * per_microbatch + once + 2 * schedule.meet_s
 
 
 def with_collectives(units: list[SimUnit], change) -> list[SimUnit]:
@@ -209,7 +211,7 @@ def test_with_free_computation_a_step_is_its_communication(step, has_lanes: bool
     units, schedule = step
     units = with_collectives(units, lambda c: Collective(wire_s=c.wire_s))
     units = [replace(SimUnit(u.name, u.keep), gather=u.gather, reduce=u.reduce) for u in units]
-    schedule = replace(schedule, meet_s=0.0, norm_s=0.0, update_s=0.0, has_lanes=has_lanes)
+    schedule = replace(schedule, meet_s=0.0, has_lanes=has_lanes)
     simulated = simulate(units, schedule)
     begun = sum(span.kind == "all-gather" for span in simulated.trace.spans)
     sums = [span.name for span in simulated.trace.spans if span.kind == "reduce-scatter"]

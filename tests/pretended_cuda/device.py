@@ -24,7 +24,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from minift.ops import nf4
 from minift.ops.blockwise import dynamic_map
-from tests.pretended_cuda.order import Order, Worker, running
+from tests.pretended_cuda.order import Moment, Order, Worker, running
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,19 +78,19 @@ class Waits(TorchDispatchMode):
         if function.name().startswith("minift::adamw") and args[0].is_cuda:
             self.updates.append((self.order.current, self.order.current.known[self.order.current]))
         if target is not None and torch.device(target).type != source.type and not unwaited:
-            self._wait(self.order.current.known)
+            self._wait(self.order.current)
         return result
 
     def tolist(self, tensor: Tensor) -> list[float]:
         self.order.work(self.order.current if tensor.is_cuda else self.order.host, [tensor], [])
         if tensor.is_cuda:
-            self._wait(self.order.current.known)
+            self._wait(self.order.current)
         return [5.0] * tensor.numel()
 
-    def _wait(self, known: dict[Worker, int]) -> None:
+    def _wait(self, moment: Moment) -> None:
         self.places.append(place())
-        self.updates_ahead = sum(known.get(worker, 0) < count for worker, count in self.updates)
-        self.order.host.learn(known)
+        self.updates_ahead = sum(moment.known.get(worker, 0) < count for worker, count in self.updates)
+        self.order.host.learn(moment)
 
 
 def place() -> str:
@@ -107,10 +107,10 @@ class Stream(Worker):
         super().__init__(name or f"the stream of {place()}")
 
     def wait_stream(self, other: Worker) -> None:
-        self.learn(other.known)
+        self.learn(other)
 
     def wait_event(self, event: Event) -> None:
-        self.learn(event.known)
+        self.learn(event)
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -118,20 +118,22 @@ class Stream(Worker):
         return event
 
     def synchronize(self) -> None:
-        Waits.current._wait(self.known)
+        Waits.current._wait(self)
 
 
 class Event:
-    """known: nothing before it is recorded."""
+    """A moment; before it is recorded, one before everything."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.known: dict[Worker, int] = {}
+        self.now = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.known = dict((stream or Waits.current.order.current).known)
+        stream = stream or Waits.current.order.current
+        self.known, self.now = dict(stream.known), stream.now
 
     def synchronize(self) -> None:
-        Waits.current._wait(self.known)
+        Waits.current._wait(self)
 
 
 def address(tensor: Tensor) -> int:

@@ -8,25 +8,34 @@ somebody's work, and uses bytes of storages; two uses of a byte, one of them wri
 device does first. A storage that is let go belongs to the stream that allocated it again, at once, as in PyTorch's
 caching allocator: that stream must come after every use.
 
-Not here: how long anything takes, collectives of several ranks, and host memory that is let go (PyTorch keeps pinned
-memory until copies are through).
+What takes time moves clocks, too: given a `price`, everybody's `now` is when all is done that it was given so far.
+
+Not here: collectives of several ranks, and host memory that is let go (PyTorch keeps pinned memory until copies are
+through).
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 _SOURCES = f"{Path(__file__).parents[2] / 'minift'}/"
 _WITHOUT_VALUES = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+
+
+class Moment(Protocol):
+    """Of some work, or of a worker: what comes before it, and when that is done."""
+
+    known: dict[Worker, int]
+    now: float
 
 
 class Worker:
@@ -36,11 +45,13 @@ class Worker:
         self.name = name
         self.known: dict[Worker, int] = {self: 0}
         """Up to which of whose works it comes after."""
+        self.now = 0.0
 
-    def learn(self, known: dict[Worker, int]) -> None:
-        """Wait for all that is in `known`."""
-        for worker, count in known.items():
+    def learn(self, moment: Moment) -> None:
+        """Wait for it."""
+        for worker, count in moment.known.items():
             self.known[worker] = max(self.known.get(worker, 0), count)
+        self.now = max(self.now, moment.now)
 
     def comes_after(self, use: Use) -> bool:
         return self.known.get(use.worker, 0) >= use.count
@@ -67,12 +78,14 @@ class Memory:
 
 
 class Order:
-    """Everybody who works. `current`: the stream that gets what the host has to give. `mistakes`: what was found."""
+    """Everybody who works. `current`: the stream that gets what the host has to give. `mistakes`: what was found.
+    `price`: seconds of an operation."""
 
     def __init__(self, compute: Worker) -> None:
         self.host = Worker("the host")
         self.current = compute
         self.mistakes: list[str] = []
+        self.price: Callable[[Any, tuple[Any, ...], dict[str, Any]], float] = lambda *_: 0.0
         self._memories: dict[int, Memory] = {}
 
     @contextmanager
@@ -94,12 +107,13 @@ class Order:
             return
         worker = self.current if any(tensor.is_cuda for tensor in (*given, *made)) else self.host
         read = [tensor for tensor in given if not any(tensor is other for other in written)]
-        self.work(worker, read, [*written, *fresh])
+        self.work(worker, read, [*written, *fresh], self.price(function, args, kwargs))
 
-    def work(self, worker: Worker, reads: list[Tensor], writes: list[Tensor]) -> None:
+    def work(self, worker: Worker, reads: list[Tensor], writes: list[Tensor], seconds: float = 0.0) -> None:
         """One piece of work of `worker`."""
-        worker.learn(self.host.known)  # who gives it what to do
+        worker.learn(self.host)  # who gives it what to do
         worker.known[worker] += 1
+        worker.now += seconds
         for tensors, is_written in ((reads, False), (writes, True)):
             for tensor in tensors:
                 self._use(worker, tensor, is_written)

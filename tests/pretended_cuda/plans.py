@@ -8,11 +8,7 @@ import traceback
 
 import torch
 
-from minift.build import construct
-from minift.dist.process import World
-from minift.fsdp import ShardPolicy, shard
-from minift.objectives.sft import SupervisedTokens
-from minift.optim.adamw import AdamW
+from minift.fsdp import ShardPolicy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import model_shape
@@ -20,13 +16,11 @@ from minift.planner.check import held_bytes
 from minift.planner.memory import plan_memory
 from minift.planner.meter import TensorMeter
 from minift.planner.shapes import Workload, describe
-from minift.planner.trial import TrialSetup, random_batch
+from minift.planner.trial import TrialSetup
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
-from minift.recompute import RecomputeConfig, apply_recompute
-from minift.step import train_step
-from minift.trace import Recorder
-from tests.pretended_cuda.device import pretended_cuda
+from minift.recompute import RecomputeConfig
+from tests.pretended_cuda.training import training
 
 LORA = LoraConfig(r=16, alpha=32.0)
 NF4 = QuantConfig()
@@ -57,22 +51,11 @@ def planned_and_measured(model: str, setup: TrialSetup, workload: Workload) -> t
     """Peak bytes of the second step, on the device and on the host, where what is measured is not told apart."""
     config = model_shape(model)
     plan = plan_memory(describe(config, setup, world_size=1, link="nccl", workload=workload))
-    world = World(0, 1, 0, torch.device("cuda", 0), "nccl", None)
-    recorder = Recorder(0, world.device)
-    batches = [random_batch(config.vocab_size, workload, seed) for seed in range(workload.microbatches)]
-    assert all(batch.num_targets for batch in batches)  # counted by the host before
-    module = construct(config, None, setup.adapter, quant=setup.quant).module
-    with pretended_cuda():
-        apply_recompute(module, module.shard_units(), setup.recompute, recorder)
-        engine = shard(module, module.shard_units(), world, setup.fsdp, setup.precision, recorder)
-        optimizer = AdamW(engine.trainable_shards(), setup.optim)
+    with training(config, setup, workload) as run:
         for _ in range(2):
-            with TensorMeter(world.device) as meter:
-                train_step(
-                    module, engine, optimizer, SupervisedTokens(), batches,
-                    lr_scale=1.0, max_grad_norm=None, scaler=None, recorder=recorder,
-                )  # fmt: skip
-        held = sum(held_bytes(engine, optimizer).values())
+            with TensorMeter(torch.device("cuda", 0)) as meter:
+                run.step()
+        held = sum(held_bytes(run.engine, run.optimizer).values())
     host_bytes = sum(plan.host.values())
     return plan.peak_bytes + host_bytes, held + meter.peak_bytes
 
