@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
     from minift.style import Theme
 
+# A block's matrices and its two norms. Tensors of 2^25 fp32 numbers alone come from the C library 2^27 bytes and a page
+# apart, and just there (at a multiple of 2^26, and one to three pages) a Zen 4 goes through four streams at 0.75 of its
+# pace. Resident moments then look slower than paged ones, which begin a page of their own.
+BLOCK_WEIGHTS = (1 << 25) + 2 * 4096
 LR, DECAY = 1e-3, 0.01
 EQUAL_STEPS = 3
 
@@ -135,7 +139,7 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=int, default=1 << 25)
+    parser.add_argument("--weights", type=int, default=BLOCK_WEIGHTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     args = parse(parser)
