@@ -105,25 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     quantize = _add(top, "quantize", commands.quantize, "model -> model folder in NF4, as bitsandbytes writes it")
     quantize.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     quantize.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
-    quantize.add_argument("--block-size", type=int, default=64, metavar="N", help="weights per scale (default: 64)")
-    quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
-    quantize.add_argument(
-        "--skip", nargs="+", default=[], metavar="REGEX", help="projections to leave dense, as lm_head always is"
-    )
+    _add_nf4_settings(quantize)
 
     merge = _add(top, "merge", commands.merge, "model + adapter -> Hugging Face model folder")
     merge.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter folder")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
-    merge.add_argument("--nf4", action="store_true", help="the adapter was trained over this model in 4 bits (QLoRA)")
-    merge.add_argument("--icq", action="store_true", help="likewise, with quant.icq (IR-QLoRA)")
+    _add_quant(merge, "the adapter was trained over this model in 4 bits (QLoRA)")
     merge.add_argument("--target", metavar="dequantized|original|requantized", help=MERGE_TARGETS)
     merge.add_argument("--original", metavar="DIR", help="what a --model in NF4 was quantised from, for that --target")
 
     combine = _add(top, "combine", commands.combine, "several LoRA adapters -> one; no base model is needed")
     combine.add_argument("adapters", metavar="DIR", nargs="+", help="PEFT adapter folder")
     combine.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
-    combine.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each (default: equal, sum 1)")
+    combine.add_argument(
+        "--weights", nargs="+", action="extend", type=float, metavar="W", help="one for each (default: equal, sum 1)"
+    )
     combine.add_argument("--method", default="svd", help=COMBINE_METHODS)
     combine.add_argument("--rank", type=int, metavar="R", help="of the result, for svd, *_svd (default: the largest)")
     combine.add_argument("--density", type=float, default=0.5, help="what ties, dare, magnitude_prune keep (0.5)")
@@ -153,8 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze = _add(top, "analyze", commands.analyze, "what fine-tuning did to weights: intruders, ranks, directions")
     analyze.add_argument("tuned", metavar="RUN|ADAPTER|MODEL", help="run folder, PEFT adapter, or fine-tuned model")
     analyze.add_argument("--model", metavar="DIR", help="the base (default: what the run or the adapter names)")
-    analyze.add_argument("--nf4", action="store_true", help="the adapter was trained over the base in 4 bits")
-    analyze.add_argument("--icq", action="store_true", help="likewise, with quant.icq; a run says itself how it was")
+    _add_quant(analyze, "the adapter was trained over the base in 4 bits; a run says itself how it was")
     analyze.add_argument("--top", type=int, default=10, metavar="K", help="singular vectors to look at (default: 10)")
     analyze.add_argument("--threshold", type=float, default=0.5, help="cosine that makes an intruder (default: 0.5)")
     analyze.add_argument("--out", metavar="DIR", help="for analysis.json, .png (default: the run, or ./analysis)")
@@ -195,8 +191,25 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_assistant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")
-    parser.add_argument("--adapter", metavar="DIR", nargs="+", help="PEFT adapter folder; several are added up")
-    parser.add_argument("--nf4", action="store_true", help="hold the weights in 4 bits, as QLoRA adapters expect")
-    parser.add_argument("--icq", action="store_true", help="hold them so as with quant.icq (IR-QLoRA)")
+    parser.add_argument(
+        "--adapter", metavar="DIR", nargs="+", action="extend", help="PEFT adapter folder; several are added up"
+    )
+    _add_quant(parser, "hold the weights in 4 bits, as QLoRA adapters expect")
     parser.add_argument("--template", default="auto", help="auto: the tokenizer's; or chatml, llama2, llama3, ...")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def _add_quant(parser: argparse.ArgumentParser, nf4: str) -> None:
+    """That and how weights are held in 4 bits on the way into memory."""
+    parser.add_argument("--nf4", action="store_true", help=nf4)
+    parser.add_argument("--icq", action="store_true", help="likewise, with quant.icq (IR-QLoRA)")
+    _add_nf4_settings(parser)
+
+
+def _add_nf4_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="weights per scale (default: 64)")
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
+    parser.add_argument(
+        "--skip", nargs="+", action="extend", default=[], metavar="REGEX",
+        help="projections to leave dense, as lm_head always is",
+    )  # fmt: skip

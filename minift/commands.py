@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +134,8 @@ def convert(options: Namespace) -> None:
 
 def quantize(options: Namespace) -> None:
     from minift.checkpoint.quantize import quantize_folder
-    from minift.quant.linear import QuantConfig
 
-    quant = QuantConfig(
-        block_size=options.block_size, double_quant=not options.no_double_quant, skip=tuple(options.skip)
-    )
-    quantize_folder(options.model, options.out, quant)
+    quantize_folder(options.model, options.out, _nf4_settings(options))
     print(f"wrote {options.out}")
 
 
@@ -290,10 +287,21 @@ def _read_recipe(options: Namespace) -> RunConfig:
 
 
 def _quant(options: Namespace) -> QuantConfig | None:
-    """How --nf4 and --icq say that the base is held."""
+    """How --nf4, --icq and the settings beside them say that the base is held; None: as it is stored."""
+    settings = _nf4_settings(options)
+    if options.nf4 or options.icq:
+        return replace(settings, icq=options.icq)
+    if settings != type(settings)():
+        raise ValueError("--block-size, --no-double-quant and --skip say how --nf4 or --icq holds the weights; add one")
+    return None
+
+
+def _nf4_settings(options: Namespace) -> QuantConfig:
     from minift.quant.linear import QuantConfig
 
-    return QuantConfig(icq=options.icq) if options.nf4 or options.icq else None
+    return QuantConfig(
+        block_size=options.block_size, double_quant=not options.no_double_quant, skip=tuple(options.skip)
+    )
 
 
 def _with_assistant(options: Namespace, go: Callable[[Assistant, World], None]) -> None:

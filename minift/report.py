@@ -169,14 +169,8 @@ def _commands(run_dir: Path, facts: RunFacts) -> str:
     ask = ("" if facts.template == "auto" else f"--template {facts.template} ") + '--prompt "..."'
     blocks = []
     if facts.adapter_folder:
-        model, quant, held = facts.adapter_base, facts.adapter_quant, ""
-        if quant is not None and (quant.icq or quant == QuantConfig()):
-            held = " --icq" if quant.icq else " --nf4"
-        elif quant is not None:  # only a folder can say so much
-            model = str(run_dir / "export" / "base")
-            command = f"minift quantize --model {shlex.quote(facts.adapter_base)} --out {shlex.quote(model)}"
-            blocks += [("Store the base as the adapter knows it", f"{command} {_options(quant)}")]
-        both = f"--model {shlex.quote(model)} --adapter {shlex.quote(facts.adapter_folder)}{held}"
+        held = [] if facts.adapter_quant is None else _options(facts.adapter_quant)
+        both = shlex.join(["--model", facts.adapter_base, "--adapter", facts.adapter_folder, *held])
         blocks += [("Try it", f"minift generate {both} {ask}")]
         if facts.adapter_is_mergeable:
             merged = shlex.quote(str(run_dir / "export" / "merged"))
@@ -194,10 +188,12 @@ def _commands(run_dir: Path, facts: RunFacts) -> str:
     return "\n\n".join(f"{title}:\n\n```\n{command}\n```" for title, command in blocks)
 
 
-def _options(quant: QuantConfig) -> str:
-    """Of `minift quantize`."""
-    options = ["--block-size", str(quant.block_size), *([] if quant.double_quant else ["--no-double-quant"])]
-    return shlex.join(options + (["--skip", *quant.skip] if quant.skip else []))
+def _options(quant: QuantConfig) -> list[str]:
+    """Of commands that read a base: how an adapter knows it. Defaults are left out."""
+    options = ["--icq" if quant.icq else "--nf4"]
+    options += [] if quant.block_size == QuantConfig().block_size else ["--block-size", str(quant.block_size)]
+    options += [] if quant.double_quant else ["--no-double-quant"]
+    return options + (["--skip", *quant.skip] if quant.skip else [])
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

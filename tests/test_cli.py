@@ -167,16 +167,16 @@ def test_no_thread_of_a_process_group_outlives_a_command(tmp_path):
 
 
 def test_quantize_takes_its_options(tmp_path, capsys):
-    options = ["--block-size", "32", "--no-double-quant", "--skip", "down_proj", r"layers\.0\.self_attn"]
-    assert (
-        main(["quantize", "--model", str(write_model(tmp_path / "dense")), "--out", str(tmp_path / "nf4"), *options])
-        == 0
-    )
+    options = ["--block-size", "32", "--no-double-quant", "--skip", "down_proj", "--skip", r"layers\.0\.self_attn"]
+    dense = str(write_model(tmp_path / "dense"))
+    assert main(["quantize", "--model", dense, "--out", str(tmp_path / "nf4"), *options]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'nf4'}\n"
     stored = StoredNF4(WeightReader(tmp_path / "nf4"))
     assert stored.config() == QuantConfig(block_size=32, double_quant=False)
     assert len(stored.projections) == 2 + 4 + 2
     assert not any("down_proj" in name or "layers.0.self_attn" in name for name in stored.projections)
+    assert main(["generate", "--model", dense, "--prompt", "abab", *options]) == 2  # there they need a format
+    assert "--skip say how --nf4 or --icq holds the weights; add one" in capsys.readouterr().err
 
 
 def test_adapters_are_combined_and_stacked(tmp_path, capsys, monkeypatch):
@@ -206,8 +206,10 @@ def test_adapters_are_combined_and_stacked(tmp_path, capsys, monkeypatch):
     for adapters in ([], ["--adapter", "adapter0"], ["--adapter", "adapter1"]):
         assert main([*ask, *adapters, "--max-new-tokens", "4"]) == 0
         alone.append(capsys.readouterr().out)
-    assert main([*ask, "--adapter", "adapter0", "adapter1", "--each", "--max-new-tokens", "4"]) == 0
     labels = ("no adapter", "adapter0", "adapter1")
-    assert capsys.readouterr().out == "".join(f"[{label}] {text}" for label, text in zip(labels, alone, strict=True))
+    expected = "".join(f"[{label}] {text}" for label, text in zip(labels, alone, strict=True))
+    for adapters in (["--adapter", "adapter0", "adapter1"], ["--adapter", "adapter0", "--adapter", "adapter1"]):
+        assert main([*ask, *adapters, "--each", "--max-new-tokens", "4"]) == 0
+        assert capsys.readouterr().out == expected
     assert main(["combine", "adapter0", "--out", "x", "--dtype", "int8"]) == 2
     assert "--dtype is int8; valid: float32, bfloat16, float16" in capsys.readouterr().err
