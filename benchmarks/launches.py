@@ -23,7 +23,6 @@ from minift.metrics import read_metrics
 from minift.style import DARK
 
 RUN = Path("runs/quickstart/train")
-GROWING_STEPS = 100  # over which the growth of memory is told
 
 
 def stages(log: str) -> dict[str, int]:
@@ -36,14 +35,12 @@ def quickstart(log: str) -> Result:
     table = re.search(r"^ +before +after\n.*(?:\n.+)*", log, re.MULTILINE)
     training, validation = read_metrics(RUN / "metrics.jsonl")
     gib = [record["memory_bytes"] / 2**30 for record in training]
-    growth = (gib[min(GROWING_STEPS, len(gib)) - 1] - gib[0]) * 2**10 / (min(GROWING_STEPS, len(gib)) - 1)
     values: dict[str, Any] = json.loads(log.rstrip().splitlines()[-1])
     values |= {
         "table": table.group(0) if table else "",
         "stages_seconds": stages(log),
         "memory_first_gib": gib[0],
         "memory_last_gib": gib[-1],
-        "memory_growth_mib_per_step": growth,
         "validation_loss": validation[-1]["validation_loss"],
     }
     return Result("quickstart", values)

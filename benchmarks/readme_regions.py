@@ -54,17 +54,6 @@ def quickstart_lora() -> str:
         """)
 
 
-def memory_growth() -> str:
-    values = run("quickstart", note="")["values"]
-    return paragraph(f"""
-        On a CPU the resident memory of a process grows by about {values["memory_growth_mib_per_step"]:.0f} MiB a step
-        for the first hundred or so steps (the quickstart ends at {values["memory_last_gib"]:.1f} GiB a process, of
-        which {values["memory_first_gib"]:.1f} are there at the first step), because packed batches have ever new
-        shapes: with one fixed shape it does not grow at all. Part of it is oneDNN's cache of compiled kernels;
-        `ONEDNN_PRIMITIVE_CACHE_CAPACITY=64` caps it.
-        """)
-
-
 # --------------------------------------------------------------------------------------------------------------- engine
 
 
@@ -410,7 +399,6 @@ REGIONS = {
     "quickstart": quickstart,
     "quickstart-time": quickstart_time,
     "quickstart-lora": quickstart_lora,
-    "memory-growth": memory_growth,
     "prefetch": prefetch,
     "fsdp": fsdp,
     "fsdp-sweep": fsdp_sweep,

@@ -21,8 +21,9 @@ A step adds activations (`activations.py`, `block_peaks.py`) and the head of the
 
 Ranks that share memory (`fsdp/shared_memory.py`) have gathered buffers and resident weights once per host: a rank
 counts for 1/N of them. What lies on the host of a GPU (offloaded shards, paged moments), or on a CPU in a file (paged
-moments), is apart: `host`. Not counted: CUDA's context (0.5 GB) and what its allocator keeps for later, scratch
-memory of a CPU's products in 16 bits (oneDNN's, 0.1 to 2 MB a thread), the interpreter, the data set.
+moments), is apart: `host`. Not counted: CUDA's context (0.5 GB) and what its allocator keeps for later, of a CPU's
+products in 16 bits oneDNN's scratch memory (0.1 to 2 MB a thread) and what is prepared for them (`heap.py`: 40 MB, and
+20 MB for every further thread that multiplies), the interpreter, the data set.
 
 Checked against every byte that PyTorch hands out in a step, on a CPU: tests/planner/test_memory.py draws two dozen
 configurations in each run. On CUDA nothing of this has been measured; there, operations that csrc has no kernel for
