@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = _add(top, "convert", commands.convert, "GGUF file -> Hugging Face model folder")
     convert.add_argument("gguf", metavar="GGUF", help="file to read")
-    convert.add_argument("out", metavar="OUT", help="folder to write")
+    convert.add_argument("out", metavar="OUT", help="folder to write; new or empty")
 
     quantize = _add(top, "quantize", commands.quantize, "model -> model folder in NF4, as bitsandbytes writes it")
     quantize.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model folder")

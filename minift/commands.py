@@ -126,9 +126,11 @@ def write_bfcl(options: Namespace) -> None:
 
 
 def convert(options: Namespace) -> None:
+    from minift.checkpoint.atomic import atomic_folder
     from minift.model.gguf import convert_gguf
 
-    convert_gguf(options.gguf, options.out)
+    with atomic_folder(Path(options.out)) as folder:
+        convert_gguf(options.gguf, folder)
     print(f"wrote {options.out}")
 
 

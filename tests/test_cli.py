@@ -44,6 +44,8 @@ MISTAKES = [
     (["train", "--optim.lr", "1", "recipe.yaml"], "--optim.lr is not an option of this command; the recipe comes"),
     (["train", "recipe.yaml", "--fsdp.replicas", "2"], "fsdp.replicas is 2 on 1 processes; valid: a divisor of 1"),
     (["data", "prepare", "recipe.yaml", "--objective", "x"], "--objective is x; valid: sft | lm"),
+    (["convert", "recipe.yaml", "model"], "model exists already; give a new folder"),
+    (["convert", "recipe.yaml", "run"], "recipe.yaml is not a whole GGUF file: "),
     (["plot", "nowhere"], "nowhere/metrics.jsonl: No such file or directory"),
     (["plot", "model", "--colour"], "--colour is not an option of this command"),
 ]

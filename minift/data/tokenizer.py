@@ -90,6 +90,8 @@ class Tokenizer:
             )
             role_tokens = {role: role_tokens[role] or backend.role_tokens[role] for role in TOKEN_ROLES}
         else:
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is not a folder; valid: a Hugging Face model folder")
             raise ValueError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there.")
         return cls(backend, role_tokens, read_chat_templates(folder, config))
 
@@ -131,7 +133,11 @@ class _JsonBackend:
     """tokenizer.json."""
 
     def __init__(self, file: Path, config: dict, role_tokens: dict[str, str | None]) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        text = file.read_text(encoding="utf-8")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer that the package `tokenizers` can read: {error}") from error
         self.adds_bos = role_tokens["bos"] in self._tokenizer.encode("", add_special_tokens=True).tokens[:1]
         # The post-processor would trim offsets (byte-level BPE) or add tokens; truncation and padding are settings
         # somebody saved by accident. None of them belongs to the mapping from text to ids.
@@ -188,7 +194,10 @@ class _SentencePieceBackend:
                 f"{file.parent} has a SentencePiece model with legacy=false and no tokenizer.json; "
                 "write one first (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))."
             )
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file} is not a SentencePiece model: {error}") from error
         is_chatglm = config.get("tokenizer_class") == "ChatGLMTokenizer"
         self.adds_bos = config.get("add_bos_token", not is_chatglm)
         num_pieces = self._model.get_piece_size()
@@ -292,4 +301,12 @@ def _content(token: str | dict | None) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return content

@@ -64,12 +64,12 @@ def convert_gguf(path: str | Path, folder: str | Path, dtype: str = "bfloat16") 
     """Convert the GGUF file at `path` into a Hugging Face folder; `dtype` is float32, bfloat16 or float16.
 
     Raises ValueError for anything that could not be carried over faithfully: another architecture, tensors that are
-    missing or have no place in the model, an unknown RoPE scaling or pre-tokenizer.
+    missing or have no place in the model, an unknown RoPE scaling or pre-tokenizer, a file that is damaged.
     """
     if dtype not in TORCH_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; valid: {', '.join(TORCH_DTYPES)}.")
     folder = Path(folder)
-    reader = gguf.GGUFReader(path)
+    reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if name not in VOCABULARY_LISTS}
     if fields.get("split.count", 1) > 1:
         raise ValueError(f"{path} is one part of a split GGUF; join the parts first (llama-gguf-split --merge).")
@@ -102,6 +102,13 @@ def convert_gguf(path: str | Path, folder: str | Path, dtype: str = "bfloat16") 
     generation_config = {name: value for name, value in token_ids.items() if value is not None}
     (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
     log.info("%s: %d tensors of %s written to %s", path, len(names), fields["general.architecture"], folder)
+
+
+def _open(path: str | Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:  # a download that broke off, or a page that says why there is no file
+        raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
 
 
 def hf_name(name: str) -> str:

@@ -202,6 +202,16 @@ class TestFolder:
     def test_no_tokenizer(self, tmp_path):
         with pytest.raises(ValueError, match="neither tokenizer.json nor tokenizer.model"):
             Tokenizer.from_folder(tmp_path)
+        with pytest.raises(ValueError, match="nowhere is not a folder"):
+            Tokenizer.from_folder(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+    @pytest.mark.parametrize("text", ["", "[]", "version https://git-lfs.github.com/spec/v1\n"])
+    def test_damaged_files_are_named(self, tmp_path, name, text):
+        """Among them what git leaves in the place of a large file that was not fetched."""
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} is not a "):
+            Tokenizer.from_folder(tmp_path)
 
     def test_chat_templates(self, model_folder):
         assert Tokenizer.from_folder(model_folder()).chat_template is None

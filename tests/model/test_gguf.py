@@ -329,6 +329,13 @@ class TestRefusals:
     def test_split_file(self, refused):
         refused("one part of a split", change=lambda writer: writer.add_uint16("split.count", 2))
 
+    @pytest.mark.parametrize("size", [0, 3, 30, 1000, -1000])
+    def test_half_a_download(self, converted, tmp_path, size):
+        *_, whole = converted("llama")
+        (tmp_path / "part.gguf").write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"part\.gguf is not a whole GGUF file: "):
+            convert_gguf(tmp_path / "part.gguf", tmp_path / "hf")
+
     def test_dtype(self):
         with pytest.raises(ValueError, match="dtype is 'int8'"):
             convert_gguf("model.gguf", "folder", "int8")
