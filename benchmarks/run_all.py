@@ -83,11 +83,13 @@ BENCHMARKS = {
     "plan_time": Benchmark(quick="--ranks 1 --cases 1"),
     "plan_links": Benchmark(quick="--ranks 2 --gbit 1 --cases 1"),
     "scaling": Benchmark(quick="--most 8"),
+    "offload": Benchmark(quick="--tokens 64"),
     "host_time": Benchmark(quick="--rounds 3"),
     "ops_cuda": Benchmark(quick="--device cpu --rounds 3", needs_gpu=True),
     "step_cuda": Benchmark(
         runs=("", "--method qlora --peer none --recompute selective",
               "--method qlora --peer none --recompute full", "--method qlora --peer none --recompute offload",
+              "--recompute full --offload-frozen [13579]$ --peer peft",
               "--model llama-3.2-1b --method full --peer fully_shard",
               "--model llama-3.2-3b --method full --peer none"),
         quick="--device cpu --model smollm2-135m --tokens 16 --document-tokens 8 --steps 1 --peer none",

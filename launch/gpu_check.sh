@@ -153,6 +153,8 @@ step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --p
 step 60 'steps: 1B full, cheap ones recomputed' --model llama-3.2-1b --method full --peer fully_shard \
     --recompute selective
 step 40 'steps: 3B full' --model llama-3.2-3b --method full --peer none
+step 40 'steps: 8B LoRA, half of the weights on the host' --model llama-3.1-8b --method lora --peer none \
+    --recompute full --offload-frozen '[13579]$'
 
 for file in "benchmarks/results/${name}"_*; do
     if [ -e "$file" ]; then cp "$file" "$OUT/"; fi

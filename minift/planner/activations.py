@@ -200,10 +200,15 @@ class BlockActivations:
         return self.unit.recompute in ("full", "offload")
 
     @property
+    def sends_input_away(self) -> bool:
+        """Whether it waits for backward on the host of a GPU."""
+        return self.needs_dout and self.unit.recompute == "offload" and self.run.is_on_gpu
+
+    @property
     def keeps_input(self) -> bool:
         """Whether its input stays on the device until backward."""
         if self.runs_again:
-            return self.needs_dout and not (self.unit.recompute == "offload" and self.run.is_on_gpu)
+            return self.needs_dout and not self.sends_input_away
         return "x" in self.saved()
 
     def kept_bytes(self) -> int:

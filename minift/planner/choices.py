@@ -257,6 +257,20 @@ def _offload(candidate: Candidate) -> Candidate | None:
     return candidate.with_(f"--fsdp.offload true{names}", fsdp=replace(policy, offload=True, offload_frozen=()))
 
 
+def _offload_frozen(pattern: str) -> Change:
+    """On a CPU it frees nothing, so it never helps there."""
+
+    def change(candidate: Candidate) -> Candidate | None:
+        policy = candidate.setup.fsdp
+        if candidate.setup.adapter is None or policy.offload or policy.offload_frozen:
+            return None
+        return candidate.with_(
+            f"--fsdp.offload_frozen '[\"{pattern}\"]'", fsdp=replace(policy, offload_frozen=(pattern,))
+        )
+
+    return change
+
+
 _EXACT: dict[str, tuple[Change, ...]] = {  # what is changed -> how
     "recompute": (_recompute("selective"), _recompute("full"), _recompute("offload")),
     "tokens": (_fewer_tokens(2), _fewer_tokens(4), _fewer_tokens(16)),
@@ -264,11 +278,12 @@ _EXACT: dict[str, tuple[Change, ...]] = {  # what is changed -> how
     "update": (_update_in_backward,),
     "moments": (_paged_moments,),
     "masters": (_offload,),
+    "frozen weights": (_offload_frozen("[13579]$"), _offload_frozen("layers")),
 }
 _ROUNDING: dict[str, tuple[Change, ...]] = {
     "moments": (_8bit_moments, _paged_moments),
     "masters": (_bf16_masters, _offload),
-    "weights": (_4bit_weights,),
+    "frozen weights": (_4bit_weights,),
 }
 
 

@@ -20,14 +20,14 @@ A step adds activations (`activations.py`, `block_peaks.py`) and the head of the
 `_moments`.
 
 Ranks that share memory (`fsdp/shared_memory.py`) have gathered buffers and resident weights once per host: a rank
-counts for 1/N of them. What lies on the host of a GPU (offloaded shards, paged moments), or on a CPU in a file (paged
-moments), is apart: `host`. Not counted: CUDA's context (0.5 GB) and what its allocator keeps for later, of a CPU's
-products in 16 bits oneDNN's scratch memory (0.1 to 2 MB a thread) and what is prepared for them (`heap.py`: 40 MB, and
-20 MB for every further thread that multiplies), the interpreter, the data set.
+counts for 1/N of them. What lies on the host of a GPU (offloaded shards and inputs of blocks, paged moments), or on a
+CPU in a file (paged moments), is apart: `host`. Not counted: CUDA's context (0.5 GB) and what its allocator keeps for
+later, of a CPU's products in 16 bits oneDNN's scratch memory (0.1 to 2 MB a thread) and what is prepared for them
+(`heap.py`: 40 MB, and 20 MB for every further thread that multiplies), the interpreter, the data set.
 
 Checked against every byte that PyTorch hands out in a step, on a CPU: tests/planner/test_memory.py draws two dozen
-configurations in each run. On CUDA nothing of this has been measured; there, operations that csrc has no kernel for
-need fp32 temporaries that are not in here.
+configurations in each run. On an H100 peaks were 0.1 to 0.9 % above the plan (benchmarks/results/NOTES.md); there,
+operations that csrc has no kernel for need fp32 temporaries that are not in here.
 """
 
 from __future__ import annotations
@@ -89,7 +89,13 @@ class MemoryPlan:
 
 def plan_memory(run: RunShape) -> MemoryPlan:
     persistent, host = persistent_bytes(run)
-    return MemoryPlan(persistent, tuple(_moments(run)), host)
+    inputs = sum(_pinned_bytes(block.hidden) for block in block_activations(run) if block.sends_input_away)
+    return MemoryPlan(persistent, tuple(_moments(run)), host | ({"activations": inputs} if inputs else {}))
+
+
+def _pinned_bytes(num_bytes: int) -> int:
+    """What PyTorch takes of host memory for a tensor that a GPU reads there: a power of two."""
+    return 1 << (num_bytes - 1).bit_length()
 
 
 # Between steps #

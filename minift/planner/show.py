@@ -45,10 +45,14 @@ def plan_text(plan: Plan) -> str:
     rows.append(("all of it", show_bytes(memory.persistent_bytes), show_bytes(memory.peak_bytes)))
     text = [describe_run(plan), "", _columns(rows), "", fit_text(plan)]
     if memory.host:
-        where = "host memory" if plan.machine.is_gpu else "a file"
         parts = ", ".join(f"{name} {show_bytes(size)}" for name, size in memory.host.items() if size)
-        text.append(f"in {where}: {parts}")
+        text.append(f"in {_elsewhere(plan)}: {parts}")
     return "\n".join([*text, time_text(plan)])
+
+
+def _elsewhere(plan: Plan) -> str:
+    """Where `MemoryPlan.host` lies."""
+    return "host memory" if plan.machine.is_gpu else "a file"
 
 
 def describe_run(plan: Plan) -> str:
@@ -93,8 +97,10 @@ def change_text(plan: Plan | None) -> str:
     if plan is None:
         return "no change that minift knows makes it fit; more ranks, or another device"
     seconds = "" if plan.timed is None else f", step {plan.timed.seconds:.3g} s"
+    host_bytes = sum(plan.memory.host.values())
+    host = f" and {show_bytes(host_bytes)} in {_elsewhere(plan)}" if host_bytes else ""
     changes = " ".join(plan.candidate.changes)
-    return f"smallest change that fits: {changes}   ({show_bytes(plan.memory.peak_bytes)}{seconds})"
+    return f"smallest change that fits: {changes}   ({show_bytes(plan.memory.peak_bytes)}{host}{seconds})"
 
 
 def search_text(plans: Sequence[Plan], most: int = 5) -> str:

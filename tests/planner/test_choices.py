@@ -16,6 +16,7 @@ from minift.planner.catalog import model_shape
 from minift.planner.choices import Candidate, alternatives, smallest_changes, split
 from minift.planner.plan import Machine, Planner, workload_of
 from minift.planner.shapes import Workload
+from minift.planner.show import change_text
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 FULL, LORA, QLORA = (RECIPES / f"sft_{name}.yaml" for name in ("full", "lora", "qlora"))
@@ -97,6 +98,16 @@ def test_the_smallest_change_fits_and_nothing_smaller_does() -> None:
     assert found.fits and len(found.candidate.changes) == 1
     single = [planner.plan(c) for c in every_change(asked) if len(c.changes) == 1]
     assert found.timed.seconds == min(plan.timed.seconds for plan in single if plan.fits and plan.timed)
+
+
+def test_frozen_weights_may_wait_in_host_memory_where_nothing_else_helps() -> None:
+    """LoRA on 70 billion weights in 16 bits, 141 GB, on one GPU of 85: only they can be elsewhere."""
+    asked = asked_for(LORA, ("--recompute.policy", "full"), 1)
+    planner = Planner(model_shape("llama-3.1-70b"), Machine.of_gpus("h100", 1, "nvlink"))
+    found = planner.smallest_change(asked)
+    assert found.fits and found.candidate.changes == ("--fsdp.offload_frozen '[\"layers\"]'",)
+    assert sum(found.memory.host.values()) == pytest.approx(80 * 2 * 856e6, rel=1e-3)
+    assert "127.50 GiB in host memory" in change_text(found)
 
 
 def test_the_search_begins_with_the_fastest() -> None:

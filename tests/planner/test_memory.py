@@ -277,5 +277,7 @@ def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
     half = plan_of(LLAMA_8B, replace(lora, fsdp=ShardPolicy(offload_frozen=("[13579]$",))), work_of(64))
     projections = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336  # and two norms; in bf16, of 16 of 32 blocks
     assert half.host == {"weights": 16 * 2 * (projections + 2 * 4096), "quantization scales": 0}
+    away = plan_of(LLAMA_8B, replace(lora, recompute=RecomputeConfig("offload")), work_of(100))
+    assert away.host == {"activations": 32 * 2**20}  # 100 · 4096 · 2 bytes of each block, pinned
     all_of_them = plan_of(LLAMA_8B, lora, work_of(64)).persistent["weights"]
     assert half.persistent["weights"] + half.host["weights"] == all_of_them
