@@ -38,8 +38,9 @@ from minift.dist.process import World
 from minift.model.config import ModelConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import MODELS, gpu
+from minift.planner.describe import describe
 from minift.planner.op import Op
-from minift.planner.shapes import RunShape, Workload, describe
+from minift.planner.shapes import RunShape, Workload
 from minift.planner.trial import Trial, TrialSetup
 from minift.planner.work import count
 from minift.quant.linear import QuantConfig

@@ -27,9 +27,10 @@ from minift.fsdp import ShardPolicy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import model_shape
+from minift.planner.describe import describe
 from minift.planner.memory import plan_memory
 from minift.planner.plan import Machine
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import TrialSetup
 from minift.quant.linear import QuantConfig

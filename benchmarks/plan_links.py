@@ -30,9 +30,9 @@ from slow_network import SlowNetwork
 from minift.dist.process import World
 from minift.fsdp.transport import PairedSends, Transport
 from minift.planner.calibrate import Calibrator, LinkCalibrator
+from minift.planner.describe import describe
 from minift.planner.device import Device
 from minift.planner.network import Network
-from minift.planner.shapes import describe
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial
 

@@ -22,9 +22,9 @@ from results import finish, parse
 
 from minift.dist.process import World
 from minift.planner.calibrate import Calibrator
+from minift.planner.describe import describe
 from minift.planner.device import Device
 from minift.planner.network import Network
-from minift.planner.shapes import describe
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial
 

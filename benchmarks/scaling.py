@@ -29,10 +29,11 @@ from results import Result, finish, parse
 from minift.fsdp import ShardPolicy
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import gpu, model_shape, network
+from minift.planner.describe import describe
 from minift.planner.memory import plan_memory
 from minift.planner.network import Network, Protocol
 from minift.planner.plan import Machine
-from minift.planner.shapes import RunShape, Workload, describe
+from minift.planner.shapes import RunShape, Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import TrialSetup
 from minift.quant.linear import QuantConfig

@@ -54,8 +54,9 @@ from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import MODELS, gpu, model_shape, network
+from minift.planner.describe import describe
 from minift.planner.memory import plan_memory
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial, TrialSetup
 from minift.quant.linear import QuantConfig

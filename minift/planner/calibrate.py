@@ -33,11 +33,12 @@ from minift.fsdp.transport import Buffer, PairedSends
 from minift.model.config import ModelConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.calibration import Calibration, describe_machine
+from minift.planner.describe import describe
 from minift.planner.device import Deviation, Device, Rate
 from minift.planner.network import Network, Protocol
 from minift.planner.op import Op
 from minift.planner.samples import samples
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.trial import Trial, TrialSetup
 from minift.planner.work import StepWork, count
 from minift.quant.linear import QuantConfig

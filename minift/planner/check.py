@@ -29,12 +29,13 @@ from minift.fsdp import ShardedModel
 from minift.fsdp.bucket import Bucket
 from minift.optim.adamw import AdamW
 from minift.planner.calibration import find_calibration
+from minift.planner.describe import describe
 from minift.planner.device import Device, Rate
 from minift.planner.memory import PERSISTENT, MemoryPlan, plan_memory
 from minift.planner.meter import TensorMeter
 from minift.planner.network import Network
 from minift.planner.network import Protocol as NetworkProtocol
-from minift.planner.shapes import Link, RunShape, Setup, Workload, describe
+from minift.planner.shapes import Link, RunShape, Setup, Workload
 from minift.planner.timing import time_step
 from minift.quant.weights import QuantWeights
 from minift.report import PlanResult

@@ -20,10 +20,11 @@ from minift.model.config import ModelConfig
 from minift.planner.calibration import find_calibration
 from minift.planner.catalog import CONTEXT_BYTES, USABLE, gpu, network, this_machine_bytes
 from minift.planner.choices import Candidate, alternatives, smallest_changes
+from minift.planner.describe import describe
 from minift.planner.device import Device
 from minift.planner.memory import MemoryPlan, plan_memory
 from minift.planner.network import Network
-from minift.planner.shapes import Link, RunShape, Workload, describe
+from minift.planner.shapes import Link, RunShape, Workload
 from minift.planner.timing import Timed, time_step
 from minift.quant.weights import QuantWeights
 

@@ -22,7 +22,8 @@ from minift.fsdp.transport import Buffer, PairedSends, Transport, _StagedBuffer
 from minift.model.config import ModelConfig
 from minift.objectives.sft import SupervisedTokens
 from minift.optim.adamw import AdamW
-from minift.planner.shapes import RunShape, Workload, describe
+from minift.planner.describe import describe
+from minift.planner.shapes import RunShape, Workload
 from minift.planner.trial import TrialSetup as Setup
 from minift.recompute import apply_recompute
 from minift.step import train_step

@@ -24,11 +24,12 @@ from minift.peft.prompt import PromptConfig
 from minift.planner import calibrate
 from minift.planner.calibrate import Calibrator, fit_line, fit_rates
 from minift.planner.calibration import Calibration, calibration_path
+from minift.planner.describe import describe
 from minift.planner.device import Device, Rate
 from minift.planner.network import Network, Protocol
 from minift.planner.op import Op
 from minift.planner.samples import samples
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig

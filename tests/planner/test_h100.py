@@ -16,7 +16,8 @@ import pytest
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import gpu, model_shape, network
-from minift.planner.shapes import Workload, describe
+from minift.planner.describe import describe
+from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import TrialSetup
 from minift.quant.linear import QuantConfig

@@ -20,8 +20,9 @@ from minift.peft.lora import LoraConfig
 from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 from minift.planner.activations import RANDOM_STATE_BYTES
+from minift.planner.describe import describe
 from minift.planner.memory import PERSISTENT, TRANSIENT, MemoryPlan, plan_memory
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig

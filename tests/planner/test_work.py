@@ -22,10 +22,11 @@ from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
 from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
+from minift.planner.describe import describe
 from minift.planner.device import Device, Rate
 from minift.planner.network import Network, Protocol
 from minift.planner.op import ITEMSIZE, PRODUCTS, total_bytes, total_flops, visible_pairs
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial
 from minift.planner.work import count

@@ -13,9 +13,10 @@ from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import model_shape
 from minift.planner.check import held_bytes
+from minift.planner.describe import describe
 from minift.planner.memory import plan_memory
 from minift.planner.meter import TensorMeter
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.trial import TrialSetup
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig

@@ -19,9 +19,10 @@ from minift.model.config import ModelConfig
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
 from minift.planner.catalog import MODELS
+from minift.planner.describe import describe
 from minift.planner.device import Device, Rate
 from minift.planner.network import Network
-from minift.planner.shapes import Workload, describe
+from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import TrialSetup
 from minift.recompute import RecomputeConfig

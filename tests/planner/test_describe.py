@@ -18,7 +18,8 @@ from minift.fsdp.transport import PairedSends, Transport
 from minift.model.config import ModelConfig
 from minift.peft.lora import LoraConfig
 from minift.peft.lora_ga import LoraGaConfig
-from minift.planner.shapes import RunShape, Workload, describe
+from minift.planner.describe import describe
+from minift.planner.shapes import RunShape, Workload
 from minift.planner.trial import TrialSetup as Setup
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
