@@ -34,7 +34,7 @@ from minift.planner.timing import time_step
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
-from tests.planner.test_shapes import TINY, Setup
+from tests.planner.test_describe import TINY, Setup
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

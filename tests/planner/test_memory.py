@@ -27,7 +27,7 @@ from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from tests.planner.measured import Case, Measured, Setup, measure
-from tests.planner.test_shapes import LLAMA_8B, LLAMA_70B
+from tests.planner.test_describe import LLAMA_8B, LLAMA_70B
 from tests.ranks import run_ranks
 
 # Against what a step takes #

@@ -33,7 +33,7 @@ from minift.planner.work import count
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
-from tests.planner.test_shapes import LLAMA_8B, TINY, Setup
+from tests.planner.test_describe import LLAMA_8B, TINY, Setup
 from tests.ranks import run_ranks
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo", group=None)
