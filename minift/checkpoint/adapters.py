@@ -30,7 +30,7 @@ from minift.model.linear import Linear
 from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import adapters, from_file, frozen_projections, inject, stored_parameters, to_file
 from minift.peft.methods import METHODS
-from minift.peft.patterns import ALL_LINEAR
+from minift.peft.patterns import ALL_LINEAR, matches
 from minift.peft.resident import Residents
 
 CONFIG_FILE = "adapter_config.json"
@@ -51,8 +51,9 @@ def save_adapter(
     dtype and device. dtype, max_shard_bytes: see `adapter_files`; PEFT reads any dtype, and one file only.
 
     `base_model` is recorded as the name or path by which PEFT finds the base, `fingerprint` to know it by; of `model`,
-    its sizes, by methods whose files tell them. ValueError if `tensors` is empty or incomplete, or has a non-finite
-    value; OSError if what was read back is not what was written.
+    its sizes, by methods whose files tell them, and full names where PEFT would take short ones for others, too.
+    ValueError if `tensors` is empty or incomplete, or has a non-finite value; OSError if what was read back is not what
+    was written.
     """
     on_cpu = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
     stored = config.to_stored(on_cpu)
@@ -60,7 +61,7 @@ def save_adapter(
         check_values(key, tensor)
     fields = config.to_peft() | {"base_model_name_or_path": base_model}
     if model is not None:
-        fields |= config.base_fields(model)
+        fields |= config.base_fields(model) | _saved_whole(config, model)
     targets = fields.get("target_modules")
     if targets == ALL_LINEAR:
         # Spelled out, as PEFT does: readers other than PEFT want a list.
@@ -168,6 +169,15 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
         name: to_file(model, name, parameter.detach().float(), partial(_base_weight, model))
         for name, parameter in stored_parameters(model).items()
     }
+
+
+def _saved_whole(config: AdapterConfig, model: nn.Module) -> dict[str, list[str]]:
+    """`modules_to_save`, by full names if one is ambiguous: for PEFT "norm" is all that ends so, "input_layernorm",
+    too."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    meant = [name for name in names if matches(name, config.modules_to_save)]
+    taken = [name for name in names if name.endswith(tuple(config.modules_to_save))]
+    return {} if taken == meant else {"modules_to_save": meant}
 
 
 def _base_weight(model: nn.Module, name: str) -> Tensor:

@@ -42,6 +42,8 @@ CONFIGS = {
 }  # fmt: skip
 # In transformers' model this also matches an activation function and the MLP's own name, which PEFT cannot wrap.
 BROAD_REGEX = LoraConfig(r=3, targets=r"model\.layers\.\d\.mlp.*")
+# PEFT takes "norm" for every norm.
+LAST_NORM = LoraConfig(r=2, targets=["q_proj"], modules_to_save=["norm"])
 
 
 def hf_llama() -> LlamaForCausalLM:
@@ -96,10 +98,12 @@ def saved(tmp_path):
     return tmp_path / "adapter", {name: tuple(t.shape) for name, t in tensors_of(model).items()}
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), BROAD_REGEX], ids=[*CONFIGS, "broad regex"])
+@pytest.mark.parametrize(
+    "config", [*CONFIGS.values(), BROAD_REGEX, LAST_NORM], ids=[*CONFIGS, "broad regex", "last norm"]
+)
 def test_peft_loads_what_minift_wrote(tmp_path, config):
     model = adapted_model(config)
-    save_adapter(tmp_path / "adapter", config, tensors_of(model))
+    save_adapter(tmp_path / "adapter", config, tensors_of(model), model=model)
     theirs = peft.PeftModel.from_pretrained(hf_llama(), tmp_path / "adapter")
     assert_close_logits(logits_of(model), logits_of(theirs))
     own = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
