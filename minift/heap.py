@@ -8,9 +8,9 @@ What a process holds at its peak is the same.
 oneDNN, which multiplies 16-bit matrices for PyTorch, prepares a product for its very shape (code and descriptions, 0.3
 MiB) and keeps the last 1024 of them; PyTorch keeps as many descriptions for every thread that multiplies, 0.3 MiB each.
 Packed batches have ever new lengths, with 10 to 19 shapes each, by method. A process of the quickstart grew from 0.7 to
-1.6 GiB in its 160 steps, a quarter of it holes that freed activations left between what was kept, and these grew on when
-the caches were full; now it stays below 0.9. All blocks of a step ask for the same shapes, so 64 products do. Those of a
-length that comes again later are prepared again, in 5 ms of a step's 900.
+1.6 GiB in its 160 steps, a quarter of it holes that freed activations left between what was kept, and holes grew on
+when the caches were full; now it stays below 0.9. All blocks of a step ask for the same shapes, so 64 products do.
+Those of a length that comes again later are prepared again, in 5 ms of a step's 900.
 """
 
 from __future__ import annotations
