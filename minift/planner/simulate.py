@@ -226,7 +226,7 @@ class Engine:
         """Pages come and go through two buffers, one shard after the other: `optim.memory.PinnedHost`. The host says
         when they come, which is far ahead. What is stored last is not waited for."""
         pages_s = unit.costs.pages_s
-        if not pages_s:
+        if not any(pages_s):
             self.now += unit.costs.update_s
             return
         self.page_loaded_at = max(self.page_loaded_at, self.page_stored_at)

@@ -5,6 +5,8 @@ Oracles: what a recorder writes down in real steps of the engine on 1 to 3 gloo 
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 
@@ -17,7 +19,7 @@ from minift.fsdp import ShardPolicy
 from minift.fsdp.unit import Keep, Unit
 from minift.optim.shard import FlatShard
 from minift.planner.costs import Collective, Schedule, SimUnit
-from minift.planner.simulate import simulate
+from minift.planner.simulate import Simulated, simulate
 from minift.recompute import RecomputeConfig
 from minift.trace import Recorder, Trace
 from tests.fsdp.trees import BF16, FP32, FROZEN, Case, policies, run_microbatches, sharded
@@ -241,6 +243,39 @@ def test_a_step_takes_at_least_its_computation_and_its_communication(step) -> No
     assert all(span.start_s <= span.stop_s <= simulated.seconds for span in simulated.trace.spans)
     waits = sum(span.stop_s - span.start_s for span in simulated.trace.spans if span.kind == "wait")
     assert simulated.exposed_s <= waits + 1e-9
+
+
+def over_a_bus(step: tuple[list[SimUnit], Schedule], draw: Callable[[], float], slower: int = 1) -> list[SimUnit]:
+    """The units of `step` with a part of everything in host memory, so many times as slow to reach."""
+    units = []
+    for unit in step[0]:
+        gather = unit.gather and replace(unit.gather, bus_s=slower * draw())
+        is_block = unit.name != ""
+        pages_s = tuple(slower * draw() for _ in range(int(draw())))
+        units.append(replace(unit, gather=gather, bus_s=slower * draw() * is_block, pages_s=pages_s))
+    return units
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps(), st.integers(0, 2**31), st.sampled_from([1, 2, 4]))
+def test_a_slower_bus_never_makes_a_step_faster(step, seed: int, slower: int) -> None:
+    """What crosses it takes its time, and a step no less than that, each way: gathers, inputs back, pages in."""
+    schedule = replace(step[1], has_lanes=True)
+
+    def simulated(slower: int) -> tuple[list[SimUnit], Simulated]:
+        numbers = random.Random(seed)
+        units = over_a_bus(step, lambda: numbers.randrange(4 * 64) / 64, slower)
+        return units, simulate(units, schedule)
+
+    (_, free), (_, fast), (units, slow) = simulated(0), simulated(1), simulated(slower)
+    assert free.seconds <= fast.seconds <= slow.seconds <= slower * fast.seconds
+    assert max(compute_s(units, schedule), free.seconds) <= slow.seconds
+    gathered = [span.name for span in slow.trace.spans if span.kind == "all-gather"]
+    gathers_s = sum(unit.gather.bus_s * gathered.count(unit.name) for unit in units if unit.gather)
+    inputs_s = schedule.microbatches * sum(unit.bus_s for unit in units)
+    pages_s = sum(sum(unit.pages_s) for unit in units)
+    ahead_s = sum(pages_s for unit in units for pages_s in unit.pages_s[:2])  # which may come while others go
+    assert slow.seconds >= max(gathers_s, inputs_s, pages_s - ahead_s)
 
 
 def test_prefetching_hides_what_fits_beneath_computation() -> None:
