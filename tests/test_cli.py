@@ -39,6 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 MISTAKES = [
     (["train", "recipe.yml"], "recipe recipe.yml does not exist; nearest: recipe.yaml"),
+    (["train", "model"], "recipe model is a folder"),
     (["train", "recipe.yaml", "--optim.rl", "1"], "--optim.rl is not a field; did you mean optim.lr?"),
     (["train", "recipe.yaml", "--data.train", "[gone.jsonl]"], "data.train names gone.jsonl, which does not exist"),
     (["train", "--optim.lr", "1", "recipe.yaml"], "--optim.lr is not an option of this command; the recipe comes"),

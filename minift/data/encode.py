@@ -31,7 +31,7 @@ def encode(item: Conversation | Document, tokenizer: Tokenizer, template: ChatTe
     elif template is None:
         raise ValueError(
             f"{item.source}: a conversation needs a chat template and the tokenizer has none; "
-            "valid for data.template: chatml, llama2, llama3, chatglm3, alpaca"
+            "valid for data.template (of a recipe; elsewhere --template): chatml, llama2, llama3, chatglm3, alpaca"
         )
     else:
         try:

@@ -54,7 +54,8 @@ def read_yaml(path: str | Path) -> Node:
     if not path.is_file():
         found = {str(recipe.name): recipe for recipe in sorted(path.parent.glob("*.y*ml"))}
         near = [str(found[name]) for name in difflib.get_close_matches(path.name, found, n=3)]
-        raise FileNotFoundError(f"recipe {path} does not exist" + (f"; nearest: {', '.join(near)}" if near else ""))
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"recipe {path} {state}" + (f"; nearest: {', '.join(near)}" if near else ""))
     try:
         text = path.read_text(encoding="utf-8")
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
