@@ -42,6 +42,7 @@ from minift.grad_slot import GradSlot, lay_slot, slot_of
 from minift.ops.blockwise import BLOCK
 from minift.ops.halves import read_weights, write_weights_
 from minift.optim.shard import FlatShard
+from minift.pinned import pinned_zeros
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Bucket:
                 return self.layout.chunk(self._full, self.world.rank).zero_()
         self.hide()
         if self.offload:
-            return _host_zeros(numel, dtype, self.world.device)
+            return host_zeros(numel, dtype, self.world.device)
         return torch.zeros(numel, dtype=dtype, device=self.world.device)
 
     @property
@@ -214,7 +215,7 @@ class Bucket:
             self._slots = [GradSlot(view) for view in self.layout.views(self._full_grad)]
             self._set_grad(self.layout.chunk(self._full_grad, self.world.rank))
         elif self.offload:
-            self._set_grad(_host_zeros(numel, torch.float32, self.world.device))
+            self._set_grad(host_zeros(numel, torch.float32, self.world.device))
         else:
             make = torch.zeros if self._grads_stay else torch.empty  # the first reduction overwrites all of it
             self._set_grad(make(numel, dtype=torch.float32, device=self.world.device))
@@ -325,10 +326,6 @@ def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
     return torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(shape)
 
 
-def _host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(numel, dtype=dtype, device=host_of(device), pin_memory=device.type == "cuda")
-
-
-def host_of(device: torch.device) -> torch.device:
-    """Where offloaded tensors of `device` lie. The meta device, on which models are planned, is its own host."""
-    return device if device.type == "meta" else torch.device("cpu")
+def host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1-D, where offloaded tensors of `device` lie. The meta device, on which models are planned, is its own host."""
+    return pinned_zeros(numel, dtype) if device.type == "cuda" else torch.zeros(numel, dtype=dtype, device=device)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minift.dist.mesh import make_mesh
 from minift.dist.process import World
 from minift.fsdp.assign import Group, assign_parameters
-from minift.fsdp.bucket import Bucket, Dtypes, host_of
+from minift.fsdp.bucket import Bucket, Dtypes, host_zeros
 from minift.fsdp.hooks import Hooks
 from minift.fsdp.policy import ShardPolicy
 from minift.fsdp.shared_memory import SharedMemory
@@ -335,11 +335,12 @@ class ShardedModel:
         self._scratch = torch.empty(0)
         if self.policy.step_in_backward:
             numel = max((sum(b.layout.shard_numel for b in block if b.trainable) for block in blocks), default=0)
-            device = host_of(self.world.device) if self.policy.offload else self.world.device
-            is_pinned = self.policy.offload and self.world.device.type == "cuda"
-            self._scratch = torch.empty(
-                REDUCTIONS_IN_FLIGHT, numel, dtype=torch.float32, device=device, pin_memory=is_pinned
-            )
+            scratch_numel, device = REDUCTIONS_IN_FLIGHT * numel, self.world.device
+            if self.policy.offload:
+                scratch = host_zeros(scratch_numel, torch.float32, device)
+            else:
+                scratch = torch.empty(scratch_numel, dtype=torch.float32, device=device)
+            self._scratch = scratch.view(REDUCTIONS_IN_FLIGHT, numel)
         for block in [*blocks, root]:
             for bucket in (b for b in block if b.trainable):
                 takes_turns = self.policy.step_in_backward and block is not root

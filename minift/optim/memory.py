@@ -25,6 +25,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minift.pinned import pinned_zeros
+
 _PIECE_ELEMENTS = 1 << 22  # two buffers of 32 MiB with fp32 moments; a multiple of every block
 
 PAGED_BUFFER_BYTES = 2 * 8 * _PIECE_ELEMENTS
@@ -111,7 +113,7 @@ class PinnedHost:
         self._in.wait_stream(torch.cuda.current_stream(device))  # whose the buffers' memory was before
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, pin_memory=True)
+        return pinned_zeros(numel, dtype)
 
     def lend(self, pieces: Sequence[tuple[Tensor, ...]], work: Work) -> None:
         compute = torch.cuda.current_stream(self._device)

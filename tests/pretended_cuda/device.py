@@ -140,6 +140,10 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
 
+def host_zeros(numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(numel, dtype=dtype, pin_memory=True)
+
+
 @contextmanager
 def pretended_cuda() -> Iterator[Waits]:
     """Inside, tensors on cuda:0 can be made, in a process that believes in it. A tensor's address is that of what
@@ -155,6 +159,8 @@ def pretended_cuda() -> Iterator[Waits]:
         mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata, create=True),
         mock.patch.object(fake_tensor.FakeTensor, "data_ptr", address, create=True),
         mock.patch("minift.model.low_rank.draw_seed", lambda: 7),
+        mock.patch("minift.fsdp.bucket.pinned_zeros", host_zeros),
+        mock.patch("minift.optim.memory.pinned_zeros", host_zeros),
         mock.patch("minift.optim.moments.dynamic_map", {signed: dynamic_map(signed) for signed in (True, False)}.get),
         fake_tensor.FakeTensorMode(allow_non_fake_inputs=True),
         Waits() as waits,
