@@ -14,7 +14,7 @@ import os
 import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 
@@ -40,6 +40,14 @@ usage: minift train RECIPE [--section.field VALUE ...]
 RECIPE is a YAML file with the fields below. The command line wins over the recipe, the recipe over the default.
 Values are YAML: --optim.lr 2e-4, --data.train '[a.jsonl, b.jsonl]', --adapter null, --adapter '{}' (all its defaults).
 """
+
+
+HOW = (
+    "device", "fsdp", "recompute", "optim.paged", "loop.microbatch_tokens", "loop.validate_every_steps",
+    "loop.checkpoint_every_steps", "loop.keep_checkpoints", "loop.checkpoint_staging_mib", "loop.timeline_step",
+)  # fmt: skip
+"""Fields, and sections, that decide how a run is computed and what is kept of it, and of what comes out only the order
+of sums (microbatch_tokens: and what dropout draws). A run may go on with others: in less memory, on other devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,29 +168,52 @@ class RunConfig:
 
     def save(self) -> None:
         """Write run_dir/config.yaml, whole or not at all."""
-        path = Path(self.run_dir) / "config.yaml"
+        path = self._saved_path
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(f"# minift train {path}\n{self.to_yaml()}", encoding="utf-8")
         os.replace(unfinished, path)
 
+    @property
+    def _saved_path(self) -> Path:
+        return Path(self.run_dir) / "config.yaml"
+
+    def changes(self) -> list[str]:
+        """What is not as it is in run_dir/config.yaml, a sentence each; none if there is no such file."""
+        if not self._saved_path.is_file():
+            return []
+        return [_told(change) for change in self._changes()]
+
+    def _changes(self) -> list[tuple[str, Any, Any]]:
+        """(key, value there, value here). ValueError if this version cannot read what is there."""
+        there = replace(RunConfig.from_recipe(self._saved_path), run_dir=self.run_dir)
+        return differences(there, self)
+
     def _other_run(self) -> list[str]:
         """A sentence if run_dir holds a run that this config would not continue."""
-        run_dir, recipe = Path(self.run_dir), Path(self.run_dir) / "config.yaml"
+        run_dir = Path(self.run_dir)
         if run_dir.exists() and not run_dir.is_dir():
             return [f"run_dir is {run_dir}, which is a file; valid: a folder, new or of the same run"]
         if not _was_trained(run_dir):
             return []  # the first try failed before its first step: nothing can be lost, and the recipe may change
-        if not recipe.is_file():
+        if not self._saved_path.is_file():
             return [f"run_dir is {run_dir}, which holds results but no config.yaml; give another --run_dir"]
         try:
-            there = replace(RunConfig.from_recipe(recipe), run_dir=self.run_dir)
+            changes = [_told(change) for change in self._changes() if not _is_how(change[0])]
         except ValueError as error:
             return [f"run_dir is {run_dir}, whose run this version cannot continue ({error}); give another --run_dir"]
-        changes = [f"{key} is {show(here)} now and {show(old)} there" for key, old, here in differences(there, self)]
         if not changes:
             return []
         return [f"run_dir is {run_dir}, which holds another run: {'; '.join(changes)}. Give another --run_dir"]
+
+
+def _told(change: tuple[str, Any, Any]) -> str:
+    key, there, here = change
+    return f"{key} is {show(here)} now and {show(there)} there"
+
+
+def _is_how(key: str) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in HOW)
 
 
 def _was_trained(run_dir: Path) -> bool:

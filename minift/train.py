@@ -79,6 +79,8 @@ class Settings(Protocol):
     loop: TrainConfig
     device: str
 
+    def changes(self) -> list[str]: ...
+
     def save(self) -> None: ...
 
 
@@ -106,7 +108,9 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.recorder = Recorder(world.rank, world.device)
         self.adapter = None if config.adapter is None else config.adapter.for_base(config.model.path)
+        self.changes: list[str] = []  # since the run was last here; `check_files` has seen them
         if world.is_main:
+            self.changes = config.changes()
             config.save()
 
         with self.phase("data"):
@@ -240,6 +244,8 @@ class Run:
             metrics = JsonlWriter(self.run_dir / "metrics.jsonl", self.step or -1) if world.is_main else None
             if self.step:
                 self.progress.say(f"continuing after step {self.step}")
+                for change in self.changes:
+                    self.progress.say(change.replace(" there", " before"))
             if self.step == 0:
                 self.validate(metrics)
             for microbatches, loader_state in self.loader:

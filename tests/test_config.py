@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.config import RunConfig, help_text
+from minift.config import HOW, RunConfig, help_text
 from minift.optim.config import OptimConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.lora import LoraConfig
@@ -144,6 +144,15 @@ def test_a_run_folder_is_continued_by_its_own_recipe_only(recipe, tmp_path):
     other.check_files()  # nor now
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     config.check_files()
+    assert config.changes() == []
+    cheaper = RunConfig.from_recipe(
+        recipe, ["--fsdp.strategy", "zero2", "--recompute.policy", "full", "--loop.keep_checkpoints", "3"]
+    )
+    cheaper.check_files()
+    assert cheaper.changes() == [
+        "fsdp.strategy is zero2 now and zero3 there", "recompute.policy is full now and none there",
+        "loop.keep_checkpoints is 3 now and 2 there",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=r"another run: adapter is .* now and null there; optim.lr is 1e-05 now"):
         other.check_files()
     replace(other, run_dir=str(tmp_path / "elsewhere")).check_files()
@@ -157,6 +166,11 @@ def test_a_run_folder_is_continued_by_its_own_recipe_only(recipe, tmp_path):
         config.check_files()
     with pytest.raises(ValueError, match="which is a file"):
         replace(config, run_dir=str(recipe)).check_files()
+
+
+def test_what_decides_how_are_fields():
+    keys = {entry.key for entry in walk(RunConfig)}
+    assert set(HOW) <= keys
 
 
 def test_every_field_has_documentation_and_is_in_the_help():

@@ -24,6 +24,7 @@ from minift.config import RunConfig
 from minift.data.config import DataConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
+from minift.fsdp import ShardPolicy
 from minift.inference import answer, load_assistant, measure_loss
 from minift.loop import TrainConfig
 from minift.metrics import read_metrics
@@ -34,6 +35,7 @@ from minift.peft.prefix import PrefixConfig
 from minift.peft.prompt import PromptConfig
 from minift.peft.virtual_tokens import VirtualTokensConfig
 from minift.precision import Precision
+from minift.recompute import RecomputeConfig
 from minift.train import NonFiniteError, Run, train
 from tests.checkpoint.kills import killed_before
 from tests.ranks import run_ranks
@@ -148,6 +150,27 @@ def test_resume_on_another_world_size(inputs: Path, tmp_path: Path) -> None:
     run_ranks(1, run, config_for(inputs, tmp_path / "straight"))
     run_ranks(2, run, config_for(inputs, tmp_path / "stopped"), 3)
     run_ranks(3, run, config_for(inputs, tmp_path / "stopped"))
+    for ours, theirs in zip(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def run_and_tell(world: World, config: RunConfig) -> list[str]:
+    """What was changed, according to this rank."""
+    this = Run(config, world, StopRequest())
+    this.go()
+    return this.changes
+
+
+def test_resume_in_another_way_to_compute_the_same(inputs: Path, tmp_path: Path) -> None:
+    run_ranks(1, run, config_for(inputs, tmp_path / "straight"))
+    first = config_for(inputs, tmp_path / "stopped", keep_checkpoints=1)
+    run_ranks(2, run, replace(first, fsdp=ShardPolicy("zero2")), 3)
+    other = config_for(inputs, tmp_path / "stopped", microbatch_tokens=512, checkpoint_every_steps=2)
+    other = replace(other, recompute=RecomputeConfig("full"), optim=replace(other.optim, paged=True))
+    other.check_files()
+    changes, not_told_twice = run_ranks(2, run_and_tell, other)
+    assert "recompute.policy is full now and none there" in changes and not not_told_twice
+    assert RunConfig.from_recipe(tmp_path / "stopped" / "config.yaml") == other
     for ours, theirs in zip(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
