@@ -231,10 +231,11 @@ class Engine:
             return
         self.page_loaded_at = max(self.page_loaded_at, self.page_stored_at)
         stored_at = [self.page_stored_at, self.page_stored_at]  # what was in each buffer
+        update_share = unit.costs.update_s / sum(pages_s)
         for number, bus_s in enumerate(pages_s):
             self.page_loaded_at = self.to_device.send(max(self.page_loaded_at, stored_at[number % 2]), bus_s)
             self._wait_until(self.page_loaded_at)
-            self.now += unit.costs.update_s * bus_s / sum(pages_s)
+            self.now += update_share * bus_s
             stored_at[number % 2] = self.page_stored_at = self.to_host.send(self.now, bus_s)
 
     # Inputs in host memory: `recompute._Transfers` #
