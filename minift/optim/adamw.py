@@ -30,11 +30,9 @@ from minift.ops.adamw import AdamWStep, Weights
 from minift.ops.rounding import stream_key
 from minift.optim.config import OptimConfig
 from minift.optim.memory import Memory, moments_memory
-from minift.optim.moments import BlockwiseMoments, Fp32Moments, Moments, Place
+from minift.optim.moments import MOMENTS, Moments, Place
 from minift.optim.segments import Segment, segments
 from minift.optim.shard import FlatShard, ParamRange
-
-_MOMENTS = {"fp32": Fp32Moments, "8bit": BlockwiseMoments}
 
 
 class AdamW:
@@ -69,7 +67,7 @@ class AdamW:
             device = shard.master.device
             if device not in self._memory:
                 self._memory[device] = moments_memory(device, config.paged)
-            moments = _MOMENTS[config.state](shard, self._memory[device].zeros)
+            moments = MOMENTS[config.state](shard, self._memory[device].zeros)
             self._moments[shard.name] = moments
             self._segments[shard.name] = segments(shard, config, moments.may_merge)
 

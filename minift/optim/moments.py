@@ -54,7 +54,8 @@ class Moments(Protocol):
         """Where the state of `piece`, one of the shard's ranges, lies in `tensors`."""
         ...
 
-    def may_merge(self, first: ParamRange, second: ParamRange) -> bool:
+    @staticmethod
+    def may_merge(first: ParamRange, second: ParamRange) -> bool:
         """Whether neighbours may be updated as one range."""
         ...
 
@@ -77,7 +78,8 @@ class Fp32Moments:
     def places(self, piece: ParamRange) -> dict[str, Place]:
         return {what: Place(piece.start, piece.stop) for what in self.tensors}
 
-    def may_merge(self, first: ParamRange, second: ParamRange) -> bool:
+    @staticmethod
+    def may_merge(first: ParamRange, second: ParamRange) -> bool:
         return True
 
     def views(self, segment: Segment, here: slice) -> tuple[Tensor, ...]:
@@ -94,7 +96,7 @@ class BlockwiseMoments:
         numel, num_small = len(shard.master), 0
         self._small: dict[str, int] = {}  # parameter -> first entry of its fp32 moments
         for piece in shard.ranges:
-            if _is_small(piece):
+            if is_small(piece):
                 self._small[piece.name] = num_small
                 num_small += piece.stop - piece.start
             else:
@@ -129,8 +131,9 @@ class BlockwiseMoments:
             for what, place in (("codes", codes), ("absmax", absmax))
         }
 
-    def may_merge(self, first: ParamRange, second: ParamRange) -> bool:
-        return not (_is_small(first) or _is_small(second))
+    @staticmethod
+    def may_merge(first: ParamRange, second: ParamRange) -> bool:
+        return not (is_small(first) or is_small(second))
 
     def views(self, segment: Segment, here: slice) -> tuple[Tensor, ...]:
         if segment.name in self._small:
@@ -152,5 +155,10 @@ class BlockwiseMoments:
             adamw_8bit_(weights, QuantizedMoments(*states), *self._maps, grad_factor, step)
 
 
-def _is_small(piece: ParamRange) -> bool:
+def is_small(piece: ParamRange) -> bool:
+    """Whether its moments stay fp32."""
     return math.prod(piece.full_shape) < MIN_8BIT_ELEMENTS
+
+
+MOMENTS: dict[str, type[Fp32Moments] | type[BlockwiseMoments]] = {"fp32": Fp32Moments, "8bit": BlockwiseMoments}
+"""By `OptimConfig.state`."""

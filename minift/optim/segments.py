@@ -6,11 +6,22 @@ treated alike are one segment, however many they are. Padding between them is me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from minift.optim.config import OptimConfig
-from minift.optim.shard import FlatShard, ParamRange
+from minift.optim.shard import ParamRange
+
+
+class Ranges(Protocol):
+    """What is read of a `FlatShard`, or of one on paper."""
+
+    @property
+    def ranges(self) -> Sequence[ParamRange]: ...
+
+    @property
+    def is_rounded(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Segment:
 
 
 def segments(
-    shard: FlatShard, config: OptimConfig, may_merge: Callable[[ParamRange, ParamRange], bool]
+    shard: Ranges, config: OptimConfig, may_merge: Callable[[ParamRange, ParamRange], bool]
 ) -> list[Segment]:
     """The segments of `shard`. `may_merge`: whether the state of two neighbours lies one after the other.
 

@@ -31,13 +31,13 @@ class Collective:
 class SimUnit:
     """A unit, and seconds of one microbatch. The first unit of a list is the root, named "".
 
-    head_s: of the root: norm, head and loss, after the blocks; and their backward, before the blocks'. What else it has
-    is embedding: `forward_s`, before the blocks, and `backward_s`, after them.
+    forward_head_s, backward_head_s: of the root: norm, head and loss, after the blocks; and their backward, before the
+    blocks'. What else it has is embedding: `forward_s`, before the blocks, and `backward_s`, after them.
     recompute_s: the part of backward that computes forward again; not counted in `backward_s`.
     gather: None if nothing of it is gathered. reduce: None if it has nothing to train.
     replica_sum: None without replicas. norm_s, update_s: once a step, its part of the gradients' norm and of the
     optimizer.
-    bus_s: that its input takes to host memory in forward, and back for backward; 0: it stays.
+    input_s: that its input takes to host memory in forward, and back for backward; 0: it stays.
     pages_s: that the pages of its moments take from there for the update, and back; empty: they are on the device.
     has_backward: a gradient reaches its output. ends_with_input: one reaches its input, which tells the engine that its
     backward has ended; of others it learns that at the end of the whole backward.
@@ -56,7 +56,7 @@ class SimUnit:
     norm_s: float = 0.0
     update_s: float = 0.0
     pages_s: tuple[float, ...] = ()
-    bus_s: float = 0.0
+    input_s: float = 0.0
     has_backward: bool = True
     ends_with_input: bool = True
 

@@ -149,7 +149,7 @@ def _bucket(bucket: Bucket) -> BucketShape:
         bucket.keeps_full_grads,
         bucket.gather_bytes,
         bucket.reduce_bytes,
-        {r.name: r.stop - r.start for r in bucket.layout.local_ranges(0)},
+        tuple(bucket.layout.local_ranges(0)),
     )
 
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minift.ops.blockwise import BLOCK
 from minift.optim.memory import PinnedHost
+from minift.optim.moments import MOMENTS, is_small
+from minift.optim.segments import segments
 from minift.planner.op import Op, cast, elementwise
 from minift.planner.shapes import BucketShape, RunShape, UnitShape
 
@@ -85,12 +88,17 @@ def _added_up(bucket: BucketShape, ranks: int) -> Op:
 
 
 def _update(run: RunShape, bucket: BucketShape) -> Update:
-    """Reads and writes weights and moments, reads gradients. Pages are counted as if one segment was all of a shard."""
+    """Reads and writes weights and moments, reads gradients."""
     kind, moments_bytes = ("adamw 8bit", 2) if run.optim.state == "8bit" else ("adamw", 8)
     weight_bytes = bucket.storage_itemsize + bucket.lower_itemsize
     op = Op(kind, "float32", bucket.shard_numel * (2 * (weight_bytes + moments_bytes) + 4))
     if not (run.optim.paged and run.is_on_gpu):
         return Update(op)
-    whole, rest = divmod(bucket.shard_numel, PinnedHost.piece_elements)
-    pieces = [PinnedHost.piece_elements] * whole + [rest] * (rest > 0)
-    return Update(op, tuple(moments_bytes * elements for elements in pieces))
+    small = {r.name for r in bucket.ranges if is_small(r)}
+    pages = []
+    for segment in segments(bucket, run.optim, MOMENTS[run.optim.state].may_merge):
+        is_8bit = run.optim.state == "8bit" and segment.name not in small
+        for piece in segment.pieces(PinnedHost.piece_elements):
+            elements = piece.stop - piece.start
+            pages.append(2 * (elements + 4 * -(-elements // BLOCK)) if is_8bit else 8 * elements)
+    return Update(op, tuple(pages))

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from minift.ops.blockwise import BLOCK
 from minift.optim.memory import PAGED_BUFFER_BYTES
-from minift.optim.moments import MIN_8BIT_ELEMENTS
+from minift.optim.moments import is_small
 from minift.planner.activations import BlockActivations
 from minift.planner.block_peaks import backward_needs, forward_needs
 from minift.planner.head import head_backward_bytes, head_bytes, tied_head_grad_bytes
@@ -136,8 +136,9 @@ def _stored_bytes(bucket: BucketShape, run: RunShape) -> tuple[int, int]:
     is_whole = bucket.resident and not run.shares_memory
     total = bucket.storage_itemsize * (bucket.full_numel if is_whole else bucket.shard_numel)
     total += bucket.lower_itemsize * bucket.shard_numel
+    local_numel = bucket.local_numel
     scales = sum(
-        p.numel if is_whole else bucket.local_numel.get(p.name, 0)
+        p.numel if is_whole else local_numel.get(p.name, 0)
         for p in bucket.parameters
         if p.dtype == "uint8" and not p.name.endswith("codes")
     )
@@ -156,7 +157,7 @@ def moment_bytes(bucket: BucketShape, run: RunShape) -> int:
     """Both AdamW moments of a shard (minift/optim/moments.py)."""
     if run.optim.state == "fp32":
         return 8 * bucket.shard_numel
-    small = sum(bucket.local_numel.get(p.name, 0) for p in bucket.parameters if p.numel < MIN_8BIT_ELEMENTS)
+    small = sum(r.stop - r.start for r in bucket.ranges if is_small(r))
     return 2 * (bucket.shard_numel + 4 * -(-bucket.shard_numel // BLOCK)) + 8 * small
 
 

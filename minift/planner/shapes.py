@@ -17,6 +17,7 @@ from minift.fsdp.unit import Keep
 from minift.model.config import ModelConfig
 from minift.ops.matmul import adds_up_in
 from minift.optim.config import OptimConfig
+from minift.optim.shard import ParamRange
 from minift.peft.adapter import AdapterConfig
 from minift.planner.methods import MethodShape
 from minift.precision import Precision
@@ -92,7 +93,7 @@ class BucketShape:
 
     resident: its shard lies in the gathered tensor, which is always there. is_offloaded: its shard is in host memory.
     keeps_full_grads: gradients of full_numel are added up over microbatches, in fp32. lower_itemsize: of the other half
-    of fp32 masters, or 0. local_numel: {parameter: elements of it in the shard of rank 0}.
+    of fp32 masters, or 0. ranges: of the shard of rank 0, which elements are whose.
     """
 
     name: str
@@ -109,12 +110,22 @@ class BucketShape:
     keeps_full_grads: bool
     gather_bytes: int
     reduce_bytes: int
-    local_numel: dict[str, int]
+    ranges: tuple[ParamRange, ...]
 
     @property
     def slot_itemsize(self) -> int:
         """Of gradients where backward puts them."""
         return 4 if self.keeps_full_grads else self.grad_itemsize
+
+    @property
+    def local_numel(self) -> dict[str, int]:
+        """{parameter: elements of it in the shard of rank 0}."""
+        return {r.name: r.stop - r.start for r in self.ranges}
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether updates are rounded to bf16, as `FlatShard` has it."""
+        return self.storage_itemsize == 2 and not self.lower_itemsize
 
 
 @dataclass(frozen=True)

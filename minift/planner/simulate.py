@@ -91,7 +91,7 @@ class Engine:
         self.units = [_Unit(costs) for costs in self.costs]
         self.root, *self.blocks = self.units
         self.shard_wire, self.replica_wire = _Wire(), _Wire()
-        self.to_host, self.to_device = _Wire(), _Wire()
+        self.to_host, self.to_device = _Wire(self.page_stored_at), _Wire()  # pages of the step before may be on it
         self.input_copied_at = 0.0  # of the last one that was sent on its way
         self.page_loaded_at = 0.0
         self.gather_lane, self.reduce_lane = 0.0, 0.0
@@ -130,7 +130,7 @@ class Engine:
         self.now += self.root.costs.forward_s
         for block in self.blocks:
             self._gather(block, order)
-            if block.costs.bus_s:
+            if block.costs.input_s:
                 self._copy_input(block, self.to_host)
             self._compute("forward", block.name, block.costs.forward_s)
             is_held = block is order[-1] or block.costs.keep is Keep.UNTIL_BACKWARD_ENDS
@@ -150,7 +150,7 @@ class Engine:
         for block in order[1:]:
             self._pre_backward(block, order)
             block_began = self.now
-            if block.costs.bus_s:
+            if block.costs.input_s:
                 self._fetch_input(block)
             if block.costs.recompute_s:
                 self._compute("recompute", block.name, block.costs.recompute_s)
@@ -232,25 +232,25 @@ class Engine:
         self.page_loaded_at = max(self.page_loaded_at, self.page_stored_at)
         stored_at = [self.page_stored_at, self.page_stored_at]  # what was in each buffer
         update_share = unit.costs.update_s / sum(pages_s)
-        for number, bus_s in enumerate(pages_s):
-            self.page_loaded_at = self.to_device.send(max(self.page_loaded_at, stored_at[number % 2]), bus_s)
+        for number, page_s in enumerate(pages_s):
+            self.page_loaded_at = self.to_device.send(max(self.page_loaded_at, stored_at[number % 2]), page_s)
             self._wait_until(self.page_loaded_at)
-            self.now += update_share * bus_s
-            stored_at[number % 2] = self.page_stored_at = self.to_host.send(self.now, bus_s)
+            self.now += update_share * page_s
+            stored_at[number % 2] = self.page_stored_at = self.to_host.send(self.now, page_s)
 
     # Inputs in host memory: `recompute._Transfers` #
 
     def _copy_input(self, block: _Unit, way: _Wire) -> None:
         """One copy is under way at a time."""
         self._wait_until(self.input_copied_at)
-        self.input_copied_at = way.send(self.now, block.costs.bus_s)
+        self.input_copied_at = way.send(self.now, block.costs.input_s)
 
     def _fetch_input(self, block: _Unit) -> None:
         """And send for the one that backward will want next."""
         self._send_for_input(block)
         block.input_is_sent_for = False
         self._wait_until(self.input_copied_at)
-        sent_away = [other for other in self.blocks[: self.blocks.index(block)] if other.costs.bus_s]
+        sent_away = [other for other in self.blocks[: self.blocks.index(block)] if other.costs.input_s]
         if sent_away:
             self._send_for_input(sent_away[-1])
 

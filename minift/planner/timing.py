@@ -101,7 +101,7 @@ def _priced(run: RunShape, work: UnitWork, shape: UnitShape, device: Device, net
         norm_s=device.seconds(exchange.square_sum),
         update_s=device.seconds(update.op for update in exchange.updates),
         pages_s=tuple(page / device.bus_bytes_per_s for update in exchange.updates for page in update.pages_bytes),
-        bus_s=work.input_bytes / device.bus_bytes_per_s,
+        input_s=work.input_bytes / device.bus_bytes_per_s,
         has_backward=work.has_backward,
         ends_with_input=work.ends_with_input,
     )

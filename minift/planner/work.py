@@ -48,7 +48,7 @@ class UnitWork:
     """One unit in one microbatch. The root's forward and backward are those of its embedding; `head` are norm, head and
     loss.
 
-    exchange: what it sends and stores, and its updates. has_backward, ends_with_input: see `simulate.SimUnit`.
+    exchange: what it sends and stores, and its updates. has_backward, ends_with_input: see `costs.SimUnit`.
     input_bytes: of its input, if that waits for backward in host memory, beyond a bus.
     """
 

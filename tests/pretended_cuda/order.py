@@ -8,7 +8,7 @@ somebody's work, and uses bytes of storages; two uses of a byte, one of them wri
 device does first. A storage that is let go belongs to the stream that allocated it again, at once, as in PyTorch's
 caching allocator: that stream must come after every use.
 
-What takes time moves clocks, too: given a `price`, everybody's `now` is when all is done that it was given so far.
+What takes time moves clocks, too: given `ends`, everybody's `now` is when all is done that it was given so far.
 
 Not here: collectives of several ranks, and host memory that is let go (PyTorch keeps pinned memory until copies are
 through).
@@ -79,13 +79,13 @@ class Memory:
 
 class Order:
     """Everybody who works. `current`: the stream that gets what the host has to give. `mistakes`: what was found.
-    `price`: seconds of an operation."""
+    `ends`: when an operation is done that begins then."""
 
     def __init__(self, compute: Worker) -> None:
         self.host = Worker("the host")
         self.current = compute
         self.mistakes: list[str] = []
-        self.price: Callable[[Any, tuple[Any, ...], dict[str, Any]], float] = lambda *_: 0.0
+        self.ends: Callable[[float, Any, tuple[Any, ...], dict[str, Any]], float] = lambda begins, *_: begins
         self._memories: dict[int, Memory] = {}
 
     @contextmanager
@@ -107,13 +107,13 @@ class Order:
             return
         worker = self.current if any(tensor.is_cuda for tensor in (*given, *made)) else self.host
         read = [tensor for tensor in given if not any(tensor is other for other in written)]
-        self.work(worker, read, [*written, *fresh], self.price(function, args, kwargs))
+        self.work(worker, read, [*written, *fresh])
+        worker.now = self.ends(worker.now, function, args, kwargs)
 
-    def work(self, worker: Worker, reads: list[Tensor], writes: list[Tensor], seconds: float = 0.0) -> None:
+    def work(self, worker: Worker, reads: list[Tensor], writes: list[Tensor]) -> None:
         """One piece of work of `worker`."""
         worker.learn(self.host)  # who gives it what to do
         worker.known[worker] += 1
-        worker.now += seconds
         for tensors, is_written in ((reads, False), (writes, True)):
             for tensor in tensors:
                 self._use(worker, tensor, is_written)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,20 @@ from minift.planner.network import Network
 from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import TrialSetup
+from minift.precision import Precision
+from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
-from tests.pretended_cuda.order import tensors_in
+from tests.pretended_cuda.order import tensors_in, written_by
 from tests.pretended_cuda.training import training
 
 FLOPS_PER_S, BYTES_PER_S = 1e14, 1e12
 RATES = {
     "*": Rate(),
-    "adamw": Rate(bytes_per_s=BYTES_PER_S),
+    **{kind: Rate(bytes_per_s=BYTES_PER_S) for kind in ("adamw", "adamw 8bit")},
     **{kind: Rate(flops_per_s=FLOPS_PER_S) for kind in ("linear", "input gradient", "weight gradient")},
 }
+NUMBERS_BYTES = 1 << 13
+"""Loss, norm, the tokens of a microbatch."""
 NETWORK = Network(1e9, 1e9, 8)  # a rank alone sends nothing
 
 
@@ -72,24 +76,41 @@ CASES = {
     **{f"moments, {bus} GB/s": Case(TrialSetup(optim=PAGED), bus) for bus in (4, 20)},
     "moments, in backward": Case(TrialSetup(optim=PAGED, fsdp=ShardPolicy(step_in_backward=True)), 20),
     "moments of adapters": Case(TrialSetup(adapter=LORA, optim=PAGED), 20, 2),
+    "moments in 8 bits": Case(TrialSetup(optim=replace(PAGED, state="8bit")), 4),
+    "moments of masters in 16 bits": Case(
+        TrialSetup(optim=PAGED, precision=Precision(master="bfloat16", stochastic_rounding=True)), 4
+    ),
+    "inputs, and moments": Case(TrialSetup(optim=PAGED, recompute=AWAY), 4, 2),
+    "everything that can": Case(
+        replace(offloading("layers"), quant=QuantConfig(), optim=PAGED, recompute=RecomputeConfig("offload", 2)), 4, 2
+    ),
 }
 
 
-def price(case: Case, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Seconds that an operation takes on this device."""
-    name = function.overloadpacket.__name__
-    if name in ("mm", "addmm", "addmm_"):
-        (m, k), (_, n) = (matrix.shape for matrix in tensors_in(args)[-2:])
-        return 2 * m * k * n / FLOPS_PER_S
-    if name.startswith("adamw"):
-        weights, lower, grad, *moments = tensors_in(args)[:5]
-        moved = 2 * sum(tensor.nbytes for tensor in (weights, lower, *moments)) + grad.nbytes
-        return moved / BYTES_PER_S
-    if name in ("copy_", "_to_copy"):
-        source, target = (args[1], args[0].device) if name == "copy_" else (args[0], kwargs.get("device"))
-        if target is not None and torch.device(target).type != source.device.type:
-            return source.nbytes / (1e9 * case.bus)
-    return 0.0
+class Clock:
+    """When operations end on this device. What crosses the bus takes turns on it, each way, in the order in which the
+    host begins it; but numbers, of which a step sends a few: how long they wait for others is not planned."""
+
+    def __init__(self, bus: float) -> None:
+        self._bus_bytes_per_s = 1e9 * bus
+        self._free_at = {"cpu": 0.0, "cuda": 0.0}  # the way from there
+
+    def ends(self, begins: float, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            (m, k), (_, n) = (matrix.shape for matrix in tensors_in(args)[-2:])
+            return begins + 2 * m * k * n / FLOPS_PER_S
+        if name.startswith("adamw"):
+            grad = args[1]
+            moved = 2 * sum(tensor.nbytes for tensor in written_by(function, args, kwargs)) + grad.nbytes
+            return begins + moved / BYTES_PER_S
+        if name in ("copy_", "_to_copy"):
+            source, target = (args[1], args[0].device) if name == "copy_" else (args[0], kwargs.get("device"))
+            way = source.device.type
+            if target is not None and torch.device(target).type != way and source.nbytes > NUMBERS_BYTES:
+                self._free_at[way] = max(begins, self._free_at[way]) + source.nbytes / self._bus_bytes_per_s
+                return self._free_at[way]
+        return begins
 
 
 def planned_and_measured(case: Case) -> tuple[float, float]:
@@ -100,7 +121,7 @@ def planned_and_measured(case: Case) -> tuple[float, float]:
     ends = []
     with training(config, case.setup, workload) as trained:
         order = trained.device.order
-        order.price = lambda *operation: price(case, *operation)
+        order.ends = Clock(case.bus).ends
         for _ in range(2):
             trained.step()
             ends.append(order.current.now)
