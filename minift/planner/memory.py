@@ -122,7 +122,7 @@ def persistent_bytes(run: RunShape) -> tuple[dict[str, int], dict[str, int]]:
             _add(device, "gathered buffers", size // run.shard_size if run.shares_memory else size)
         else:
             _add(device, "reduce buffers", size + _staging_bytes(size, run))
-    if run.optim.paged and run.is_on_gpu:
+    if run.optim.paged and run.is_on_gpu and not run.policy.offload:
         _add(device, "optimizer state", PAGED_BUFFER_BYTES)
     return device, host
 

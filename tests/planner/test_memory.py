@@ -273,6 +273,8 @@ def test_what_is_offloaded_or_paged_is_on_the_host() -> None:
         name: of_all[name] for name in ("weights", "quantization scales", "gradients", "optimizer state")
     }
     assert offloaded.persistent["gathered buffers"] == on_device.persistent["gathered buffers"]
+    both = plan_of(LLAMA_8B, Setup(optim=OptimConfig(paged=True), fsdp=ShardPolicy(offload=True)), work_of(64), 8)
+    assert both.persistent == offloaded.persistent  # updated on the host, moments pass through no buffers
 
     lora = Setup(LoraConfig())
     half = plan_of(LLAMA_8B, replace(lora, fsdp=ShardPolicy(offload_frozen=("[13579]$",))), work_of(64))
