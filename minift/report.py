@@ -36,7 +36,7 @@ class PlanResult:
 class RunFacts:
     """What report.md says beyond the metrics; all plain values, the same on every rank.
 
-    `data`: label -> sentence, e.g. {"training": "320 examples, 74,560 tokens, 9,120 supervised; 2 dropped: too long"}.
+    `data`: label -> sentences, e.g. {"training": ["320 rows -> 318 documents", "2 bad rows were skipped"]}.
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
     `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None; `adapter_base`: the
     model that the adapter is for; `adapter_quant`: how that is quantised when it is read, None if not, or stored so.
@@ -51,7 +51,7 @@ class RunFacts:
     model_family: str
     num_parameters: int
     num_trainable_parameters: int
-    data: dict[str, str]
+    data: dict[str, list[str]]
     world_size: int
     device: str
     seconds_by_phase: dict[str, float]
@@ -75,7 +75,7 @@ def write_report(run_dir: str | Path, facts: RunFacts) -> Path:
         "model": f"`{facts.model_path}` ({facts.model_family}, {facts.num_parameters:,} parameters)",
         "method": facts.method,
         "trainable parameters": f"{facts.num_trainable_parameters:,} ({share:.2%})",
-        **{f"data, {label}": sentence for label, sentence in facts.data.items()},
+        **{f"data, {label}": "\n".join(sentences) for label, sentences in facts.data.items()},
         "processes": f"{facts.world_size} on {facts.device}",
     }
     parts = [f"# {run_dir.resolve().name}", _table(("", ""), ran.items())]
@@ -198,4 +198,9 @@ def _options(quant: QuantConfig) -> list[str]:
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """In a table, where a line of the file is a row."""
+    return "<br>".join(line.strip() for line in text.splitlines()).replace("|", "\\|")

@@ -434,7 +434,7 @@ class Run:
                 num_parameters=self.built.num_parameters,
                 num_trainable_parameters=self.built.num_trainable_parameters,
                 data={
-                    label: "; ".join(documents.report.lines())
+                    label: documents.report.lines()
                     for label, documents in (("training", self.training), ("validation", self.validation))
                     if documents is not None and documents.report is not None
                 },

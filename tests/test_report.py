@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from minift.data.documents import EncodeReport
 from minift.quant.linear import QuantConfig
 from minift.report import PlanResult, RunFacts, write_report
 from tests.records import training_record, validation_record, write_records
@@ -18,7 +19,7 @@ FACTS = RunFacts(
     model_family="llama",
     num_parameters=1000,
     num_trainable_parameters=50,
-    data={"training": "3 examples | 1 dropped"},
+    data={"training": ["3 examples | 1 dropped"]},
     world_size=2,
     device="cpu",
     seconds_by_phase={"load model": 1.0, "train": 3.0},
@@ -50,6 +51,24 @@ def test_report_and_picture(tmp_path, num_steps):
         f"minift train {run}/config.yaml",
     ):
         assert part in text
+
+
+def test_what_the_data_says_of_itself_is_one_row(tmp_path):
+    """A sentence a line, also where a reason has several."""
+    data = EncodeReport(
+        64, "error", {"a.jsonl": "messages"}, rows=3, documents=1, tokens=9, targets=4,
+        bad_rows=2, bad_row_examples=["a.jsonl:1: no answer; valid: one", "a.jsonl:2: broken\nin two"],
+    )  # fmt: skip
+    text = write_report(tmp_path, replace(FACTS, data={"training": data.lines()})).read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| data, training |"))
+    assert row.removeprefix("| data, training | ").removesuffix(" |").split("<br>") == [
+        "a.jsonl: messages",
+        "3 rows -> 1 documents, 9 tokens, 4 of them supervised",
+        "2 bad rows were skipped, the first of them:",
+        "a.jsonl:1: no answer; valid: one",
+        "a.jsonl:2: broken",
+        "in two",
+    ]
 
 
 @pytest.mark.parametrize(
