@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "recipe", metavar="RECIPE|MODEL", nargs="?", help="YAML file, as in train; or llama-2-7b, ...: all methods"
     )
     plan.add_argument("--world-size", type=int, default=1, metavar="N", help="processes, one device each (default: 1)")
-    plan.add_argument("--device", default="h100", metavar="NAME", help="h100, a100, rtx4090, ...; cpu: this machine")
+    plan.add_argument(
+        "--device", default="h100", metavar="NAME",
+        help="h100 (default), h200, a100, a100-40g, l40s, rtx4090, rtx3090, or cpu: this machine",
+    )  # fmt: skip
     plan.add_argument(
         "--network", default="nvlink", metavar="NAME",
         help="between nodes of 8: nvlink (as fast as inside), 400g, 100g; or GB/s of every rank (default: nvlink)",

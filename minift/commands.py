@@ -64,7 +64,7 @@ def plan(options: Namespace) -> None:
     from minift.planner.answer import answer_for_model, answer_for_recipe
     from minift.planner.plan import Machine
 
-    is_here = options.device == "cpu"
+    is_here = options.device.lower() == "cpu"
     size = options.world_size
     machine = Machine.here(size) if is_here else Machine.of_gpus(options.device, size, options.network)
     if config is None:

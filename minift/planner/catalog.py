@@ -106,7 +106,7 @@ and 5 µs for each launch of a kernel (performance.md, section 4.7)."""
 
 def gpu(name: str) -> Device:
     """ValueError, with the nearest names, if there is none of this name."""
-    name = _known(name.lower(), _CARDS, "a device")
+    name = _known(name.lower(), _CARDS, "a device", ", or cpu: this machine")
     card = _CARDS[name]
     peak, bytes_per_s = card.tflops * 1e12, 0.87 * card.memory_bytes_per_s
     rates = {"*": Rate(bytes_per_s=bytes_per_s)}
@@ -147,10 +147,10 @@ def this_machine_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _known(name: str, names: Iterable[str], what: str) -> str:
+def _known(name: str, names: Iterable[str], what: str, more: str = "") -> str:
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         question = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{name} is not the name of {what}; {question}valid: {', '.join(names)}")
+        raise ValueError(f"{name} is not the name of {what}; {question}valid: {', '.join(names)}{more}")
     return name

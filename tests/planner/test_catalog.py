@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from minift.cli import main
 from minift.fsdp import ShardPolicy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
@@ -47,11 +48,18 @@ def test_the_size_in_a_name_is_the_size(name: str) -> None:
     assert (config.num_layers * block + embeddings) / 1e9 == pytest.approx(billions, rel=0.25)  # names round
 
 
-def test_unknown_names_are_refused_with_the_nearest() -> None:
+def test_unknown_names_are_refused_with_the_nearest(monkeypatch, capsys) -> None:
     with pytest.raises(ValueError, match=r"did you mean llama-2-7b\?"):
         model_shape("llama2-7b")
     with pytest.raises(ValueError, match=r"did you mean h100\?"):
         gpu("h10")
+    with pytest.raises(ValueError, match="valid: .* or cpu: this machine") as told:
+        gpu("nope")
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    names = str(told.value).partition("valid: ")[2].replace("h100", "h100 (default)")
+    assert names in capsys.readouterr().out
     for name in ("fast", "0", "-3", "nan"):
         with pytest.raises(ValueError, match="a number of GB/s"):
             network(name)
