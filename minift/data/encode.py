@@ -92,7 +92,8 @@ def fit(document: Encoded, max_length_tokens: int, policy: OverlongPolicy, repor
         if policy == "error":
             raise ValueError(
                 f"{document.source}: this document has {length} tokens, more than max_length_tokens = {limit}. "
-                "Raise max_length_tokens, or choose `overlong`: drop, truncate (keeps the start) or split."
+                "Raise it (data.max_length_tokens of a recipe; elsewhere --max-length-tokens); or, of a recipe, choose "
+                "data.overlong: drop, truncate (keeps the start) or split."
             )
         starts = {"drop": (), "truncate": (0,), "split": range(0, length - 1, limit - 1)}[policy]
         tokens, mask = document.tokens, document.targets_mask

@@ -112,8 +112,10 @@ def test_fit_accounts_for_every_supervised_token(documents_strategy, data, limit
     report = EncodeReport(limit, policy)
     too_long = len(document) > limit
     if too_long and policy == "error":
-        with pytest.raises(ValueError, match=f"{len(document)} tokens, more than max_length_tokens = {limit}"):
+        with pytest.raises(ValueError, match=f"{len(document)} tokens, more than max_length_tokens = {limit}") as told:
             fit(document, limit, policy, report)
+        assert "--max-length-tokens" in str(told.value)  # of a command without a recipe, which has no more to offer
+        assert "of a recipe, choose data.overlong" in str(told.value)
         return
 
     pieces = fit(document, limit, policy, report)
