@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minift.checkpoint.earlier import read_earlier
 from minift.checkpoint.initial import InitialAdapter, ResidualWeights
 from minift.dist.process import World
 from minift.fsdp import ShardedModel, ShardPolicy, shard
@@ -47,9 +48,12 @@ class ModelSource:
 
     path: a Hugging Face model folder (config.json, *.safetensors, tokenizer). A .gguf file is converted first with
         `minift convert`.
+    adapter: a folder with an adapter (PEFT's format) that was trained on it: where this run's, which has the same
+        settings, starts. Moments and steps begin anew. null: as the method starts.
     """
 
     path: str
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,24 @@ def build_model(
 ) -> BuiltModel:
     """Assemble as described above. With an adapter only its parameters are trained; without, those that `train` (all,
     if empty) and `freeze` say, see `peft.freeze`. `quant`: hold the base weights so; a folder that is quantised already
-    is held as it is. `initial`: where the adapter starts, for a method that changes the base by it. ValueError for a
-    folder or a pattern that does not fit."""
+    is held as it is. `initial`: where the adapter starts, for a method that changes the base by it; it goes without
+    `source.adapter`. ValueError for a folder or a pattern that does not fit."""
     config = load_config(source.path)
     weights = QuantWeights(source.path) if initial is None else ResidualWeights(source.path, initial)
     on_paper = construct(config, weights, adapter, quant=quant, train=train, freeze=freeze, seed=seed)
     model, quantized = on_paper.module, on_paper.quantized
     own_parameters = adapter_parameters(model)
+
+    def dense_weight(projection: str) -> Tensor:
+        if projection in quantized:
+            return weights.trained_weight(projection, quantized[projection])
+        shape = weights.shape(f"{projection}.weight")
+        return weights.read_range(f"{projection}.weight", 0, math.prod(shape)).view(shape)
+
+    earlier: dict[str, Tensor] = {}
+    if source.adapter is not None and adapter is not None:
+        assert initial is None, "an adapter has two starts"
+        earlier = read_earlier(source.adapter, adapter, model, dense_weight, quantized.__contains__)
 
     apply_recompute(model, model.shard_units(), recompute, recorder)
     engine = shard(model, model.shard_units(), world, policy, precision, recorder)
@@ -109,13 +124,15 @@ def build_model(
     def base_weight(name: str, start: int, stop: int | None) -> Tensor:
         projection = canonical_name(name)
         if projection in quantized:
-            return weights.trained_weight(projection, quantized[projection]).reshape(-1)[start:stop]
+            return dense_weight(projection).reshape(-1)[start:stop]
         numel = math.prod(weights.shape(f"{projection}.weight"))
         return weights.read_range(f"{projection}.weight", start, numel if stop is None else stop)
 
     drawn: dict[str, Tensor] = {}  # the adapter parameter drawn last: a shard border may ask for its two halves
 
     def read(name: str, start: int, stop: int) -> Tensor:
+        if name in earlier:
+            return earlier[name].reshape(-1)[start:stop]
         if name not in own_parameters:
             projection, _, part = canonical_name(name).rpartition(".")
             if projection in quantized and part != "bias":
@@ -128,7 +145,7 @@ def build_model(
         return drawn[name][start:stop]
 
     engine.load(read)
-    computed = {} if adapter is None else adapter.computed_values(model, seed)
+    computed = {} if adapter is None or earlier else adapter.computed_values(model, seed)
     if computed:
         for shard_of_bucket in engine.trainable_shards():
             shard_of_bucket.write(computed)

@@ -121,6 +121,18 @@ class RunConfig:
                 f"quant.icq is true with adapter.method {self.adapter.method}, whose base is exported beside the "
                 "adapter, and no file format has shifted blocks; valid: quant.icq false, or another method"
             )
+        if self.model.adapter is not None and self.adapter is None:
+            problems.append(
+                f"model.adapter is {self.model.adapter} without adapter, which says how it is trained; valid: adapter "
+                "with the settings of that folder"
+            )
+        if self.model.adapter is not None and (
+            isinstance(self.adapter, ResidualLoraConfig) or getattr(self.adapter, "allocate", "none") != "none"
+        ):
+            problems.append(
+                f"model.adapter is {self.model.adapter}, but adapter.method {self.adapter.method} finds its start, or "
+                "its ranks, in the base; valid: a method that starts as it is told (what such a run exports is lora)"
+            )
         if self.loop.microbatch_tokens < self.data.max_length_tokens:
             problems.append(
                 f"loop.microbatch_tokens is {self.loop.microbatch_tokens} but data.max_length_tokens is "
@@ -157,6 +169,8 @@ class RunConfig:
         if not (Path(self.model.path) / "config.json").is_file():
             state = "has no config.json" if Path(self.model.path).is_dir() else "does not exist"
             problems.append(f"model.path is {self.model.path}, which {state}; valid: a Hugging Face model folder")
+        if self.model.adapter is not None and not (Path(self.model.adapter) / "adapter_config.json").is_file():
+            problems.append(f"model.adapter is {self.model.adapter}, which has no adapter_config.json")
         for name, files in (("data.train", self.data.train), ("data.validation", self.data.validation)):
             for file in files:
                 if not Path(file).is_file():
