@@ -16,9 +16,11 @@ Methods that PEFT does not have are stored in the same two files, under a `peft_
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import adapters, from_file, frozen_projections, inject, stored_parameters, to_file
 from minift.peft.methods import METHODS
 from minift.peft.patterns import ALL_LINEAR, matches
+from minift.peft.peft_json import optional
 from minift.peft.resident import Residents
 
 CONFIG_FILE = "adapter_config.json"
@@ -78,6 +81,23 @@ def save_adapter(
 
 def read_config(folder: str | Path) -> AdapterConfig:
     """Settings of the adapter in `folder`. ValueError for a file, method or feature that minift cannot read."""
+    with _fields_of(folder) as fields:
+        method = next((method for method in METHODS if method.reads(fields)), None)
+        if method is None:
+            valid = ", ".join(dict.fromkeys(method.peft_type for method in METHODS))
+            raise ValueError(f"peft_type is {fields.get('peft_type')!r}; valid: {valid}")
+        return method.from_peft(fields)
+
+
+def base_model_of(folder: str | Path) -> str | None:
+    """Name or path of the base that the adapter in `folder` names; None if it names none. ValueError as above."""
+    with _fields_of(folder) as fields:
+        return optional(fields, "base_model_name_or_path", str, None)
+
+
+@contextmanager
+def _fields_of(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """What adapter_config.json says; a ValueError about it, while it is looked at, gets the file's name."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter folder")
@@ -85,19 +105,12 @@ def read_config(folder: str | Path) -> AdapterConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    method = next((method for method in METHODS if method.reads(fields)), None)
-    if method is None:
-        valid = ", ".join(dict.fromkeys(method.peft_type for method in METHODS))
-        raise ValueError(f"{path}: peft_type is {fields.get('peft_type')!r}; valid: {valid}")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not an object, {{...}}, with the settings of an adapter")
     try:
-        return method.from_peft(fields)
+        yield fields
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def base_model_of(folder: str | Path) -> str | None:
-    """Name or path of the base that the adapter in `folder` names; None if it names none."""
-    return json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def read_tensors(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from minift.model.linear import Linear, LinearBase, LowRank
 from minift.peft.drift import MergeTarget, check_target
 from minift.peft.names import fqn_of_peft_key, in_model_order, peft_key
 from minift.peft.patterns import ALL_LINEAR, is_all_linear, is_within, select_modules
-from minift.peft.peft_json import COMMON, SELECTION, in_order, refuse_unsupported, required
+from minift.peft.peft_json import COMMON, SELECTION, in_order, optional, refuse_unsupported, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +120,9 @@ class AdapterConfig(ABC):
     def selection_from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Inverse, as arguments for the class."""
         return {
-            "targets": required(fields, "target_modules", cls.__name__.removesuffix("Config")),
-            "exclude": fields.get("exclude_modules"),
-            "modules_to_save": fields.get("modules_to_save") or [],
+            "targets": required(fields, "target_modules", str | list[str], cls.__name__.removesuffix("Config")),
+            "exclude": optional(fields, "exclude_modules", str | list[str], None),
+            "modules_to_save": optional(fields, "modules_to_save", list[str], []),
         }
 
     @classmethod
@@ -133,9 +133,10 @@ class AdapterConfig(ABC):
     @classmethod
     def from_peft(cls, stored: Mapping[str, Any]) -> Self:
         """Inverse of `to_peft` for any file of this method. ValueError names a setting that minift does not have."""
-        own = cls._own_settings()
+        own, hints = cls._own_settings(), get_type_hints(cls)
         refuse_unsupported(stored, {"peft_type": cls.peft_type}, SELECTION | set(own))
-        return cls(**cls.selection_from_peft(stored), **{name: required(stored, name, cls.__name__) for name in own})
+        settings = {name: required(stored, name, hints[name], cls.__name__) for name in own}
+        return cls(**cls.selection_from_peft(stored), **settings)
 
     @classmethod
     def _own_settings(cls) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
 from minift.peft.patterns import check_modules, matches
-from minift.peft.peft_json import COMMON, SELECTION, in_order, refuse_unsupported
+from minift.peft.peft_json import COMMON, SELECTION, in_order, optional, refuse_unsupported
 from minift.peft.stretch import stretch, stretch_
 
 _PEFT_DEFAULTS: dict[str, Any] = {
@@ -59,7 +59,8 @@ class IA3Config(AdapterConfig):
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
         refuse_unsupported(fields, _PEFT_DEFAULTS, _PEFT_UNDERSTOOD)
-        return cls(**cls.selection_from_peft(fields), feedforward=fields.get("feedforward_modules") or [])
+        feedforward = optional(fields, "feedforward_modules", str | list[str], [])
+        return cls(**cls.selection_from_peft(fields), feedforward=feedforward)
 
 
 class IA3Linear(Adapter):

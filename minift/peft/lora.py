@@ -21,7 +21,7 @@ from minift.model.linear import LinearBase, LowRank
 from minift.peft.adapter import Adapter, AdapterConfig
 from minift.peft.lora_embedding import LoraEmbedding
 from minift.peft.patterns import check_endings, first_match
-from minift.peft.peft_json import COMMON, SELECTION, as_int, refuse_unsupported, required
+from minift.peft.peft_json import COMMON, SELECTION, as_int, optional, refuse_unsupported, required
 
 # What PEFT writes beside the settings of minift; `from_peft` supports no other values.
 _PEFT_DEFAULTS: dict[str, Any] = {
@@ -166,7 +166,7 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     def reads(cls, fields: Mapping[str, Any]) -> bool:
-        return super().reads(fields) and bool(fields.get("use_dora")) == cls.uses_dora
+        return super().reads(fields) and optional(fields, "use_dora", bool, False) == cls.uses_dora
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:
@@ -178,12 +178,12 @@ class LoraConfig(AdapterConfig):
         refuse_unsupported(fields, _PEFT_DEFAULTS, _PEFT_UNDERSTOOD)
         return cls(
             **cls.selection_from_peft(fields),
-            r=required(fields, "r", "LoRA"),
-            alpha=required(fields, "lora_alpha", "LoRA"),
-            dropout=fields.get("lora_dropout", 0.0),
-            rslora=fields.get("use_rslora", False),
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
+            r=required(fields, "r", int, "LoRA"),
+            alpha=required(fields, "lora_alpha", float, "LoRA"),
+            dropout=optional(fields, "lora_dropout", float, 0.0),
+            rslora=optional(fields, "use_rslora", bool, False),
+            rank_pattern=optional(fields, "rank_pattern", dict[str, int], {}),
+            alpha_pattern=optional(fields, "alpha_pattern", dict[str, float], {}),
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+from minift.recipe.describe import describe, is_union
 
 COMMON: dict[str, Any] = {
     "auto_mapping": None,
@@ -27,11 +29,35 @@ def refuse_unsupported(fields: Mapping[str, Any], written: Mapping[str, Any], un
         raise ValueError(f"adapter_config.json sets {key!r} to {value!r}, which minift does not support")
 
 
-def required(fields: Mapping[str, Any], key: str, method: str) -> Any:
-    """fields[key]; ValueError if it is not there or null."""
+def required(fields: Mapping[str, Any], key: str, hint: Any, method: str) -> Any:
+    """fields[key], of the declared type `hint`; ValueError if it is not there or null, or of another type."""
     if fields.get(key) is None:
         raise ValueError(f"adapter_config.json has no {key!r}, which {method} needs")
-    return fields[key]
+    return optional(fields, key, hint, None)
+
+
+def optional(fields: Mapping[str, Any], key: str, hint: Any, default: Any) -> Any:
+    """Likewise, and `default` if it is not there or null."""
+    value = fields.get(key)
+    if value is None:
+        return default
+    if not _is(value, hint):
+        raise ValueError(f"{key} is {value!r}; valid: {describe(hint)}")
+    return value
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a declared type. A whole number is a number; true and false are none."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_union(hint):
+        return any(_is(value, member) for member in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(item, arguments[1]) for item in value.values())
+    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def as_int(value: float) -> int | float:

@@ -89,7 +89,7 @@ class VirtualTokensConfig(AdapterConfig):
         values, an MLP that made them; and their shapes are the tensors'."""
         understood = {"num_attention_heads", "num_layers", "num_virtual_tokens", "peft_type", "token_dim"}
         refuse_unsupported(fields, {"num_transformer_submodules": 1}, understood | cls.peft_defaults.keys())
-        return {"num_virtual_tokens": required(fields, "num_virtual_tokens", f"{cls.peft_type}")}
+        return {"num_virtual_tokens": required(fields, "num_virtual_tokens", int, cls.peft_type)}
 
     def from_stored(self, stored: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         rest = dict(stored)

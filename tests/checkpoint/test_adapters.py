@@ -8,17 +8,31 @@ import shutil
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minift.checkpoint.adapters import file_tensors, load_adapter, read_config, read_tensors, save_adapter
+from minift.checkpoint.adapters import (
+    base_model_of,
+    file_tensors,
+    load_adapter,
+    read_config,
+    read_tensors,
+    save_adapter,
+)
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.peft.adapter import AdapterConfig
+from minift.peft.bitfit import BitFitConfig
+from minift.peft.bottleneck import BottleneckConfig
 from minift.peft.dora import DoraConfig
 from minift.peft.ia3 import IA3Config
 from minift.peft.inject import inject, stored_parameters
 from minift.peft.lora import LoraConfig
+from minift.peft.methods import METHODS
+from minift.peft.prefix import PrefixConfig
+from minift.peft.prompt import PromptConfig
 from minift.recipe.describe import to_plain
 
 TOKENS = torch.arange(13) * 3
@@ -44,6 +58,9 @@ CONFIGS = {
 BROAD_REGEX = LoraConfig(r=3, targets=r"model\.layers\.\d\.mlp.*")
 # PEFT takes "norm" for every norm.
 LAST_NORM = LoraConfig(r=2, targets=["q_proj"], modules_to_save=["norm"])
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+JSON_VALUES = _SCALARS | st.lists(_SCALARS, max_size=2) | st.dictionaries(st.text(max_size=4), _SCALARS, max_size=2)
 
 
 def hf_llama() -> LlamaForCausalLM:
@@ -261,6 +278,65 @@ def test_reading_names_what_is_not_supported(saved, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         read_config(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "sentence"),
+    [
+        (LoraConfig(), {"lora_alpha": "8"}, "lora_alpha is '8'; valid: a number"),
+        (LoraConfig(), {"r": "4"}, "r is '4'; valid: a whole number"),
+        (LoraConfig(), {"r": 2.5}, "r is 2.5; valid: a whole number"),
+        (LoraConfig(), {"r": True}, "r is True; valid: a whole number"),
+        (LoraConfig(), {"lora_dropout": "x"}, "lora_dropout is 'x'; valid: a number"),
+        (LoraConfig(), {"use_rslora": "no"}, "use_rslora is 'no'; valid: true or false"),
+        (LoraConfig(), {"use_dora": "no"}, "use_dora is 'no'; valid: true or false"),
+        (LoraConfig(), {"rank_pattern": {"q_proj": "4"}}, "rank_pattern is {'q_proj': '4'}; valid: {name: a whole"),
+        (LoraConfig(), {"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']; valid: {name: a number, ...}"),
+        (DoraConfig(), {"target_modules": 5}, "target_modules is 5; valid: text | [text, ...]"),
+        (IA3Config(), {"feedforward_modules": [1]}, "feedforward_modules is [1]; valid: text | [text, ...]"),
+        (IA3Config(), {"exclude_modules": {}}, "exclude_modules is {}; valid: text | [text, ...]"),
+        (BitFitConfig(), {"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; valid: [text, ...]"),
+        (BottleneckConfig(), {"size": "8"}, "size is '8'; valid: a whole number"),
+        (BottleneckConfig(), {"activation": 3}, "activation is 3; valid: relu | gelu | silu"),
+        (PrefixConfig(), {"num_virtual_tokens": "4"}, "num_virtual_tokens is '4'; valid: a whole number"),
+        (PromptConfig(), {"num_virtual_tokens": 4.5}, "num_virtual_tokens is 4.5; valid: a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path, config, change, sentence):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(config.to_peft() | change))
+    with pytest.raises(ValueError) as told:
+        read_config(tmp_path)
+    assert str(told.value).startswith(f"{path}: {sentence}")
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_whatever_stands_in_a_config_it_is_read_or_refused(tmp_path_factory, data):
+    """Never a traceback, for any value of any key of any method."""
+    path = tmp_path_factory.getbasetemp() / "adapter_config.json"
+    fields = data.draw(st.sampled_from(METHODS))().to_peft()
+    key, value = data.draw(st.sampled_from(sorted(fields))), data.draw(JSON_VALUES)
+    path.write_text(json.dumps(fields | {key: value}))
+    try:
+        config = read_config(path.parent)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ")
+    else:
+        assert isinstance(config, AdapterConfig)
+
+
+def test_the_base_is_read_as_strictly(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    base = "base_model_name_or_path"
+    wrong = {"{": " is not JSON", "[]": " is not an object", f'{{"{base}": 5}}': f": {base} is 5; valid: text"}
+    for text, sentence in wrong.items():
+        path.write_text(text)
+        with pytest.raises(ValueError) as told:
+            base_model_of(tmp_path)
+        assert str(told.value).startswith(f"{path}{sentence}")
+    path.write_text("{}")
+    assert base_model_of(tmp_path) is None
 
 
 def test_minimal_and_newer_configs_are_read(saved, tmp_path):
