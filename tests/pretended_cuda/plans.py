@@ -26,8 +26,8 @@ from tests.pretended_cuda.training import training
 LORA = LoraConfig(r=16, alpha=32.0)
 NF4 = QuantConfig()
 CASES = {
-    "llama-3.1-8b, lora": TrialSetup(adapter=LORA),
-    "llama-3.1-8b, lora, offloaded activations": TrialSetup(adapter=LORA, recompute=RecomputeConfig("offload")),
+    "llama-3.2-1b, lora": TrialSetup(adapter=LORA),
+    "llama-3.2-1b, lora, offloaded activations": TrialSetup(adapter=LORA, recompute=RecomputeConfig("offload")),
     "llama-3.1-8b, qlora, selective recompute": TrialSetup(
         adapter=LORA, quant=NF4, recompute=RecomputeConfig("selective")
     ),
