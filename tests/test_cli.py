@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,6 +103,35 @@ def test_what_is_nobodys_fault_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(commands, "plot", lambda options: int("not from minift"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["plot", "run"])
+
+
+@contextmanager
+def no_file_above(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to write more into one, as it refuses on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_is_told_with_the_folder_that_was_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load_model(write_model(tmp_path / "model"), torch.float32)
+    inject(model, LoraConfig(r=4))
+    save_adapter("adapter", LoraConfig(r=4), file_tensors(model))
+    monkeypatch.setattr("minift.model.gguf.convert_gguf", lambda _, folder: (folder / "x").write_bytes(bytes(9999)))
+    for arguments in (
+        ["quantize", "--model", "model", "--out", "new"],
+        ["merge", "--model", "model", "--adapter", "adapter", "--out", "new"],
+        ["convert", "model.gguf", "new"],
+        ["combine", "adapter", "adapter", "--method", "cat", "--out", "new"],
+    ):
+        with no_file_above(4096):
+            assert main(arguments) == 2
+        assert re.fullmatch(r"minift: error: new.*: .*File too large.*\n", capsys.readouterr().err)
+        assert sorted(os.listdir()) == ["adapter", "model"]
 
 
 def test_ctrl_c_is_quiet(monkeypatch, capsys):

@@ -6,11 +6,17 @@ there removes (`atomic_folder`) or puts in its place (`swap_in`).
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that only writing meets, and that name no file where one is open already."""
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -23,7 +29,7 @@ def refuse_occupied(folder: Path) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder on the same disk; when the block ends it becomes `folder`, when it raises it is removed.
 
-    ValueError as of `refuse_occupied`.
+    ValueError as of `refuse_occupied`; OSError with the name of `folder` if the disk has no room.
     """
     refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +43,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         flush(temporary)
         temporary.rename(folder)
         flush(folder.parent)  # the rename itself
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    except SafetensorError as error:  # what that library makes of an OSError
+        raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from minift.checkpoint.atomic import atomic_folder, swap_in
 from tests.checkpoint.kills import all_kills
@@ -26,6 +28,24 @@ def test_leaves_nothing_after_an_error(tmp_path):
         (temporary / "file").write_text("x")
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_with_the_folder(tmp_path, number):
+    """What was asked for, and not the temporary one, whether or not the writer knew its file."""
+    for path in (), (str(tmp_path / ".out.1.tmp" / "file"),):
+        with pytest.raises(OSError) as told, atomic_folder(tmp_path / "out"):
+            raise OSError(number, os.strerror(number), *path)
+        assert (told.value.errno, told.value.filename) == (number, str(tmp_path / "out"))
+    with pytest.raises(OSError, match="/out cannot be written: .*os error 28"), atomic_folder(tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_keeps_its_name(tmp_path):
+    with pytest.raises(OSError) as told, atomic_folder(tmp_path / "out"):
+        (tmp_path / "base").read_text()
+    assert str(told.value.filename) == str(tmp_path / "base")
 
 
 def test_overwrites_nothing(tmp_path):
