@@ -85,7 +85,7 @@ class Engine:
     now: float = 0.0
     exposed_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
-    page_stored_at: float = 0.0
+    page_stored_at: float = 0.0  # the last one; at the start, of the step before
 
     def __post_init__(self) -> None:
         self.units = [_Unit(costs) for costs in self.costs]

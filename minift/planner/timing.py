@@ -7,7 +7,8 @@ On CUDA copies, casts and sums run in lanes of their own beside compute. On a CP
 does what ranks do to meet.
 
 What crosses the bus to host memory takes turns on it, each way: frozen weights before they are gathered, inputs of
-blocks, moments in pages. Not here: masters in host memory, which the host's processor updates (`fsdp.offload`).
+blocks, moments in pages. Not here: masters in host memory, which the host's processor updates (`fsdp.offload`);
+collectives of GPUs without NVLink, which cross the same bus.
 """
 
 from __future__ import annotations
