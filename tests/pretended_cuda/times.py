@@ -115,7 +115,7 @@ class Clock:
 
 def planned_and_measured(case: Case) -> tuple[float, float]:
     """Seconds of the second step, which the end of the first one meets."""
-    config = ModelConfig.from_hf(MODELS["llama-3.2-1b"] | {"num_hidden_layers": 4})
+    config = ModelConfig.from_hf(MODELS["llama-3.2-1b"] | {"num_hidden_layers": 3})
     workload = Workload(tokens=512, document_tokens=512, microbatches=case.microbatches)
     run = describe(config, case.setup, world_size=1, link="nccl", workload=workload)
     ends = []
