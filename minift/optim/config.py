@@ -6,6 +6,7 @@ parameter name, e.g. `model.layers.3.self_attn.q_proj.lora_B.weight`. LoRA+ is `
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ class OptimConfig:
     betas: decay rates of the first and second moment.
     eps: added to the square root of the second moment.
     weight_decay: decoupled: a weight is multiplied by 1 - lr * weight_decay in each step.
-    no_decay: patterns of parameters without weight decay (default: norm weights and biases).
+    no_decay: patterns of parameters without weight decay (default: norm weights and biases, where there are any).
     lr_ratios: pattern -> factor on lr; the first pattern that matches a name counts; 0 freezes.
     schedule: what follows the warm-up: constant, linear or cosine, down to min_lr_ratio at the last step.
     warmup_steps: optimizer steps in which lr grows linearly from 0.
@@ -87,7 +88,8 @@ class OptimConfig:
         return 0.0 if any(re.search(pattern, name) for pattern in self.no_decay) else self.weight_decay
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse an `lr_ratios` pattern that is the first match of none of the trainable parameters.
+        """Refuse an `lr_ratios` pattern that is the first match of none of the trainable parameters, and a `no_decay`
+        pattern that matches none, except for the defaults: they are for any model, also one without biases.
 
         names: those of the whole model. A rank that passed the names in its own shards would fail alone.
         """
@@ -99,6 +101,18 @@ class OptimConfig:
                     f"optim.lr_ratios has the pattern {pattern!r}, which decides the learning rate of no trainable "
                     f"parameter; valid: a pattern found in one of {len(names)} names such as {', '.join(names[:3])}"
                 )
+        for pattern in self.no_decay:
+            if pattern not in OptimConfig.no_decay and not any(re.search(pattern, name) for name in names):
+                raise ValueError(
+                    f"optim.no_decay has the pattern {pattern!r}, found in the name of no trainable parameter; "
+                    f"valid: one found in one of {len(names)} names, nearest: {', '.join(_nearest(pattern, names))}"
+                )
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
+    """Ends of `names`, of one part or two, that are spelled most like it."""
+    ends = {".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2)}
+    return difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.0)
 
 
 def _is_finite(value: object) -> bool:

@@ -63,6 +63,34 @@ def test_a_ratio_that_decides_nothing_is_refused(patterns):
         config.check_names(["q_proj.lora_A.weight", "q_proj.lora_B.weight"])
 
 
+NAMES = [
+    *(f"model.layers.{layer}.{ending}" for layer in range(12) for ending in ("mlp.up_proj.weight", "norm.weight")),
+    "model.embed_tokens.weight",
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nearest"),
+    [("embed_token[.]", "embed_tokens.weight"), (r"norn\.weight$", "norm.weight"), ("up_porj", "up_proj.weight")],
+)
+def test_a_pattern_without_decay_that_finds_nothing_is_refused(pattern, nearest):
+    config = OptimConfig(no_decay=("norm", pattern), lr_ratios={"up": 2.0})
+    sentence = f"optim.no_decay has the pattern {pattern!r}, found in the name of no trainable parameter"
+    with pytest.raises(ValueError, match=f"{re.escape(sentence)}; .*nearest: {re.escape(nearest)}"):
+        config.check_names(NAMES)
+
+
+def test_defaults_may_find_nothing():
+    """They are for any model: biases there may be none, and under LoRA no norms that train."""
+    OptimConfig().check_names(NAMES)
+    OptimConfig(no_decay=(*OptimConfig.no_decay, "lora_B")).check_names(["q_proj.lora_B.weight"])
+
+
+@pytest.mark.parametrize("pattern", ["norm", r"layers\.11\.", "^model[.]embed"])
+def test_patterns_without_decay_that_find_something_are_accepted(pattern):
+    OptimConfig(no_decay=(pattern,)).check_names(NAMES)
+
+
 def test_ratios_that_decide_something_are_accepted():
     OptimConfig(lr_ratios={"lora_B": 2.0}).check_names(["q_proj.lora_A.weight", "q_proj.lora_B.weight"])
 
