@@ -31,6 +31,7 @@ class _LockedPages(mmap.mmap):
 
     def __init__(self, num_bytes: int) -> None:
         address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        self.madvise(mmap.MADV_DONTFORK)  # else a fork may leave the GPU with pages that are the child's
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
         self.address = address
 
