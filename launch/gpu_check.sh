@@ -117,11 +117,12 @@ pytest() { # pytest SECONDS NAME ARGUMENTS...
 for file in $(grep -l '^HAS_CUDA_KERNELS = True' tests/ops/test_*.py); do # their names have no spaces
     pytest 150 "$(basename "$file" .py) on the GPU" "$file" -k 'cuda and not cuda_on_cpu'
 done
-pytest 150 'memory of the host' tests/test_pinned.py tests/optim/test_memory.py -k gpu
 export MINIFT_TEST_DEVICE=cuda
 pytest 150 'engine: gradients' tests/fsdp/test_engine.py -k gradients
 pytest 150 'engine: steps' tests/test_step.py
 pytest 150 'engine: NCCL' tests/fsdp/test_nccl.py
+pytest 150 'host memory' tests/test_pinned.py -k gpu
+pytest 150 'host memory: moments' tests/optim/test_memory.py -k gpu
 unset MINIFT_TEST_DEVICE
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)

@@ -83,9 +83,12 @@ def test_everything_it_would_run_exists(tmp_path, monkeypatch):
         if re.search("^HAS_CUDA_KERNELS = True", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert len(with_kernels) > 10
-    assert tested == with_kernels | {"tests/fsdp/test_engine.py", "tests/test_step.py", "tests/fsdp/test_nccl.py"}
+    assert tested == with_kernels | {
+        "tests/fsdp/test_engine.py", "tests/test_step.py", "tests/fsdp/test_nccl.py", "tests/test_pinned.py",
+        "tests/optim/test_memory.py",
+    }  # fmt: skip
     assert [arguments for arguments, _ in calls].count(["-m", "tests.ops.small_cases"]) == 2  # memcheck, racecheck
-    assert [name for name, _ in benchmarks] == ["ops_cuda"] + ["step_cuda"] * 8
+    assert [name for name, _ in benchmarks] == ["ops_cuda"] + ["step_cuda"] * 9
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     parse = importlib.import_module("results").parse

@@ -252,7 +252,7 @@ def over_a_bus(step: tuple[list[SimUnit], Schedule], draw: Callable[[], float], 
         gather = unit.gather and replace(unit.gather, bus_s=slower * draw())
         is_block = unit.name != ""
         pages_s = tuple(slower * draw() for _ in range(int(draw())))
-        units.append(replace(unit, gather=gather, bus_s=slower * draw() * is_block, pages_s=pages_s))
+        units.append(replace(unit, gather=gather, input_s=slower * draw() * is_block, pages_s=pages_s))
     return units
 
 
@@ -285,8 +285,8 @@ def test_with_free_computation_a_step_is_what_crosses_the_bus(step, seed: int, w
         names = [span.name for span in simulated.trace.spans if span.kind == "all-gather"]
         assert simulated.seconds == sum(unit.gather.bus_s * names.count(unit.name) for unit in units if unit.gather)
     elif what == "inputs":
-        units = [replace(o, bus_s=u.bus_s) for o, u in zip(only, units, strict=True)]
-        assert simulate(units, schedule).seconds == 2 * schedule.microbatches * sum(unit.bus_s for unit in units)
+        units = [replace(o, input_s=u.input_s) for o, u in zip(only, units, strict=True)]
+        assert simulate(units, schedule).seconds == 2 * schedule.microbatches * sum(unit.input_s for unit in units)
     else:
         units = [replace(o, pages_s=u.pages_s, update_s=1e-9) for o, u in zip(only, units, strict=True)]
         there_s = sum(sum(unit.pages_s) for unit in units)
