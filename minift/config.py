@@ -32,6 +32,7 @@ from minift.recipe.build import build, differences
 from minift.recipe.describe import Field, describe, sections_of, show, to_plain, variants, walk
 from minift.recipe.nodes import RecipeError, merge, parse_overrides, read_yaml
 from minift.recompute import RecomputeConfig
+from minift.start.prepare import needs_start
 
 USAGE = """\
 usage: minift train RECIPE [--section.field VALUE ...]
@@ -126,9 +127,7 @@ class RunConfig:
                 f"model.adapter is {self.model.adapter} without adapter, which says how it is trained; valid: adapter "
                 "with the settings of that folder"
             )
-        if self.model.adapter is not None and (
-            isinstance(self.adapter, ResidualLoraConfig) or getattr(self.adapter, "allocate", "none") != "none"
-        ):
+        if self.model.adapter is not None and needs_start(self.adapter):
             problems.append(
                 f"model.adapter is {self.model.adapter}, but adapter.method {self.adapter.method} finds its start, or "
                 "its ranks, in the base; valid: a method that starts as it is told (what such a run exports is lora)"
@@ -193,8 +192,8 @@ class RunConfig:
         return Path(self.run_dir) / "config.yaml"
 
     def changes(self) -> list[str]:
-        """What is not as it is in run_dir/config.yaml, a sentence each; none if there is no such file."""
-        if not self._saved_path.is_file():
+        """What is not as it was when the run in run_dir was here last, a sentence each."""
+        if not _was_trained(Path(self.run_dir)):
             return []
         return [_told(change) for change in self._changes()]
 

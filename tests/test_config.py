@@ -140,6 +140,12 @@ def test_a_run_folder_is_continued_by_its_own_recipe_only(recipe, tmp_path):
     config.save()
     other = RunConfig.from_recipe(recipe, ["--optim.lr", "1e-5", "--adapter", "{r: 4}"])
     other.check_files()  # nothing was trained yet
+    assert other.changes() == []
+    saved = tmp_path / "run" / "config.yaml"
+    written = saved.read_text()
+    saved.write_text("warp: 9\n")  # by another version
+    assert other.changes() == []
+    saved.write_text(written)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 3.0}\n')
     other.check_files()  # nor now
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
@@ -157,8 +163,7 @@ def test_a_run_folder_is_continued_by_its_own_recipe_only(recipe, tmp_path):
         other.check_files()
     replace(other, run_dir=str(tmp_path / "elsewhere")).check_files()
 
-    saved = tmp_path / "run" / "config.yaml"
-    saved.write_text(saved.read_text() + "warp: 9\n")
+    saved.write_text(written + "warp: 9\n")
     with pytest.raises(ValueError, match="whose run this version cannot continue .*warp"):
         config.check_files()
     saved.unlink()

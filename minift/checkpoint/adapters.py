@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from minift.checkpoint.adapter_files import check_values, read_stored, write_tensors
 from minift.checkpoint.atomic import atomic_folder
 from minift.checkpoint.fingerprint import Sample, check_fingerprint, write_fingerprint
+from minift.json_file import read_object
 from minift.model.linear import Linear
 from minift.peft.adapter import AdapterConfig
 from minift.peft.inject import adapters, from_file, frozen_projections, inject, stored_parameters, to_file
@@ -101,12 +102,7 @@ def _fields_of(folder: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter folder")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not an object, {{...}}, with the settings of an adapter")
+    fields = read_object(path)
     try:
         yield fields
     except ValueError as error:

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from minift.json_file import read_object
+
 Span = tuple[int, int]
 
 TOKEN_ROLES = ("bos", "eos", "pad", "unk")
@@ -301,12 +303,4 @@ def _content(token: str | dict | None) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return content
+    return read_object(file) if file.is_file() else {}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minift.json_file import read_object
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
 from minift.model.weights import INDEX_FILE, SINGLE_FILE, TensorSpec, WeightReader, encode_header
@@ -45,12 +46,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a Hugging Face model folder has one.")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(hf, dict):
-        raise ValueError(f"{path} is not a JSON object.")
+    hf = read_object(path)
     try:
         return ModelConfig.from_hf(hf)
     except ValueError as error:

@@ -329,7 +329,7 @@ def test_whatever_stands_in_a_config_it_is_read_or_refused(tmp_path_factory, dat
 def test_the_base_is_read_as_strictly(tmp_path):
     path = tmp_path / "adapter_config.json"
     base = "base_model_name_or_path"
-    wrong = {"{": " is not JSON", "[]": " is not an object", f'{{"{base}": 5}}': f": {base} is 5; valid: text"}
+    wrong = {"{": " is not JSON", "[]": " is not a JSON object", f'{{"{base}": 5}}': f": {base} is 5; valid: text"}
     for text, sentence in wrong.items():
         path.write_text(text)
         with pytest.raises(ValueError) as told:

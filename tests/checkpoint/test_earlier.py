@@ -6,8 +6,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from minift.build import ModelSource, construct
@@ -75,7 +77,6 @@ def test_a_run_begins_where_the_other_ended(
 
 def test_what_peft_trained_goes_on(inputs: Path, tmp_path: Path) -> None:
     """A step of 1e-30 changes no bit, so what is exported is what PEFT wrote."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     peft.get_peft_model(base, settings).save_pretrained(tmp_path / "peft")

@@ -6,11 +6,13 @@ is told on, and so is whoever does not wait and should (`order`). Not here: valu
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,17 @@ def run_with_device(library: Path, module: str) -> str:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def print_found(cases: dict[str, Any], find: Callable[[str], Any]) -> None:
+    """For `run_with_device`: {name of a case: what was found, or why nothing was}."""
+    found = {}
+    for name in cases:
+        try:
+            found[name] = find(name)
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
 
 
 class Waits(TorchDispatchMode):

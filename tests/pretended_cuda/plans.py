@@ -3,9 +3,6 @@ JSON, {case: [planned bytes, measured bytes]}."""
 
 from __future__ import annotations
 
-import json
-import traceback
-
 import torch
 
 from minift.fsdp import ShardPolicy
@@ -21,6 +18,7 @@ from minift.planner.trial import TrialSetup
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
+from tests.pretended_cuda.device import print_found
 from tests.pretended_cuda.training import training
 
 LORA = LoraConfig(r=16, alpha=32.0)
@@ -62,14 +60,8 @@ def planned_and_measured(model: str, setup: TrialSetup, workload: Workload) -> t
 
 
 def main() -> None:
-    found: dict[str, tuple[int, int] | str] = {}
-    for name, setup in CASES.items():
-        model = name.partition(",")[0]
-        try:
-            found[name] = planned_and_measured(model, setup, Workload(tokens=8192, document_tokens=4096))
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    workload = Workload(tokens=8192, document_tokens=4096)
+    print_found(CASES, lambda name: planned_and_measured(name.partition(",")[0], CASES[name], workload))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@ many updates it was ahead of the device by then, and what nothing put in order."
 
 from __future__ import annotations
 
-import json
-import traceback
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -32,7 +30,7 @@ from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig, apply_recompute
 from minift.step import train_step
 from minift.trace import Recorder
-from tests.pretended_cuda.device import pretended_cuda
+from tests.pretended_cuda.device import pretended_cuda, print_found
 from tests.test_step import CONFIG, batch
 
 
@@ -100,13 +98,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    found: dict[str, dict[str, Any] | str] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = run(case)
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    print_found(CASES, lambda name: run(CASES[name]))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ here. The order of everything is the engine's own.
 
 from __future__ import annotations
 
-import json
-import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +26,7 @@ from minift.planner.trial import TrialSetup
 from minift.precision import Precision
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
+from tests.pretended_cuda.device import print_found
 from tests.pretended_cuda.order import tensors_in, written_by
 from tests.pretended_cuda.training import training
 
@@ -130,13 +129,7 @@ def planned_and_measured(case: Case) -> tuple[float, float]:
 
 
 def main() -> None:
-    found: dict[str, tuple[float, float] | str] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = planned_and_measured(case)
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    print_found(CASES, lambda name: planned_and_measured(CASES[name]))
 
 
 if __name__ == "__main__":
