@@ -55,6 +55,7 @@ from minift.progress import Progress
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
 from minift.report import RunFacts, write_report
+from minift.run_lock import run_lock
 from minift.start.prepare import needs_gradients, needs_start, prepare_start
 from minift.step import NonFiniteError, StepResult, train_step
 from minift.timeline import write_timeline
@@ -92,7 +93,7 @@ def train(config: Settings) -> int:
     or stopped by SIGTERM with everything saved, 130 when stopped by Ctrl-C."""
     world = init_world(config.device)
     try:
-        with stop_requests() as stop:
+        with stop_requests() as stop, run_lock(Path(config.run_dir)) if world.is_main else nullcontext():
             Run(config, world, stop).go()
         return 130 if stop.signal == signal.SIGINT else 0
     finally:

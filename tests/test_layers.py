@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1] / "minift"
 
 LAYERS = [  # lowest first; what shares a line does not import each other
     ["_C"],
-    ["ops", "dist", "heap", "json_file", "pinned", "precision", "metrics", "progress", "recipe", "style", "trace"],
+    ["ops", "dist", "heap", "json_file", "metrics", "pinned", "precision", "progress", "recipe", "run_lock", "style"]
+    + ["trace"],
     ["grad_slot", "curves"],
     ["model", "data", "objectives", "optim"],
     ["quant", "recompute", "generate", "peft", "fsdp"],

@@ -36,6 +36,7 @@ from minift.peft.prompt import PromptConfig
 from minift.peft.virtual_tokens import VirtualTokensConfig
 from minift.precision import Precision
 from minift.recompute import RecomputeConfig
+from minift.run_lock import run_lock
 from minift.train import NonFiniteError, Run, train
 from tests.checkpoint.kills import killed_before
 from tests.ranks import run_ranks
@@ -339,6 +340,13 @@ def test_the_report_of_an_earlier_end_is_no_sign_of_this_one(inputs: Path, tmp_p
     assert killed_before(before_the_report, 0, train, longer)
     assert train(longer) == 0
     assert "4 optimizer steps" in (tmp_path / "report.md").read_text()
+
+
+def test_a_folder_where_another_run_is_at_work_is_left_alone(inputs: Path, tmp_path: Path) -> None:
+    with run_lock(tmp_path), pytest.raises(ValueError, match="is training"):
+        train(config_for(inputs, tmp_path, max_steps=2))
+    assert files_below(tmp_path) == {".lock"}
+    assert train(config_for(inputs, tmp_path, max_steps=2)) == 0
 
 
 @pytest.mark.parametrize("run", [run, full_run])
