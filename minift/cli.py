@@ -78,8 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--world-size", type=int, default=1, metavar="N", help="processes, one device each (default: 1)")
     plan.add_argument(
-        "--device", default="h100", metavar="NAME",
-        help="h100 (default), h200, a100, a100-40g, l40s, rtx4090, rtx3090, or cpu: this machine",
+        "--device", metavar="NAME",
+        help="h100, h200, a100, a100-40g, l40s, rtx4090, rtx3090, or cpu: this machine (default: its GPU, or h100)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--host-memory", type=float, metavar="GIB",
+        help="of a node, for what its GPUs keep there (default: this machine's, for its own GPU; else any amount)",
     )  # fmt: skip
     plan.add_argument(
         "--network", default="nvlink", metavar="NAME",

@@ -64,9 +64,7 @@ def plan(options: Namespace) -> None:
     from minift.planner.answer import answer_for_model, answer_for_recipe
     from minift.planner.plan import Machine
 
-    is_here = options.device.lower() == "cpu"
-    size = options.world_size
-    machine = Machine.here(size) if is_here else Machine.of_gpus(options.device, size, options.network)
+    machine = Machine.named(options.device, options.world_size, options.network, options.host_memory)
     if config is None:
         if options.overrides:
             raise ValueError(f"{options.overrides[0]} is of a recipe, and {options.recipe} is a model; give a recipe")

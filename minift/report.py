@@ -21,7 +21,7 @@ class PlanResult:
     """What was predicted of optimizer step `step` of rank 0, and what was measured: pairs of these, in bytes.
 
     held: between steps, by category. peak: the most at a time, expected at `peak_at`. sent: to other ranks.
-    seconds: of the steps that follow, the mean; None if this machine was not calibrated.
+    seconds: of the steps that follow, the mean; None without figures of this machine.
     """
 
     step: int

@@ -2,6 +2,7 @@
 
     model_shape("llama-3.1-70b")     -> ModelConfig, without a file
     gpu("h100")                      -> Device: memory, and rates for times
+    this_gpu()                       -> "h100", where there is one
     network("400g")                  -> Network
 
 What a GPU does of its datasheet's figures is what performance.md found elsewhere (sections 4.2 and 4.7): products at
@@ -19,6 +20,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from minift.model.config import ModelConfig
 from minift.planner.device import Device, Rate
@@ -75,24 +78,25 @@ GIB = 1 << 30
 @dataclass(frozen=True)
 class _Card:
     """memory_bytes: what PyTorch sees of it; tflops: dense, in 16 bits with fp32 sums; bytes a second of memory, and to
-    the host."""
+    the host. driver_name: others of its kind (PCIe, laptops) are slower."""
 
     memory_bytes: int
     tflops: float
     memory_bytes_per_s: float
     bus_bytes_per_s: float
+    driver_name: str
 
 
 _PCIE_4, _PCIE_5 = 25e9, 53e9  # with 16 lanes, each way, from pinned memory (performance.md, section 2)
 
 _CARDS = {
-    "h100": _Card(79 * GIB, 989, 3.35e12, _PCIE_5),
-    "h200": _Card(139 * GIB, 989, 4.8e12, _PCIE_5),
-    "a100": _Card(79 * GIB, 312, 2.04e12, _PCIE_4),
-    "a100-40g": _Card(39 * GIB, 312, 1.56e12, _PCIE_4),
-    "l40s": _Card(44 * GIB, 362, 0.86e12, _PCIE_4),
-    "rtx4090": _Card(int(23.5 * GIB), 165, 1.01e12, _PCIE_4),
-    "rtx3090": _Card(int(23.5 * GIB), 71, 0.94e12, _PCIE_4),
+    "h100": _Card(79 * GIB, 989, 3.35e12, _PCIE_5, "NVIDIA H100 80GB HBM3"),
+    "h200": _Card(139 * GIB, 989, 4.8e12, _PCIE_5, "NVIDIA H200"),
+    "a100": _Card(79 * GIB, 312, 2.04e12, _PCIE_4, "NVIDIA A100-SXM4-80GB"),
+    "a100-40g": _Card(39 * GIB, 312, 1.56e12, _PCIE_4, "NVIDIA A100-SXM4-40GB"),
+    "l40s": _Card(44 * GIB, 362, 0.86e12, _PCIE_4, "NVIDIA L40S"),
+    "rtx4090": _Card(int(23.5 * GIB), 165, 1.01e12, _PCIE_4, "NVIDIA GeForce RTX 4090"),
+    "rtx3090": _Card(int(23.5 * GIB), 71, 0.94e12, _PCIE_4, "NVIDIA GeForce RTX 3090"),
 }
 
 CONTEXT_BYTES = GIB // 2
@@ -123,16 +127,24 @@ def gpu(name: str) -> Device:
     )  # fmt: skip
 
 
+def this_gpu() -> str | None:
+    """The name of what PyTorch has for a first GPU, if it is one of these."""
+    if not torch.cuda.is_available():
+        return None
+    driver_name = torch.cuda.get_device_name()
+    return next((name for name, card in _CARDS.items() if card.driver_name == driver_name), None)
+
+
 _NVLINK_BYTES_PER_S = 370e9
 _NODE_BYTES_PER_S = {"nvlink": 370e9, "400g": 45e9, "100g": 12e9}
-_RANKS_PER_NODE = 8
+RANKS_PER_NODE = 8
 
 
 def network(name: str) -> Network:
     """Between nodes of 8 GPUs with NVLink (performance.md, section 4.6): nvlink: eight interfaces of 400 Gbit/s a node;
     400g, 100g: one. A number: GB/s of every rank to every other, inside of a node, too."""
     if name in _NODE_BYTES_PER_S:
-        return Network(_NVLINK_BYTES_PER_S, _NODE_BYTES_PER_S[name] / _RANKS_PER_NODE, _RANKS_PER_NODE)
+        return Network(_NVLINK_BYTES_PER_S, _NODE_BYTES_PER_S[name] / RANKS_PER_NODE, RANKS_PER_NODE)
     try:
         bytes_per_s = float(name) * 1e9
     except ValueError:

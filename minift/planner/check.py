@@ -8,7 +8,7 @@
 What is held between steps is read off the tensors of the engine and the optimizer, by category, to the byte. The peak
 is counted by `TensorMeter` on a CPU, and is what PyTorch's allocator says on a GPU. All of this rank, in a step that
 comes after the first, in which the engine learns the order of the blocks. Steps after that one are timed, and set
-against what this machine was calibrated to, if it was.
+against what this machine was calibrated to, if it was; those of a single GPU, against its datasheet.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from minift.fsdp import ShardedModel
 from minift.fsdp.bucket import Bucket
 from minift.optim.adamw import AdamW
 from minift.planner.calibration import find_calibration
+from minift.planner.catalog import gpu, network, this_gpu
 from minift.planner.describe import describe
 from minift.planner.device import Device, Rate
 from minift.planner.memory import PERSISTENT, MemoryPlan, plan_memory
@@ -110,7 +111,7 @@ class PlanCheck:
         return PlanResult(
             step=self._step,
             held={name: (_everywhere(highest, name), measured[name]) for name in PERSISTENT},
-            peak=(highest.peak_bytes + (0 if run.is_on_gpu else sum(highest.host.values())), self._peak_bytes),
+            peak=(highest.peak_bytes + (0 if run.is_on_gpu else highest.host_bytes), self._peak_bytes),
             peak_at=highest.peak.name,
             sent=(timed.sent_bytes, self._sent_bytes),
             seconds=self._seconds(run),
@@ -118,12 +119,24 @@ class PlanCheck:
 
     def _seconds(self, run: RunShape) -> tuple[float, float] | None:
         """Of a step, planned and measured, means over those that were timed; None without figures of this machine."""
-        calibration = find_calibration(self._built.engine.world.device.type)
-        if calibration is None or not self._timed:
+        figures = _gpu_figures(run) if run.is_on_gpu else _cpu_figures(run)
+        if figures is None or not self._timed:
             return None
-        device, network = calibration.device(run.world_size), calibration.network(run.world_size)
-        planned = [time_step(replace(run, workload=workload), device, network).seconds for workload, _ in self._timed]
+        planned = [time_step(replace(run, workload=workload), *figures).seconds for workload, _ in self._timed]
         return fmean(planned), fmean(seconds for _, seconds in self._timed)
+
+
+def _cpu_figures(run: RunShape) -> tuple[Device, Network] | None:
+    calibration = find_calibration("cpu")
+    return calibration and (calibration.device(run.world_size), calibration.network(run.world_size))
+
+
+def _gpu_figures(run: RunShape) -> tuple[Device, Network] | None:
+    """Of a datasheet; of several ranks nobody says how they are connected."""
+    name = this_gpu()
+    if name is None or run.world_size > 1 or run.host_updates:
+        return None
+    return gpu(name), network("nvlink")
 
 
 def link_of(engine: ShardedModel) -> Link:

@@ -81,6 +81,10 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         return self.persistent_bytes + self.peak.total_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
     def categories(self) -> dict[str, int]:
         """What the peak is made of."""
         always, then = self.persistent, self.peak.bytes
@@ -114,7 +118,7 @@ def persistent_bytes(run: RunShape) -> tuple[dict[str, int], dict[str, int]]:
         if bucket.trainable:
             _add(shards, "gradients", 0 if _makes_grads_anew(run) else _grad_bytes(bucket, run))
             _add(host if is_offloaded or run.optim.paged else device, "optimizer state", moment_bytes(bucket, run))
-    _add(host if run.policy.offload and run.is_on_gpu else device, "gradients", run.scratch_bytes)
+    _add(host if run.host_updates else device, "gradients", run.scratch_bytes)
     for ring in {r.key: r for unit in run.units for r in (unit.gather_ring, unit.reduce_ring)}.values():
         is_gather = any(unit.gather_ring.key == ring.key for unit in run.units)
         size = ring.count * ring.buffer_bytes
@@ -122,7 +126,7 @@ def persistent_bytes(run: RunShape) -> tuple[dict[str, int], dict[str, int]]:
             _add(device, "gathered buffers", size // run.shard_size if run.shares_memory else size)
         else:
             _add(device, "reduce buffers", size + _staging_bytes(size, run))
-    if run.optim.paged and run.is_on_gpu and not run.policy.offload:
+    if run.optim.paged and run.is_on_gpu and not run.host_updates:
         _add(device, "optimizer state", PAGED_BUFFER_BYTES)
     return device, host
 
@@ -205,7 +209,7 @@ def _moments(run: RunShape) -> Iterator[Moment]:
 
 def _makes_grads_anew(run: RunShape) -> bool:
     """Whether gradients have memory from backward to update only (`fsdp.bucket.are_grads_made_anew`)."""
-    return run.is_on_gpu and not run.policy.offload
+    return run.is_on_gpu and not run.host_updates
 
 
 class _GradientsInStep:

@@ -18,7 +18,15 @@ from typing import Any, Protocol
 
 from minift.model.config import ModelConfig
 from minift.planner.calibration import find_calibration
-from minift.planner.catalog import CONTEXT_BYTES, USABLE, gpu, network, this_machine_bytes
+from minift.planner.catalog import (
+    CONTEXT_BYTES,
+    RANKS_PER_NODE,
+    USABLE,
+    gpu,
+    network,
+    this_gpu,
+    this_machine_bytes,
+)
 from minift.planner.choices import Candidate, alternatives, smallest_changes
 from minift.planner.describe import describe
 from minift.planner.device import Device
@@ -40,7 +48,8 @@ class Loop(Protocol):
 class Machine:
     """world_size ranks, each with a device of so much memory. link: how they exchange tensors.
 
-    device, network: figures for times; None: there are none.
+    device, network: figures for times; None: there are none. host_bytes: of a node's memory, which what GPUs keep there
+    must fit into; infinite: nobody said.
     """
 
     name: str
@@ -49,14 +58,29 @@ class Machine:
     link: Link
     device: Device | None = None
     network: Network | None = None
+    host_bytes: float = math.inf
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
             raise ValueError(f"--world-size is {self.world_size}; valid: 1 or more")
 
     @classmethod
+    def named(cls, name: str | None, world_size: int, network_name: str, host_gib: float | None) -> Machine:
+        """cpu: this machine. None: the GPU that it has, or else an H100. host_gib: None: what this machine has, if that
+        is its GPU. ValueError for names that `catalog` does not have."""
+        if name is not None and name.lower() == "cpu":
+            return cls.here(world_size)
+        if host_gib is not None and not host_gib > 0:
+            raise ValueError(f"--host-memory is {host_gib:g}; valid: GiB of a node, more than 0")
+        found = this_gpu()
+        machine = cls.of_gpus(name or found or "h100", world_size, network_name)
+        if host_gib is not None:
+            return replace(machine, host_bytes=host_gib * 2**30)
+        return replace(machine, host_bytes=this_machine_bytes()) if machine.name == found else machine
+
+    @classmethod
     def of_gpus(cls, name: str, world_size: int, network_name: str) -> Machine:
-        """ValueError for names that `catalog` does not have."""
+        """With any amount of host memory. ValueError for names that `catalog` does not have."""
         device = gpu(name)
         return cls(device.name, int(device.memory_bytes), world_size, "nccl", device, network(network_name))
 
@@ -79,6 +103,22 @@ class Machine:
         """What tensors can have of it."""
         return int(USABLE * (self.memory_bytes - (CONTEXT_BYTES if self.is_gpu else 0)))
 
+    @property
+    def ranks_of_a_node(self) -> int:
+        return min(self.world_size, RANKS_PER_NODE)
+
+    @property
+    def usable_host_bytes(self) -> float:
+        """What ranks can have of their node's memory, all of them."""
+        return USABLE * self.host_bytes
+
+    def has_room(self, memory: MemoryPlan) -> bool:
+        """On a rank's device, and for all ranks of a node on its host."""
+        return memory.peak_bytes <= self.usable_bytes and self.host_has_room(memory)
+
+    def host_has_room(self, memory: MemoryPlan) -> bool:
+        return self.ranks_of_a_node * memory.host_bytes <= self.usable_host_bytes
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,7 +139,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak_bytes <= self.machine.usable_bytes
+        return self.machine.has_room(self.memory)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -156,8 +196,7 @@ class Planner:
         run = self._describe(candidate)
         timed = None
         machine = self.machine
-        host_updates = machine.is_gpu and candidate.setup.fsdp.offload
-        if machine.device is not None and machine.network is not None and not host_updates:
+        if machine.device is not None and machine.network is not None and not run.host_updates:
             timed = time_step(run, machine.device, machine.network)
         return Plan(candidate, machine, run, plan_memory(run), timed)
 
@@ -188,7 +227,7 @@ class Planner:
             run = self._describe(candidate)
         except ValueError:  # what the model, or the number of ranks, refuses
             return False
-        return plan_memory(run).peak_bytes <= self.machine.usable_bytes
+        return self.machine.has_room(plan_memory(run))
 
     def _describe(self, candidate: Candidate) -> RunShape:
         setup = candidate.setup

@@ -265,3 +265,8 @@ class RunShape:
     @property
     def is_on_gpu(self) -> bool:
         return self.link == "nccl"
+
+    @property
+    def host_updates(self) -> bool:
+        """Whether a GPU's host has the masters, and its processor updates them."""
+        return self.is_on_gpu and self.policy.offload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,22 @@ def plan_text(plan: Plan) -> str:
     rows.append(("all of it", show_bytes(memory.persistent_bytes), show_bytes(memory.peak_bytes)))
     text = [describe_run(plan), "", _columns(rows), "", fit_text(plan)]
     if memory.host:
-        parts = ", ".join(f"{name} {show_bytes(size)}" for name, size in memory.host.items() if size)
-        text.append(f"in {_elsewhere(plan)}: {parts}")
+        text.append(host_text(plan))
     return "\n".join([*text, time_text(plan)])
+
+
+def host_text(plan: Plan) -> str:
+    """What lies elsewhere, for all ranks of a node if there are several, and whether that fits if one knows."""
+    machine, memory = plan.machine, plan.memory
+    text = f"in {_elsewhere(plan)}: "
+    text += ", ".join(f"{name} {show_bytes(size)}" for name, size in memory.host.items() if size)
+    if machine.is_gpu and machine.ranks_of_a_node > 1:
+        of_all = show_bytes(machine.ranks_of_a_node * memory.host_bytes)
+        text += f"; {of_all} for the {machine.ranks_of_a_node} ranks of a node"
+    if math.isfinite(machine.host_bytes):
+        verdict = "fits" if machine.host_has_room(memory) else "does not fit"
+        text += f"; {verdict} in the {show_bytes(machine.usable_host_bytes)} that there are"
+    return text
 
 
 def _elsewhere(plan: Plan) -> str:
@@ -69,7 +83,7 @@ def describe_run(plan: Plan) -> str:
 
 def fit_text(plan: Plan) -> str:
     usable = plan.machine.usable_bytes
-    verdict = "fits" if plan.fits else "does not fit"
+    verdict = "fits" if plan.memory.peak_bytes <= usable else "does not fit"
     return f"{verdict}: {show_bytes(plan.memory.peak_bytes)} of the {show_bytes(usable)} that tensors can have"
 
 
@@ -97,7 +111,7 @@ def change_text(plan: Plan | None) -> str:
     if plan is None:
         return "no change that minift knows makes it fit; more ranks, or another device"
     seconds = "" if plan.timed is None else f", step {plan.timed.seconds:.3g} s"
-    host_bytes = sum(plan.memory.host.values())
+    host_bytes = plan.memory.host_bytes
     host = f" and {show_bytes(host_bytes)} in {_elsewhere(plan)}" if host_bytes else ""
     changes = " ".join(plan.candidate.changes)
     return f"smallest change that fits: {changes}   ({show_bytes(plan.memory.peak_bytes)}{host}{seconds})"
@@ -146,6 +160,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "at_peak_bytes": memory.categories(),
         "always_bytes": memory.persistent,
         "host_bytes": memory.host,
+        "usable_host_bytes": plan.machine.usable_host_bytes if math.isfinite(plan.machine.host_bytes) else None,
         "moments_bytes": {moment.name: memory.persistent_bytes + moment.total_bytes for moment in memory.moments},
     }
     if plan.timed is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from minift.cli import main
 from minift.planner.memory import PERSISTENT, TRANSIENT
@@ -15,6 +16,12 @@ from tests.tiny import write_model
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "sft_full.yaml"
 FAR = ["--model.path", "llama-3.1-70b", "--loop.examples_per_step", "2048"]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_is_here(monkeypatch) -> None:
+    """So that the default is an H100 everywhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +59,20 @@ def test_overrides_may_stand_anywhere_and_change_the_plan(capsys) -> None:
         assert plan(RECIPE, "--world-size", 512, *order) == 0
         record = json.loads(capsys.readouterr().out)
         assert record["plan"]["fits"] and "smallest_change" not in record
+
+
+def test_host_memory_is_asked_for_and_kept_to(capsys) -> None:
+    """Masters, gradients and moments of 70.6e9 weights, 8 ranks with a 512th each: 12 GiB on a node."""
+    offload = [*FAR, "--fsdp.offload", "true", "--recompute.policy", "full", "--world-size", 512]
+    records = {}
+    for gib in ("10", "100"):
+        assert plan(RECIPE, *offload, "--host-memory", gib, "--json") == 0
+        records[gib] = json.loads(capsys.readouterr().out)
+        asked = records[gib]["plan"]
+        assert asked["peak_bytes"] <= asked["usable_bytes"] and asked["usable_host_bytes"] == 0.95 * float(gib) * 2**30
+    assert records["100"]["plan"]["fits"] and not records["10"]["plan"]["fits"]
+    change = records["10"]["smallest_change"]
+    assert 8 * sum(change["host_bytes"].values()) <= 0.95 * 10 * 2**30
 
 
 def test_ranks_without_work_are_told(capsys) -> None:
@@ -104,6 +125,7 @@ def test_a_model_folder(capsys, tmp_path: Path) -> None:
         ([RECIPE, *FAR, "--optim.lrr", "1"], "did you mean optim.lr"),
         ([RECIPE, *FAR, "--device", "h1000"], "did you mean h100"),
         ([RECIPE, *FAR, "--network", "slow"], "a number of GB/s"),
+        ([RECIPE, *FAR, "--host-memory", "-1"], "--host-memory is -1; valid: GiB of a node, more than 0"),
         ([RECIPE, *FAR, "--world-size", "0"], "world-size"),
         ([RECIPE, *FAR, "--world-size", "6", "--fsdp.replicas", "4"], "valid: a divisor of 6"),
         ([RECIPE, *FAR, "--supervised", "0"], "above 0, at most 1"),

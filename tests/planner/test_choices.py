@@ -16,7 +16,7 @@ from minift.planner.catalog import model_shape
 from minift.planner.choices import Candidate, alternatives, smallest_changes, split
 from minift.planner.plan import Machine, Planner, workload_of
 from minift.planner.shapes import Workload
-from minift.planner.show import change_text
+from minift.planner.show import change_text, host_text
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 FULL, LORA, QLORA = (RECIPES / f"sft_{name}.yaml" for name in ("full", "lora", "qlora"))
@@ -108,6 +108,23 @@ def test_frozen_weights_may_wait_in_host_memory_where_nothing_else_helps() -> No
     assert found.fits and found.candidate.changes == ("--fsdp.offload_frozen '[\"layers\"]'",)
     assert sum(found.memory.host.values()) == pytest.approx(80 * 2 * 856e6, rel=1e-3)
     assert "127.50 GiB in host memory" in change_text(found)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "host_gib", "fits"), [(1, 134, False), (1, 135, True), (4, 134, False), (16, 67, False), (16, 68, True)]
+)
+def test_what_waits_in_host_memory_must_fit_there(ranks: int, host_gib: float, fits: bool) -> None:
+    """127.5 GiB of frozen weights, 0.95 of a node's memory usable, and at most 8 ranks, with a part each, to a node."""
+    asked = asked_for(LORA, ("--recompute.policy", "full", "--fsdp.offload_frozen", "[layers]"), ranks)
+    machine = replace(Machine.of_gpus("h100", ranks, "nvlink"), host_bytes=host_gib * 2**30)
+    planner = Planner(model_shape("llama-3.1-70b"), machine)
+    plan = planner.plan(asked)
+    on_node = plan.memory.host_bytes * min(ranks, 8) / 2**30
+    assert on_node == pytest.approx(127.5 * min(8, ranks) / ranks, rel=1e-3)
+    assert plan.memory.peak_bytes <= machine.usable_bytes and plan.fits == fits
+    verdict = "fits" if fits else "does not fit"
+    assert f"{verdict} in the {0.95 * host_gib:.2f} GiB that there are" in host_text(plan)
+    assert (f"{on_node:.2f} GiB for the {min(ranks, 8)} ranks of a node" in host_text(plan)) == (ranks > 1)
 
 
 def test_the_search_begins_with_the_fastest() -> None:
