@@ -3,7 +3,7 @@ with torch's `fully_shard`?
 
     python benchmarks/step_cuda.py                                            # Llama-3.1-8B's shape, LoRA
     python benchmarks/step_cuda.py --method qlora --recompute full
-    python benchmarks/step_cuda.py --recompute full --offload-frozen '[13579]$'   # every other block's, on the host
+    python benchmarks/step_cuda.py --recompute full --offload-frozen '[13579]$' --peer resident  # half on the host
     python benchmarks/step_cuda.py --model llama-3.2-1b --method full --peer fully_shard
 
 Random weights, random tokens, documents of one length, all tokens predicted, bf16 on the wire, AdamW over what is
@@ -14,15 +14,17 @@ trained; LoRA of rank 16 on all projections, alpha 32, no dropout. The peer has 
                  recomputes, none or full; and full where it runs out of memory without.
     fully_shard  minift's model under `fully_shard` with a block to a group, fp32 masters, bf16 compute, fused AdamW,
                  nothing recomputed
+    resident     minift with nothing on the host; losses of the first step, of the same weights, must be equal
 
 All clip gradients to a norm of 1.
 
 Each side is a process of its own (memory is `max_memory_allocated` of steps after the first two), so its steps cannot
 alternate with the other's; the processes do, `--rounds` times, and what was best is compared. Losses of equal models
-are compared elsewhere (tests, `lora_step.py`): weights here are too large to be made twice alike.
+are compared elsewhere (tests, `lora_step.py`): weights here are too large to be made alike in two ways.
 
     mfu          model FLOPs (the products, forward, input gradient and, where weights are trained, theirs, and causal
-                 attention; nothing that is recomputed) over time and 989 TFLOP/s
+                 attention; nothing that is recomputed) over time and the card's peak by its datasheet (H100: 989
+                 TFLOP/s, and so for cards that `planner.catalog` does not have)
     of_products  the same over the measured rate of an 8192³ product: how much of what the card gives is used
 
 Rules of measuring: `protocol`. Prints a table, and one line of JSON last. Needs a GPU; `--device cpu` is for trying the
@@ -53,14 +55,16 @@ from minift.model.decoder import CausalLM
 from minift.objectives.cross_entropy import linear_cross_entropy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
-from minift.planner.catalog import MODELS, gpu, model_shape, network
+from minift.planner.catalog import MODELS, gpu, model_shape, network, this_gpu
 from minift.planner.describe import describe
+from minift.planner.device import Device
 from minift.planner.memory import plan_memory
 from minift.planner.shapes import Workload
 from minift.planner.timing import time_step
 from minift.planner.trial import Trial, TrialSetup
 from minift.quant.linear import QuantConfig
 from minift.recompute import RecomputeConfig
+from minift.step import StepResult
 from minift.style import label_bars, three_digits
 
 if TYPE_CHECKING:
@@ -69,7 +73,6 @@ if TYPE_CHECKING:
     from minift.style import Theme
 
 MAX_GRAD_NORM = 1.0
-DATASHEET_FLOPS = 989e12  # of an H100 SXM in bf16, without sparsity
 Side = tuple[Callable[[], object], dict[str, Any]]  # a step, and what else is known of the side
 
 
@@ -92,8 +95,17 @@ def minift_side(args: argparse.Namespace, device: torch.device) -> Side:
     trial = Trial(config, setup, workload, world)
     link = "nccl" if device.type == "cuda" else "shared memory"
     run = describe(config, setup, world_size=1, link=link, workload=workload)
-    planned_s = time_step(run, gpu("h100"), network("nvlink")).seconds
+    planned_s = time_step(run, card(), network("nvlink")).seconds
     return trial.step, {"planned_bytes": plan_memory(run).peak_bytes, "planned_seconds": planned_s}
+
+
+def card() -> Device:
+    return gpu(this_gpu() or "h100")
+
+
+def resident_side(args: argparse.Namespace, device: torch.device) -> Side:
+    args.offload_frozen = None
+    return minift_side(args, device)
 
 
 def peft_side(args: argparse.Namespace, device: torch.device) -> Side:
@@ -166,7 +178,7 @@ def fully_shard_side(args: argparse.Namespace, device: torch.device) -> Side:
     return step, {}
 
 
-SIDES = {"minift": minift_side, "peft": peft_side, "fully_shard": fully_shard_side}
+SIDES = {"minift": minift_side, "peft": peft_side, "fully_shard": fully_shard_side, "resident": resident_side}
 
 
 def random_tokens(args: argparse.Namespace, device: torch.device) -> Tensor:
@@ -181,8 +193,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     step, about = SIDES[args.side](args, device)
-    for _ in range(2):
-        step()
+    first = step()
+    step()
     wait()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -194,7 +206,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     shutdown()
-    return {"seconds": median(seconds), "peak_bytes": peak_bytes, **about}
+    loss = first.loss if isinstance(first, StepResult) else None
+    return {"seconds": median(seconds), "peak_bytes": peak_bytes, "first_loss": loss, **about}
 
 
 def measured(args: argparse.Namespace, side: str) -> dict[str, Any]:
@@ -258,7 +271,7 @@ def main() -> None:
     parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "offload"))
     parser.add_argument("--offload-frozen", help="blocks (regular expression) whose frozen weights wait on the host")
-    parser.add_argument("--peer", default="peft", choices=("peft", "fully_shard", "none"))
+    parser.add_argument("--peer", default="peft", choices=("peft", "fully_shard", "resident", "none"))
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--document-tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="that are timed in each process")
@@ -274,6 +287,8 @@ def main() -> None:
         raise SystemExit("PEFT is a peer of lora and qlora, with recompute none or full; others: --peer none")
     if args.peer == "fully_shard" and args.method != "full":
         raise SystemExit("fully_shard is a peer of full fine-tuning; others: --peer none")
+    if args.peer == "resident" and args.offload_frozen is None:
+        raise SystemExit("resident is a peer of --offload-frozen; others: --peer none")
     sides = ["minift", *([] if args.peer == "none" else [args.peer])]
     if args.peer == "peft" and args.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         sides = ["minift"]
@@ -293,7 +308,7 @@ def main() -> None:
                 "tokens_per_second": args.tokens / best["seconds"],
                 "seconds": best["seconds"],
                 "peak_gb": best["peak_bytes"] / 1e9,
-                "mfu": flops / best["seconds"] / DATASHEET_FLOPS,
+                "mfu": flops / best["seconds"] / card().peak_flops_per_s,
                 "of_products": flops / best["seconds"] / rate,
             }
         )
@@ -305,7 +320,9 @@ def main() -> None:
         "peak_gb": ours["peak_gb"],
         "peak_over_plan": min(run["peak_bytes"] for run in found["minift"]) / found["minift"][0]["planned_bytes"],
     }
-    if args.device == "cuda" and "H100" in torch.cuda.get_device_name():  # of whose datasheet the plan is
+    if args.peer == "resident" and len({run["first_loss"] for runs in found.values() for run in runs}) > 1:
+        raise SystemExit(f"losses of the first step differ: {found}")
+    if args.device == "cuda" and this_gpu() is not None:
         result.values["time_over_plan"] = ours["seconds"] / found["minift"][0]["planned_seconds"]
     for row in result.rows[1:]:
         result.values["tokens_ratio"] = ours["tokens_per_second"] / row["tokens_per_second"]

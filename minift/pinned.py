@@ -25,6 +25,7 @@ class _LockedPages(mmap.mmap):
     """Pages that nothing else lies in, known to CUDA for as long as they are there."""
 
     address: int | None = None
+    device: int  # whose stream may be copying when the pages go
 
     def __new__(cls, num_bytes: int) -> _LockedPages:
         return super().__new__(cls, -1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -32,11 +33,12 @@ class _LockedPages(mmap.mmap):
     def __init__(self, num_bytes: int) -> None:
         address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
         self.madvise(mmap.MADV_DONTFORK)  # else a fork may leave the GPU with pages that are the child's
+        self.device = torch.cuda.current_device()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
         self.address = address
 
     def __del__(self) -> None:
         """Before the pages go. Copies may be under way that nobody waited for."""
         if self.address is not None:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)  # not the current one of whichever thread collects garbage
             torch.cuda.cudart().cudaHostUnregister(self.address)

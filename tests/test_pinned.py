@@ -42,7 +42,9 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     found = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
 
     def check_error(error: int) -> None:
         if error:
@@ -50,7 +52,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
     monkeypatch.setattr(torch.cuda, "check_error", check_error)
     yield found
-    assert not found.registered
+    assert not found.registered and set(waited) <= {3}
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

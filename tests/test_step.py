@@ -241,8 +241,8 @@ def restored_after_a_failure(world: World) -> tuple[float, float]:
 
     before = loss()
     barrier(world)  # before anybody writes what others may still be reading
-    for flat_shard in optimizer.shards:
-        flat_shard.set_weights(torch.full_like(flat_shard.grad, math.nan))
+    for flat_shard, values in zip(optimizer.shards, initial, strict=True):
+        flat_shard.set_weights(torch.full_like(values, math.nan))
     engine.weights_changed()
     with pytest.raises(NonFiniteError):
         train_step(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -54,6 +54,8 @@ from tests.ranks import DEVICE, run_ranks
 # Shrinking would run hundreds of distributed examples after a failure; the cases are small as they come.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 STRATEGIES = ["zero3", "zero2", "zero1", "ddp"]
+# Large enough for a GPU to be early where nobody waits for a copy.
+FROM_THE_HOST = Case(2, width=256, hidden=1024, depth=4, frozen="up", precision=BF16)
 TRANSPORTS = ["shared", "paired"]
 # fp32 masters with an fp32 wire are not gathered where ranks share memory. Narrower ones with that wire are.
 WAYS = [
@@ -84,6 +86,8 @@ def check_gradients(case: Case) -> None:
 
 
 @settings(max_examples=120, deadline=None, phases=PHASES)
+@example(FROM_THE_HOST.but(policy=ShardPolicy(offload_frozen=("blocks",), prefetch_units=2)))
+@example(FROM_THE_HOST.but(policy=ShardPolicy(offload=True)))
 @given(case=cases(precisions=PRECISIONS))
 def test_gradients_equal_one_process(case: Case) -> None:
     check_gradients(case)
