@@ -51,12 +51,14 @@ def _forward_moments(
     def products(call: Call, saved: dict[str, int], variables: dict[str, int]) -> Iterator[dict[str, int]]:
         """Of o or down."""
         before = {name: size for name, size in saved.items() if name != _method(call)}
+        tokens = block.run.block_tokens
+        widened = max(block.run.widened_bytes(tokens, p.in_features, p.out_features) for p in call.projections)
         if call.is_opaque:
-            workspace = max(_dequantized_bytes(block, call), _fp32_slices_bytes(block, call))
+            workspace = max(_dequantized_bytes(block, call) + widened, _fp32_slices_bytes(block, call))
             made = sum(int(block.features_bytes(1) * p.method.forward_features) for p in call.projections)
             yield moment(before, variables, made, workspace)
         else:
-            yield moment(before, variables, block.hidden, _dequantized_bytes(block, call))
+            yield moment(before, variables, block.hidden, _dequantized_bytes(block, call) + widened)
             yield moment(saved, variables, results(call), _fp32_slices_bytes(block, call))
 
     x = {"x": block.hidden}
@@ -245,10 +247,12 @@ def _product_needs(block: BlockActivations, call: Call, needs_dx: bool) -> tuple
     x, ranks = block.features_bytes(call.in_features), block.features_bytes(call.rank)
     ranks += sum(block.features_bytes(p.out_features) for p in call.projections if p.method.is_opaque)
     seen = x if call.drops else 0
-    of_weights = max((_converted_bytes(block, p) for p in call.projections if p.trains_weight), default=0)
+    run, tokens = block.run, block.run.block_tokens
+    of_weights = max((_gradient_of_weight_bytes(block, p) for p in call.projections if p.trains_weight), default=0)
     if not needs_dx:
         return max(of_weights, seen) + ranks, 0
     scratch = max((_slice_of_columns_bytes(block, p) for p in call.projections if p.block_size), default=0)
+    scratch += max(run.widened_bytes(tokens, p.out_features, p.in_features) for p in call.projections)
     num_updates = sum(len(p.updates) for p in call.projections)
     others = max(of_weights, seen, 2 * seen + (seen if num_updates > 1 else 0))
     return (x + ranks, scratch) if x + scratch > others else (others + ranks, 0)
@@ -263,15 +267,16 @@ def _slice_of_columns_bytes(block: BlockActivations, projection: ProjectionShape
     return columns * column_bytes
 
 
-def _converted_bytes(block: BlockActivations, projection: ProjectionShape) -> int:
-    """A gradient of W that its slot cannot add up itself passes through a temporary, and where it is added to what came
-    before, on a CPU, pieces of it through another in fp32 (minift/grad_slot.py)."""
+def _gradient_of_weight_bytes(block: BlockActivations, projection: ProjectionShape) -> int:
+    """Scratch of the product that makes it. If its slot cannot add it up itself it passes through a temporary, and
+    where it is added to what came before, on a CPU, pieces of it through another in fp32 (minift/grad_slot.py)."""
     run, bucket = block.run, next(b for b in block.unit.buckets if b.trainable)
+    widened = run.widened_bytes(projection.out_features, run.block_tokens, projection.in_features)
     if run.adds_products_up_in(bucket.slot_itemsize):
-        return 0
+        return widened
     adds = bucket.keeps_full_grads and run.workload.microbatches > 1 and not run.is_on_gpu
     piece = min(4 * projection.weight_numel, ADD_BYTES) if adds else 0
-    return run.wire_itemsize * projection.weight_numel + piece
+    return run.wire_itemsize * projection.weight_numel + max(widened, piece)
 
 
 def _attention_workspace_bytes(block: BlockActivations) -> int:

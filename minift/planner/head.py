@@ -17,7 +17,7 @@ def head_bytes(run: RunShape, trains: bool) -> dict[str, int]:
     chunk = _head_chunk(run)
     logits = chunk * vocab * b
     in_rows = (2 if trains else 1) * rows * run.model.hidden_size * b
-    return {"LM head": in_rows + logits + _head_grad_bytes(run) + _head_term_bytes(run)}
+    return {"LM head": in_rows + logits + _head_grad_bytes(run) + _head_term_bytes(run) + _head_widened_bytes(run)}
 
 
 def head_backward_bytes(run: RunShape, trains: bool) -> dict[str, int]:
@@ -67,6 +67,14 @@ def _head_grad_bytes(run: RunShape) -> int:
 def _head_sum_itemsize(run: RunShape) -> int:
     """Of several chunks, and of fp16, it is summed up in fp32."""
     return 4 if _head_has_terms(run) or run.precision.wire == "float16" else run.wire_itemsize
+
+
+def _head_widened_bytes(run: RunShape) -> int:
+    """Of the products that make logits, and the gradients of rows and of a trained head."""
+    chunk, hidden, vocab = _head_chunk(run), run.model.hidden_size, run.model.vocab_size
+    shapes = [(chunk, hidden, vocab), (chunk, vocab, hidden)]
+    shapes += [(vocab, chunk, hidden)] if run.head.trains_weight else []
+    return max(run.widened_bytes(*shape) for shape in shapes)
 
 
 def _head_has_terms(run: RunShape) -> bool:

@@ -15,7 +15,7 @@ import torch
 from minift.fsdp import ShardPolicy
 from minift.fsdp.unit import Keep
 from minift.model.config import ModelConfig
-from minift.ops.matmul import adds_up_in
+from minift.ops.matmul import adds_up_in, widened_bytes
 from minift.optim.config import OptimConfig
 from minift.optim.shard import ParamRange
 from minift.peft.adapter import AdapterConfig
@@ -257,6 +257,10 @@ class RunShape:
         if itemsize == self.wire_itemsize:
             return True
         return itemsize == 4 and adds_up_in(torch.float32, self.precision.wire_dtype, self.is_on_gpu)
+
+    def widened_bytes(self, rows: int, inner: int, columns: int) -> int:
+        """Of a product in the wire dtype, what a CPU that cannot multiply it has in fp32."""
+        return 0 if self.is_on_gpu else widened_bytes(rows, inner, columns, self.precision.wire_dtype)
 
     @property
     def shares_memory(self) -> bool:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.ops import matmul
-from minift.ops.matmul import addmm_, adds_up_in, linear, mm
+from minift.ops.matmul import addmm_, adds_up_in, linear, mm, widened_bytes
+from minift.planner.meter import TensorMeter
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23, torch.float64: 2.0**-50}
 sizes = st.integers(0, 70)
@@ -96,6 +97,15 @@ def test_linear(n, i, o, dtype, has_bias, seed) -> None:
     added = bias.double() if has_bias else torch.zeros(o).double()
     exact = x.double() @ weight.double().t() + added
     check(linear(x, weight, bias), exact, x.double().abs() @ weight.double().abs().t() + added.abs(), i + 1)
+
+
+@given(m=sizes, k=sizes, n=sizes, dtype=st.sampled_from(list(ROUNDING)), adds=st.booleans())
+def test_scratch_memory_is_what_is_said(m: int, k: int, n: int, dtype: torch.dtype, adds: bool) -> None:
+    a, b, out = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype).t(), torch.zeros(m, n, dtype=dtype)
+    with TensorMeter() as meter:
+        addmm_(out, a, b) if adds else mm(a, b, out=out)
+    assert meter.peak_bytes == widened_bytes(m, k, n, dtype)
+    assert meter.peak_bytes == 0 or dtype in (torch.bfloat16, torch.float16)
 
 
 def test_a_result_is_one_sum_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
