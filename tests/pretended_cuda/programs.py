@@ -3,12 +3,11 @@ mistakes `order` finds in each."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import torch
 
-from tests.pretended_cuda.device import pretended_cuda
+from tests.pretended_cuda.device import pretended_cuda, print_found
 
 DEVICE = torch.device("cuda", 0)
 
@@ -91,15 +90,19 @@ PROGRAMS: list[Callable[[bool], None]] = [
 ]
 
 
+def mistakes(program: Callable[[bool], None]) -> list[int]:
+    """How many there are with its wait and without."""
+    found = []
+    for waits in (True, False):
+        with pretended_cuda() as device:
+            program(waits)
+        found.append(len(device.order.mistakes))
+    return found
+
+
 def main() -> None:
-    found: dict[str, list[int]] = {}
-    for program in PROGRAMS:
-        found[program.__name__] = []
-        for waits in (True, False):
-            with pretended_cuda() as device:
-                program(waits)
-            found[program.__name__].append(len(device.order.mistakes))
-    print(json.dumps(found))
+    by_name = {program.__name__: program for program in PROGRAMS}
+    print_found(by_name, lambda name: mistakes(by_name[name]))
 
 
 if __name__ == "__main__":
