@@ -40,8 +40,8 @@ class RunFacts:
     `seconds_by_phase`: wall seconds of rank 0, e.g. {"load": 3.1, "train": 181.0, "validate": 9.2, "checkpoint": 1.4}.
     `adapter_folder`, `model_folder`: what was exported, in PEFT or Hugging Face format, or None; `adapter_base`: the
     model that the adapter is for; `adapter_quant`: how that is quantised when it is read, None if not, or stored so.
-    `adapter_is_mergeable`: whether the two can become plain weights. `template`: data.template of the recipe. `plan`:
-    what the planner said, and what was.
+    `adapter_is_mergeable`: whether the two can become plain weights. `earlier_adapter`: what the run went on from.
+    `template`: data.template of the recipe. `plan`: what the planner said, and what was.
     """
 
     status: str
@@ -60,6 +60,7 @@ class RunFacts:
     model_folder: str | None
     adapter_quant: QuantConfig | None = None
     adapter_is_mergeable: bool = True
+    earlier_adapter: str | None = None
     template: str = "auto"
     plan: PlanResult | None = None
 
@@ -74,6 +75,7 @@ def write_report(run_dir: str | Path, facts: RunFacts) -> Path:
         "objective": facts.objective,
         "model": f"`{facts.model_path}` ({facts.model_family}, {facts.num_parameters:,} parameters)",
         "method": facts.method,
+        **({"goes on from": f"`{facts.earlier_adapter}`"} if facts.earlier_adapter else {}),
         "trainable parameters": f"{facts.num_trainable_parameters:,} ({share:.2%})",
         **{f"data, {label}": "\n".join(sentences) for label, sentences in facts.data.items()},
         "processes": f"{facts.world_size} on {facts.device}",

@@ -430,6 +430,7 @@ class Run:
                 status=f"stopped after step {self.step} of {self.total_steps}" if stopped else "finished",
                 objective=self.config.objective,
                 method=str(self.config.adapter) if self.config.adapter else "full fine-tuning",
+                earlier_adapter=self.config.model.adapter,
                 model_path=self.config.model.path,
                 model_family=self.built.config.family,
                 num_parameters=self.built.num_parameters,

@@ -53,6 +53,13 @@ def test_report_and_picture(tmp_path, num_steps):
         assert part in text
 
 
+def test_the_adapter_that_a_run_went_on_from_is_named(tmp_path):
+    write_records(tmp_path / "run", [training_record(1, 2.0)])
+    assert "goes on from" not in write_report(tmp_path / "run", FACTS).read_text()
+    text = write_report(tmp_path / "run", replace(FACTS, earlier_adapter="runs/a/export/adapter")).read_text()
+    assert "| goes on from | `runs/a/export/adapter` |" in text
+
+
 def test_what_the_data_says_of_itself_is_one_row(tmp_path):
     """A sentence a line, also where a reason has several."""
     data = EncodeReport(

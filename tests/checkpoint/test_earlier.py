@@ -71,6 +71,7 @@ def test_a_run_begins_where_the_other_ended(
         second = replace(second, adapter=replace(adapter, dropout=0.1))
     second.check_files()
     run_ranks(2, run, second)
+    assert f"| goes on from | `{second.model.adapter}` |" in (Path(second.run_dir) / "report.md").read_text()
     (start, end), (again, further) = validated(config), validated(second)
     assert again == pytest.approx(end, rel=1e-6) and abs(end - start) > 1e-4 and abs(further - again) > 1e-4
 
