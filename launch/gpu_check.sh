@@ -98,7 +98,8 @@ grep '^[a-z]* is missing' "$parts/001.log" || true
 
 tell '=== build'
 # Where g++ links libstdc++ statically, what an op raises would cross two C++ runtimes, which ends the process.
-runtime=$(ldconfig -p 2>/dev/null | awk '$1 == "libstdc++.so.6" && /x86-64/ { print $NF; exit }')
+runtime=$({ PATH=$PATH:/sbin:/usr/sbin ldconfig -p || true; } 2>/dev/null |
+    awk '$1 == "libstdc++.so.6" && /x86-64/ { path = $NF } END { print path }')
 export LDFLAGS="${LDFLAGS-${runtime:+-Wl,--no-as-needed $runtime}}"
 one 240 'build with CUDA' env USE_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" MAX_JOBS="$(getconf _NPROCESSORS_ONLN)" \
     "$PYTHON" setup.py build_ext --inplace
@@ -169,7 +170,7 @@ done
 
 tell '' "=== all of it, in $SECONDS s"
 cat "$parts"/*.verdict | tee -a "$LOG"
-grep -h -e '^met ' -e '^MISSED ' -e '^minift ' -e '^peft ' -e '^fully_shard ' "$parts"/*.log | tee -a "$LOG" || true
+grep -h -E '^(met|MISSED|minift|peft|fully_shard|resident) ' "$parts"/*.log | tee -a "$LOG" || true
 [ "$failed" -eq 0 ] || {
     tell "$failed of these failed; $LOG says why."
     exit 1

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument(
         "--host-memory", type=float, metavar="GIB",
-        help="of a node, for what its GPUs keep there (default: this machine's, for its own GPU; else any amount)",
+        help="of a node (8 ranks), for what GPUs keep there (default: this machine's, for its own; else any amount)",
     )  # fmt: skip
     plan.add_argument(
         "--network", default="nvlink", metavar="NAME",

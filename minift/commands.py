@@ -61,9 +61,15 @@ def plan(options: Namespace) -> None:
     is_recipe = options.recipe.endswith((".yaml", ".yml")) or Path(options.recipe).is_file()
     config = _read_recipe(options) if is_recipe else None
 
+    import torch
+
     from minift.planner.answer import answer_for_model, answer_for_recipe
+    from minift.planner.catalog import this_gpu
     from minift.planner.plan import Machine
 
+    if options.device is None and torch.cuda.is_available() and this_gpu() is None:
+        name = torch.cuda.get_device_name()
+        print(f"minift: there are no figures of this machine's {name}; planned for an h100", file=sys.stderr)
     machine = Machine.named(options.device, options.world_size, options.network, options.host_memory)
     if config is None:
         if options.overrides:

@@ -1,8 +1,9 @@
 """One run at a time in a run folder: two would write over each other's metrics and remove each other's checkpoints.
 
-The lock is the operating system's (flock), so it ends with the process however that ends, and nothing stale is ever
-left to clean up: elastic restarts go on at once, and processes that outlive their torchrun are noticed. Where the disk
-has no such locks, as some network ones, nothing guards the folder. Not here: who may read it, which everybody may.
+The lock is the operating system's (flock), held by rank 0 and gone with its process, however that ends: an elastic
+restart goes on at once, and a rank 0 that outlived its torchrun is noticed. A disk that is shared over a network may
+have no such locks, or keep them to one machine, and then nothing guards the folder; or keep that of a machine that was
+lost for a while. Reading a run folder takes no lock.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from minift.data.loader import LoaderState, StepLoader, eval_batches
 from minift.data.prepare import choose_template, prepare
 from minift.data.tokenizer import Tokenizer
 from minift.dist.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
-from minift.dist.process import World, init_world, shutdown
+from minift.dist.process import World, init_world, launched_rank, shutdown
 from minift.dist.seeds import seed_everything
 from minift.dist.signals import StopRequest, stop_requests
 from minift.eval.loss import mean_loss
@@ -91,13 +91,14 @@ class Settings(Protocol):
 def train(config: Settings) -> int:
     """Run (or continue) what `config` describes and leave the run folder complete. Returns the exit status: 0 when done
     or stopped by SIGTERM with everything saved, 130 when stopped by Ctrl-C."""
-    world = init_world(config.device)
-    try:
-        with stop_requests() as stop, run_lock(Path(config.run_dir)) if world.is_main else nullcontext():
-            Run(config, world, stop).go()
-        return 130 if stop.signal == signal.SIGINT else 0
-    finally:
-        shutdown()
+    with run_lock(Path(config.run_dir)) if launched_rank() == 0 else nullcontext():  # the others are not met then
+        world = init_world(config.device)
+        try:
+            with stop_requests() as stop:
+                Run(config, world, stop).go()
+            return 130 if stop.signal == signal.SIGINT else 0
+        finally:
+            shutdown()
 
 
 class Run:

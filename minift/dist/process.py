@@ -41,13 +41,18 @@ class World:
         return self.rank == 0
 
 
+def launched_rank() -> int:
+    """What the launcher says, before there is a group."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     """Initialise `torch.distributed` and return this process's `World`.
 
     `device`: "cpu", "cuda", or "auto" (CUDA when present). Raises `ValueError` when more local processes were launched
     than there are GPUs, and says what to do, before any group is started.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))

@@ -42,7 +42,8 @@ def read_weights(master: Tensor, lower: Tensor | None, out: Tensor | None = None
 def write_weights_(master: Tensor, lower: Tensor | None, values: Tensor) -> None:
     """Let `read_weights(master, lower)` be `values`, (n,) of any float dtype, as exactly as these can hold them."""
     if lower is None:
-        master.copy_(values.to(master.dtype))  # a copy to a GPU's host that converts, too, does so there, in one thread
+        for here in _pieces(values):  # a copy to a GPU's host that converts, too, does so there, in one thread
+            master[here].copy_(values[here].to(master.dtype))
         return
     upper = master.view(torch.int16)
     for here in _pieces(values):

@@ -89,6 +89,7 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 def _widened(out: Tensor, a_MK: Tensor, b_KN: Tensor, beta: float, alpha: float) -> Tensor:
     """out = beta out + alpha a b in fp32, block after block of the result. K stays whole: one sum, one rounding."""
+    assert not (torch.is_grad_enabled() and (a_MK.requires_grad or b_KN.requires_grad)), "nothing is kept for backward"
     side = _block_side(a_MK.shape[1])
     a_wide, b_wide = (torch.empty_like(part, dtype=torch.float32) for part in (a_MK[:side], b_KN[:, :side]))
     sums = a_wide.new_empty(len(a_wide), b_wide.shape[1])

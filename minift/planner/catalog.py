@@ -18,7 +18,9 @@ import difflib
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,8 @@ CONTEXT_BYTES = GIB // 2
 """What CUDA takes for itself (performance.md, section 4.4)."""
 USABLE = 0.95
 """Of the rest: the allocator rounds, and cannot use all gaps."""
+HOST_USABLE = 0.9
+"""Of a node's memory; the system, interpreters and a checkpoint on its way to the disk need some."""
 _CALL_S = 30e-6
 """Of an operation, for the host: Python, autograd and dispatch as benchmarks/host_time.py measured them on a processor,
 and 5 µs for each launch of a kernel (performance.md, section 4.7)."""
@@ -128,7 +132,7 @@ def gpu(name: str) -> Device:
 
 
 def this_gpu() -> str | None:
-    """The name of what PyTorch has for a first GPU, if it is one of these."""
+    """The name of PyTorch's current GPU, if it is one of these."""
     if not torch.cuda.is_available():
         return None
     driver_name = torch.cuda.get_device_name()
@@ -154,9 +158,26 @@ def network(name: str) -> Network:
     return Network(bytes_per_s, bytes_per_s, 1)
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+
+
 def this_machine_bytes() -> int:
-    """Memory of the host."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory of the host, or what this process's control groups (containers, batch systems) leave of it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return limits[0]
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        is_v1 = controllers == "memory"
+        if controllers and not is_v1:
+            continue
+        root, name = (CGROUPS / "memory", "memory.limit_in_bytes") if is_v1 else (CGROUPS, "memory.max")
+        for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+            with suppress(OSError, ValueError):  # no such group in here, or "max"
+                limits.append(int((group / name).read_text(encoding="utf-8")))
+    return min(limits)
 
 
 def _known(name: str, names: Iterable[str], what: str, more: str = "") -> str:

@@ -271,15 +271,33 @@ def _offload_frozen(pattern: str) -> Change:
     return change
 
 
+def _back(section: str, name: str, value: Any, waits: tuple[Any, ...]) -> Change:
+    """On the device again, if it waits in host memory now, which may be too small."""
+
+    def change(candidate: Candidate) -> Candidate | None:
+        settings = getattr(candidate.setup, section)
+        if getattr(settings, name) == value or (waits and getattr(settings, name) not in waits):
+            return None
+        shown = "[]" if value == () else str(value).lower()
+        return candidate.with_(f"--{section}.{name} {shown}", **{section: replace(settings, **{name: value})})
+
+    return change
+
+
 _EXACT: dict[str, tuple[Change, ...]] = {  # what is changed -> how
-    "recompute": (_recompute("selective"), _recompute("full"), _recompute("offload")),
+    "recompute": (
+        _recompute("selective"), _recompute("full"), _recompute("offload"),
+        _back("recompute", "policy", "full", ("offload",)),
+    ),
     "tokens": (_fewer_tokens(2), _fewer_tokens(4), _fewer_tokens(16)),
     "sharding": (_shard_everything, _one_replica),
     "update": (_update_in_backward,),
-    "moments": (_paged_moments,),
-    "masters": (_offload,),
-    "frozen weights": (_offload_frozen("[13579]$"), _offload_frozen("layers")),
-}
+    "moments": (_paged_moments, _back("optim", "paged", False, (True,))),
+    "masters": (_offload, _back("fsdp", "offload", False, (True,))),
+    "frozen weights": (
+        _offload_frozen("[13579]$"), _offload_frozen("layers"), _back("fsdp", "offload_frozen", (), ()),
+    ),
+}  # fmt: skip
 _ROUNDING: dict[str, tuple[Change, ...]] = {
     "moments": (_8bit_moments, _paged_moments),
     "masters": (_bf16_masters, _offload),

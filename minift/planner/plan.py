@@ -16,10 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
+
 from minift.model.config import ModelConfig
 from minift.planner.calibration import find_calibration
 from minift.planner.catalog import (
     CONTEXT_BYTES,
+    HOST_USABLE,
     RANKS_PER_NODE,
     USABLE,
     gpu,
@@ -48,8 +51,8 @@ class Loop(Protocol):
 class Machine:
     """world_size ranks, each with a device of so much memory. link: how they exchange tensors.
 
-    device, network: figures for times; None: there are none. host_bytes: of a node's memory, which what GPUs keep there
-    must fit into; infinite: nobody said.
+    device, network: figures for times; None: there are none. host_bytes: of the memory of a node, with at most so many
+    ranks, which what GPUs keep there must fit into; infinite: nobody said.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Machine:
     device: Device | None = None
     network: Network | None = None
     host_bytes: float = math.inf
+    ranks_per_node: int = RANKS_PER_NODE
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
@@ -68,15 +72,19 @@ class Machine:
     def named(cls, name: str | None, world_size: int, network_name: str, host_gib: float | None) -> Machine:
         """cpu: this machine. None: the GPU that it has, or else an H100. host_gib: None: what this machine has, if that
         is its GPU. ValueError for names that `catalog` does not have."""
-        if name is not None and name.lower() == "cpu":
-            return cls.here(world_size)
         if host_gib is not None and not host_gib > 0:
             raise ValueError(f"--host-memory is {host_gib:g}; valid: GiB of a node, more than 0")
+        if name is not None and name.lower() == "cpu":
+            if host_gib is not None:
+                raise ValueError("--host-memory is of what has GPUs; valid with --device cpu: nothing of the kind")
+            return cls.here(world_size)
         found = this_gpu()
         machine = cls.of_gpus(name or found or "h100", world_size, network_name)
         if host_gib is not None:
             return replace(machine, host_bytes=host_gib * 2**30)
-        return replace(machine, host_bytes=this_machine_bytes()) if machine.name == found else machine
+        if machine.name != found:
+            return machine
+        return replace(machine, host_bytes=this_machine_bytes(), ranks_per_node=torch.cuda.device_count())
 
     @classmethod
     def of_gpus(cls, name: str, world_size: int, network_name: str) -> Machine:
@@ -105,12 +113,12 @@ class Machine:
 
     @property
     def ranks_of_a_node(self) -> int:
-        return min(self.world_size, RANKS_PER_NODE)
+        return min(self.world_size, self.ranks_per_node)
 
     @property
     def usable_host_bytes(self) -> float:
         """What ranks can have of their node's memory, all of them."""
-        return USABLE * self.host_bytes
+        return HOST_USABLE * self.host_bytes
 
     def has_room(self, memory: MemoryPlan) -> bool:
         """On a rank's device, and for all ranks of a node on its host."""

@@ -83,7 +83,9 @@ def describe_run(plan: Plan) -> str:
 
 def fit_text(plan: Plan) -> str:
     usable = plan.machine.usable_bytes
-    verdict = "fits" if plan.memory.peak_bytes <= usable else "does not fit"
+    verdict = "fits" if plan.fits else "does not fit"
+    if not plan.fits and plan.memory.peak_bytes <= usable:
+        verdict = "fits, but not in host memory"
     return f"{verdict}: {show_bytes(plan.memory.peak_bytes)} of the {show_bytes(usable)} that tensors can have"
 
 
@@ -109,7 +111,7 @@ def time_text(plan: Plan) -> str:
 
 def change_text(plan: Plan | None) -> str:
     if plan is None:
-        return "no change that minift knows makes it fit; more ranks, or another device"
+        return "no change that minift knows makes it fit; more ranks, another device, or more host memory"
     seconds = "" if plan.timed is None else f", step {plan.timed.seconds:.3g} s"
     host_bytes = plan.memory.host_bytes
     host = f" and {show_bytes(host_bytes)} in {_elsewhere(plan)}" if host_bytes else ""

@@ -54,8 +54,9 @@ from tests.ranks import DEVICE, run_ranks
 # Shrinking would run hundreds of distributed examples after a failure; the cases are small as they come.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 STRATEGIES = ["zero3", "zero2", "zero1", "ddp"]
-# Large enough for a GPU to be early where nobody waits for a copy.
-FROM_THE_HOST = Case(2, width=256, hidden=1024, depth=4, frozen="up", precision=BF16)
+# On a GPU 32 MiB a block, so that it would be early where nobody waits for a copy.
+SIZES = {"width": 2048, "hidden": 8192} if DEVICE.type == "cuda" else {"width": 64, "hidden": 256}
+FROM_THE_HOST = Case(1, **SIZES, depth=4, frozen="up", precision=BF16)
 TRANSPORTS = ["shared", "paired"]
 # fp32 masters with an fp32 wire are not gathered where ranks share memory. Narrower ones with that wire are.
 WAYS = [

@@ -26,6 +26,7 @@ from minift.config import RunConfig
 from minift.dist.process import World
 from minift.dist.signals import StopRequest
 from minift.metrics import read_metrics
+from minift.run_lock import run_lock
 from minift.train import Run
 from tests.ranks import run_ranks
 from tests.tiny import write_inputs
@@ -133,6 +134,18 @@ def test_a_killed_rank_restarts_the_run(inputs: Path, tmp_path: Path, launched: 
     exports = (tmp_path / name / "export" / "adapter" for name in ("killed", "straight"))
     ours, theirs = (load_file(export / "adapter_model.safetensors") for export in exports)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_second_launch_in_its_folder_is_refused(inputs: Path, tmp_path: Path, launched: list[Torchrun]) -> None:
+    """By one sentence: the rank that is not told has not met the other, so it ends when the launcher says so."""
+    with run_lock(tmp_path / "held"):
+        options = ("--standalone", "--nproc-per-node=2")
+        launched.append(torchrun := Torchrun(recipe(tmp_path, inputs, "held", 0.0), tmp_path / "log", *options))
+        assert torchrun.process.wait(120) != 0
+    said = torchrun.log.read_text()
+    assert f"where process {os.getpid()} on {socket.gethostname()} is training; wait until it ends" in said
+    assert "closing signal SIGTERM" in said and "SIGKILL" not in said and "gloo" not in said
+    assert {path.name for path in (tmp_path / "held").iterdir()} == {".lock"}
 
 
 def test_a_lost_machine_leaves_a_smaller_world(inputs: Path, tmp_path: Path, launched: list[Torchrun]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,7 +13,8 @@ from minift.cli import main
 from minift.fsdp import ShardPolicy
 from minift.optim.config import OptimConfig
 from minift.peft.lora import LoraConfig
-from minift.planner.catalog import MODELS, gpu, model_shape, network, this_gpu
+from minift.planner import catalog
+from minift.planner.catalog import MODELS, gpu, model_shape, network, this_gpu, this_machine_bytes
 from minift.planner.choices import Candidate, Method
 from minift.planner.op import product
 from minift.planner.plan import Machine, Planner
@@ -86,17 +88,37 @@ def test_what_a_gpu_is_taken_to_do() -> None:
     ],
 )
 def test_a_machine_has_the_gpu_that_its_driver_names(monkeypatch, driver_name: str, name: str | None) -> None:
-    assert this_gpu() is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: driver_name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert this_gpu() == name
     machine = Machine.named(None, 4, "nvlink", None)
     assert machine.name == (name or "h100")
-    assert machine.host_bytes == (psutil.virtual_memory().total if name else math.inf)
+    assert machine.host_bytes == (this_machine_bytes() if name else math.inf)
+    assert machine.ranks_of_a_node == (2 if name else 4)
     other = "a100" if name != "a100" else "h100"
     assert Machine.named(other, 4, "nvlink", None).host_bytes == math.inf
     assert Machine.named(other, 4, "nvlink", 100.0).host_bytes == 100 * 2**30
     assert Machine.named("cpu", 4, "nvlink", None).name == "cpu"
+
+
+@pytest.mark.parametrize("is_v1", [False, True])
+def test_a_machine_has_what_its_control_groups_leave(monkeypatch, tmp_path: Path, is_v1: bool) -> None:
+    """Of any group above that of the process."""
+    assert this_machine_bytes() <= psutil.virtual_memory().total
+    line = "7:memory:/a/b" if is_v1 else "0::/a/b"
+    root, name = (tmp_path / "memory", "memory.limit_in_bytes") if is_v1 else (tmp_path, "memory.max")
+    (root / "a/b").mkdir(parents=True)
+    (root / "a/b" / name).write_text("max\n")
+    (root / "a" / name).write_text(f"{1 << 30}\n")
+    monkeypatch.setattr(catalog, "CGROUPS", tmp_path)
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, **how: f"3:cpu:/x\n{line}\n" if path.parts[1] == "proc" else read_text(path, **how),
+    )
+    assert this_machine_bytes() == 1 << 30
 
 
 def test_networks() -> None:

@@ -47,13 +47,14 @@ def run_with_device(library: Path, module: str) -> dict[str, Any]:
     """What `python -m module` finds in processes that believe in the device, of which each takes its part of the
     cases."""
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    count = len(os.sched_getaffinity(0))
+    environment["OMP_NUM_THREADS"] = "1"
+    count = min(4, len(os.sched_getaffinity(0)))
     commands = [[sys.executable, "-m", module, str(number), str(count)] for number in range(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) for command in commands]
     found: dict[str, Any] = {}
-    for process in processes:
-        printed, errors = process.communicate()
+    said = [process.communicate() for process in processes]
+    for process, (printed, errors) in zip(processes, said, strict=True):
         assert process.returncode == 0, errors
         found |= json.loads(printed)
     return found
@@ -62,7 +63,7 @@ def run_with_device(library: Path, module: str) -> dict[str, Any]:
 def print_found(cases: dict[str, Any], find: Callable[[str], Any]) -> None:
     """For `run_with_device`: {name of a case: what was found, or why nothing was}, of one in so many."""
     found = {}
-    number, count = map(int, sys.argv[1:])
+    number, count = map(int, sys.argv[1:] or (0, 1))
     for name in list(cases)[number::count]:
         try:
             found[name] = find(name)
