@@ -41,7 +41,8 @@ def test_other_ranks_show_nothing(is_terminal):
     assert captured(is_terminal, total_steps=3, enabled=False) == ""
 
 
-def test_the_cursor_comes_back_when_the_run_fails():
+def test_the_cursor_comes_back_when_the_run_fails(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal has no cursor to hide
     out = io.StringIO()
     with pytest.raises(KeyError), Progress(3, console=Console(file=out, force_terminal=True)):
         raise KeyError
