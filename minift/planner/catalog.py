@@ -170,11 +170,11 @@ def this_machine_bytes() -> int:
         return limits[0]
     for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
-        is_v1 = controllers == "memory"
-        if controllers and not is_v1:
+        if controllers not in ("", "memory"):
             continue
-        root, name = (CGROUPS / "memory", "memory.limit_in_bytes") if is_v1 else (CGROUPS, "memory.max")
-        for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+        name = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1, version 2
+        own_group = CGROUPS / controllers / path.lstrip("/")
+        for group in (own_group, *own_group.parents):
             with suppress(OSError, ValueError):  # no such group in here, or "max"
                 limits.append(int((group / name).read_text(encoding="utf-8")))
     return min(limits)

@@ -189,7 +189,8 @@ def _recompute(policy: str) -> Change:
         now = candidate.setup.recompute
         order = ["none", "selective", "full", "offload"]
         is_less = order.index(now.policy) < order.index(policy) or (now.policy == policy and now.every > 1)
-        if not is_less:
+        frees_the_host = (now.policy, policy) == ("offload", "full")
+        if not is_less and not frees_the_host:
             return None
         every = " --recompute.every 1" if now.every > 1 else ""
         return candidate.with_(f"--recompute.policy {policy}{every}", recompute=RecomputeConfig(policy))
@@ -271,31 +272,29 @@ def _offload_frozen(pattern: str) -> Change:
     return change
 
 
-def _back(section: str, name: str, value: Any, waits: tuple[Any, ...]) -> Change:
-    """On the device again, if it waits in host memory now, which may be too small."""
+def _on_the_device(section: str, name: str) -> Change:
+    """Again, where it waits in host memory, which may be too small."""
 
     def change(candidate: Candidate) -> Candidate | None:
         settings = getattr(candidate.setup, section)
-        if getattr(settings, name) == value or (waits and getattr(settings, name) not in waits):
+        waits = getattr(settings, name)
+        if not waits:
             return None
-        shown = "[]" if value == () else str(value).lower()
-        return candidate.with_(f"--{section}.{name} {shown}", **{section: replace(settings, **{name: value})})
+        nothing, shown = (False, "false") if waits is True else ((), "[]")
+        return candidate.with_(f"--{section}.{name} {shown}", **{section: replace(settings, **{name: nothing})})
 
     return change
 
 
 _EXACT: dict[str, tuple[Change, ...]] = {  # what is changed -> how
-    "recompute": (
-        _recompute("selective"), _recompute("full"), _recompute("offload"),
-        _back("recompute", "policy", "full", ("offload",)),
-    ),
+    "recompute": (_recompute("selective"), _recompute("full"), _recompute("offload")),
     "tokens": (_fewer_tokens(2), _fewer_tokens(4), _fewer_tokens(16)),
     "sharding": (_shard_everything, _one_replica),
     "update": (_update_in_backward,),
-    "moments": (_paged_moments, _back("optim", "paged", False, (True,))),
-    "masters": (_offload, _back("fsdp", "offload", False, (True,))),
+    "moments": (_paged_moments, _on_the_device("optim", "paged")),
+    "masters": (_offload, _on_the_device("fsdp", "offload")),
     "frozen weights": (
-        _offload_frozen("[13579]$"), _offload_frozen("layers"), _back("fsdp", "offload_frozen", (), ()),
+        _offload_frozen("[13579]$"), _offload_frozen("layers"), _on_the_device("fsdp", "offload_frozen"),
     ),
 }  # fmt: skip
 _ROUNDING: dict[str, tuple[Change, ...]] = {

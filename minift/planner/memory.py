@@ -25,7 +25,7 @@ CPU in a file (paged moments), is apart: `host`. Not counted: CUDA's context (0.
 later, of a CPU's products in 16 bits oneDNN's scratch memory (0.1 to 2 MB a thread) and what is prepared for them
 (`heap.py`: 40 MB, and 20 MB for every further thread that multiplies), the interpreter, the data set.
 
-Checked against every byte that PyTorch hands out in a step, on a CPU: tests/planner/test_memory.py draws sixteen
+Checked against every byte that PyTorch hands out in a step, on a CPU: tests/planner/test_memory.py draws two dozen
 configurations in each run. On an H100 peaks were 0.1 to 0.9 % above the plan (benchmarks/results/NOTES.md); there,
 operations that csrc has no kernel for need fp32 temporaries that are not in here.
 """

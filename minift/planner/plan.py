@@ -76,7 +76,7 @@ class Machine:
             raise ValueError(f"--host-memory is {host_gib:g}; valid: GiB of a node, more than 0")
         if name is not None and name.lower() == "cpu":
             if host_gib is not None:
-                raise ValueError("--host-memory is of what has GPUs; valid with --device cpu: nothing of the kind")
+                raise ValueError("--host-memory is of what has GPUs; valid with --device cpu: without it")
             return cls.here(world_size)
         found = this_gpu()
         machine = cls.of_gpus(name or found or "h100", world_size, network_name)

@@ -75,6 +75,15 @@ def test_host_memory_is_asked_for_and_kept_to(capsys) -> None:
     assert 8 * sum(change["host_bytes"].values()) <= 0.9 * 10 * 2**30
 
 
+@pytest.mark.parametrize(("device", "is_told"), [((), True), (("--device", "a100"), False)])
+def test_a_gpu_without_figures_is_told(capsys, monkeypatch, device: tuple[str, ...], is_told: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100 80GB PCIe")
+    assert plan(RECIPE, *FAR, "--world-size", 512, "--recompute.policy", "full", *device) == 0
+    error = capsys.readouterr().err
+    assert ("no figures of this machine's NVIDIA A100 80GB PCIe; planned for an h100" in error) == is_told
+
+
 def test_ranks_without_work_are_told(capsys) -> None:
     assert plan(RECIPE, "--model.path", "llama-3.1-70b", "--world-size", 512) == 0
     assert "examples_per_step 64 leaves 448 of 512 ranks without an example" in capsys.readouterr().out

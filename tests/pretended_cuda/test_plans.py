@@ -1,4 +1,4 @@
-"""What a step takes of a GPU's memory, planned and counted, for whole models of which not a byte is there.
+"""What a step takes of a GPU's memory, planned and counted, for models of which not a byte is there.
 
 Exact but for what the plan leaves out (norms' statistics, bounds of documents, scalars): 0.2 % of the step's peak. Not
 counted: what kernels allocate inside, which is flash attention's dq in fp32 and megabytes of partial sums.
