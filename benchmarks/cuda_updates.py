@@ -1,5 +1,5 @@
-"""Cases of `ops_cuda`: AdamW, and low-rank products. Peers: torch's fused AdamW, bitsandbytes where it is installed,
-and a product by torch for each matrix."""
+"""Cases of `ops_cuda`: AdamW, and low-rank products, by themselves and inside SwiGLU. Peers: torch's fused AdamW,
+bitsandbytes where it is installed, and a product by torch for each matrix."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from minift.ops.blockwise import BLOCK, dynamic_map, quantize_blockwise
 from minift.ops.halves import read_weights, write_weights_
 from minift.ops.low_rank import factor_gradients_, from_rank, to_rank
 from minift.ops.sgmv import sgmv_
+from minift.ops.swiglu import swiglu_backward_, swiglu_forward
+from minift.ops.updated_swiglu import updated_swiglu, updated_swiglu_backward_
 
 try:
     import bitsandbytes
@@ -121,6 +123,49 @@ def low_rank(make: Maker) -> Iterator[Case]:
         yield Case(
             name, lambda ours=ours, inputs=inputs: ours(inputs()), check, num_bytes,
             others={"mm loop": lambda by_mm=by_mm, inputs=inputs: by_mm(inputs())},
+        )  # fmt: skip
+
+
+def gated(make: Maker) -> Iterator[Case]:
+    """SwiGLU of a gate and an up that lack their updates, and its gradients, of a dy that does; the peer adds them up
+    before. The gradient of gate takes the place of dy, whose values change from call to call."""
+    s = make.sizes
+    wide_bytes, narrow_bytes = 2 * s.tokens * s.intermediate, 2 * RANK * (s.tokens + s.intermediate)
+    narrows = list(make.random(s.tokens, 3 * RANK).split(RANK, dim=1))
+    factors = [make.random(s.intermediate, RANK, scale=0.02) for _ in range(3)]
+    wides = make.turns(lambda: [make.random(s.tokens, s.intermediate) for _ in range(3)], 3 * wide_bytes)
+
+    def whole(wides: list[Tensor]) -> list[Tensor]:
+        return [torch.addmm(w, h, b.t()) for w, h, b in zip(wides, narrows, factors, strict=False)]
+
+    def forward(wides: list[Tensor]) -> Tensor:
+        return updated_swiglu(*wides[:2], narrows[:2], factors[:2], [1, 1])
+
+    def forward_of_whole(wides: list[Tensor]) -> Tensor:
+        return swiglu_forward(*whole(wides[:2]))
+
+    def backward(wides: list[Tensor]) -> tuple[Tensor, ...]:
+        gate, up, dy = wides
+        return updated_swiglu_backward_(dy, gate, up, narrows, factors, [1, 1, 1])[:2]
+
+    def backward_of_whole(wides: list[Tensor]) -> tuple[Tensor, ...]:
+        gate, up, dy = whole(wides)
+        return swiglu_backward_(dy, gate, up)[:2]
+
+    for name, ours, theirs, num_wide in (
+        ("swiglu with updates", forward, forward_of_whole, 3),
+        ("swiglu with updates backward", backward, backward_of_whole, 5),
+    ):
+
+        def check(ours: Callable = ours, theirs: Callable = theirs, name: str = name) -> None:
+            one = wides()
+            # Theirs rounds the sums before.
+            expected = as_tuple(theirs([t.clone() for t in one]))
+            check_all_close(name, expected, as_tuple(ours([t.clone() for t in one])))
+
+        yield Case(
+            name, lambda ours=ours: ours(wides()), check, num_wide * wide_bytes + 3 * narrow_bytes,
+            others={"updates before": lambda theirs=theirs: theirs(wides())},
         )  # fmt: skip
 
 

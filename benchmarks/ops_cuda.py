@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     cuda_nf4.nf4, cuda_nf4.nf4_products, cuda_rows.rows, cuda_rows.head,
-    cuda_updates.adamw, cuda_updates.low_rank, cuda_updates.adapters,
+    cuda_updates.adamw, cuda_updates.low_rank, cuda_updates.gated, cuda_updates.adapters,
 )  # fmt: skip
 MOST_CYCLES_PER_S = 2e9  # of any clock
 TURN_S = 2e-3

@@ -14,10 +14,16 @@ STABLE_TORCH_LIBRARY(minift, m) {
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual, bool need_dweight)"
       " -> (Tensor dx, Tensor dweight)");
 
-  // minift/ops/swiglu.py. In place, dy becomes dgate.
+  // minift/ops/swiglu.py. In place, dy becomes dgate; y, what forward gave, has no elements unless needed.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
-  m.def("swiglu_backward_(Tensor(a!) dy, Tensor gate, Tensor up) -> Tensor dup");
+  m.def("swiglu_backward_(Tensor(a!) dy, Tensor gate, Tensor up, bool need_y) -> (Tensor dup, Tensor y)");
+
+  // minift/ops/updated_swiglu.py. counts: how many of the terms belong to gate, to up and, in backward, to dy.
+  m.def("updated_swiglu(Tensor gate, Tensor up, Tensor[] narrows, Tensor[] factors, int[] counts) -> Tensor");
+  m.def(
+      "updated_swiglu_backward_(Tensor(a!) dy, Tensor gate, Tensor up, Tensor[] narrows, Tensor[] factors,"
+      " int[] counts, bool need_y) -> (Tensor dup, Tensor y)");
 
   // minift/ops/cross_entropy.py. targets int64; losses are fp32, of each row.
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, bool need_gradient) -> Tensor losses");

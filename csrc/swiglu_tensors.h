@@ -22,4 +22,9 @@ inline void check_swiglu_backward_in_place(const Tensor& dy, const Tensor& gate,
   STD_TORCH_CHECK(dy.is_contiguous(), "swiglu_backward_: dy must be contiguous");
 }
 
+// Where backward makes y again; without elements if nobody needs it.
+inline Tensor y_if(bool needed, const Tensor& gate) {
+  return needed ? new_like(gate) : torch::stable::new_empty(gate, {0});
+}
+
 }  // namespace minift

@@ -54,7 +54,7 @@ run() { # run PART SECONDS NAME COMMAND...: what became of it goes to PART.verdi
             *) verdict="FAILED: ended with status $status" ;;
         esac
     fi
-    printf '%6d s   %-44s %s\n' $((SECONDS - began)) "$name" "$verdict" >"$part.verdict"
+    printf '%6d s   %-56s %s\n' $((SECONDS - began)) "$name" "$verdict" >"$part.verdict"
 }
 
 start() { # start SECONDS NAME COMMAND...: beside others
@@ -125,6 +125,7 @@ export MINIFT_TEST_DEVICE=cuda
 pytest 180 'engine: gradients' tests/fsdp/test_engine.py -k 'gradients and not same_bits'
 pytest 150 'engine: bits' tests/fsdp/test_engine.py -k 'gradients and same_bits'
 pytest 150 'engine: steps' tests/test_step.py
+pytest 60 'gradient slots' tests/test_grad_slot.py
 pytest 150 'engine: NCCL' tests/fsdp/test_nccl.py
 pytest 150 'host memory' tests/test_pinned.py -k gpu
 pytest 150 'host memory: moments' tests/optim/test_memory.py -k gpu
@@ -152,17 +153,19 @@ step() { # step SECONDS NAME OPTIONS...
     one "$limit" "$name" "$PYTHON" benchmarks/step_cuda.py "$@" --write --busy
 }
 # What has not run on a GPU, or has not met its bar there, comes first: time may end.
+HALF=(--recompute full --offload-frozen '[13579]$') # the frozen weights of every other block
 step 120 'steps: 8B LoRA, and PEFT' --model llama-3.1-8b --method lora --peer peft
-step 90 'steps: 8B LoRA, half of the weights on the host' --model llama-3.1-8b --method lora --peer resident \
-    --recompute full --offload-frozen '[13579]$'
+step 60 'steps: 1B full, cheap ones recomputed, and fully_shard' --model llama-3.2-1b --method full \
+    --peer fully_shard --recompute selective
+step 100 'steps: 8B LoRA, half of the weights on the host, PEFT' --model llama-3.1-8b --method lora --peer peft \
+    "${HALF[@]}"
 step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
-step 60 'steps: 1B full, cheap ones recomputed' --model llama-3.2-1b --method full --peer fully_shard \
-    --recompute selective
 step 40 'steps: 8B QLoRA' --model llama-3.1-8b --method qlora --peer none
 step 40 'steps: 8B QLoRA, cheap ones recomputed' --model llama-3.1-8b --method qlora --peer none --recompute selective
 step 100 'steps: 8B QLoRA, all recomputed, and PEFT' --model llama-3.1-8b --method qlora --peer peft --recompute full
 step 40 'steps: 3B full' --model llama-3.2-3b --method full --peer none
-step 60 'steps: 8B LoRA, all recomputed, and PEFT' --model llama-3.1-8b --method lora --peer peft --recompute full
+step 90 'steps: 8B LoRA, half of the weights on the host, or none' --model llama-3.1-8b --method lora --peer resident \
+    "${HALF[@]}"
 
 for file in "benchmarks/results/${name}"_*; do
     if [ -e "$file" ]; then cp "$file" "$OUT/"; fi

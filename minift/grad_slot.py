@@ -65,10 +65,20 @@ class GradSlot:
         if self.state is GradSlot.State.CLAIMED:
             self.add(torch.zeros_like(self.tensor).index_copy_(0, rows_U, values_UD.to(self.tensor.dtype)))
             return
-        if self.state is GradSlot.State.EMPTY:
-            self.tensor.zero_()
-            self.state = GradSlot.State.FULL
+        self._fill()
         self.tensor[rows_U] = (self.tensor[rows_U] + values_UD).to(self.tensor.dtype)
+
+    def add_repeated_rows(self, rows_N: Tensor, values_ND: Tensor) -> None:
+        """Take a gradient that is the sum of `values_ND` at rows `rows_N` (int64), which may repeat. Meant for a GPU,
+        which adds a row's values in the order in which they come, and whose host waits for nothing.
+
+        Values go straight to a slot of fp32. One of 16 bits gets a whole gradient, which torch's CUDA kernel sums up in
+        fp32: `index_put_` rounds after each value, and the sum of a frequent row would stop growing."""
+        if self.state is GradSlot.State.CLAIMED or self.tensor.dtype.itemsize < 4:
+            self.add(torch.ops.aten.embedding_dense_backward(values_ND, rows_N, len(self.tensor), -1, False))
+            return
+        self._fill()
+        self.tensor.index_put_((rows_N,), values_ND.to(self.tensor.dtype), accumulate=True)
 
     def claim(self, dtype: torch.dtype) -> Tensor | None:
         """The memory, for a gradient in the making; None if somebody has it already or its dtype is another."""
@@ -102,6 +112,12 @@ class GradSlot:
         """Forget what came."""
         self.state = GradSlot.State.EMPTY
         self._waiting = None
+
+    def _fill(self) -> None:
+        """With zeros, if `tensor` holds nothing of worth, so that it is a sum that can be added to."""
+        if self.state is GradSlot.State.EMPTY:
+            self.tensor.zero_()
+            self.state = GradSlot.State.FULL
 
     def _take_waiting(self) -> None:
         if self._waiting is not None:

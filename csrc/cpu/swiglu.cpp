@@ -41,17 +41,19 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
-// dgate may be dy: every element is read before it is written, by one thread.
-Tensor backward_into(const Tensor& dgate, const Tensor& dy, const Tensor& gate, const Tensor& up) {
+// dgate may be dy: every element is read before it is written, by one thread. y has no elements, or all.
+Tensor backward_into(const Tensor& dgate, const Tensor& y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
   Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up), dup = new_like(gate);
   dispatch_dtype(gate, "swiglu_backward", [&](auto element) {
     using T = decltype(element);
     Rows<const T> d = rows<const T>(dy_rows), g = rows<const T>(gate_rows), u = rows<const T>(up_rows);
     Rows<T> dg = rows<T>(dgate), du = rows<T>(dup);
+    T* again = y.numel() > 0 ? static_cast<T*>(y.data_ptr()) : nullptr;
     auto* kernel = MINIFT_KERNEL(swiglu_backward<T>);
     bool contiguous = d.contiguous() && g.contiguous() && u.contiguous();
     parallel_spans(contiguous, g.count, g.width, [&](int64_t row, int64_t at, int64_t count) {
-      kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, count);
+      T* y_at = again == nullptr ? nullptr : again + row * g.width + at;
+      kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, y_at, count);
     });
   });
   return dup;
@@ -60,12 +62,15 @@ Tensor backward_into(const Tensor& dgate, const Tensor& dy, const Tensor& gate, 
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
   check_swiglu_backward(dy, gate, up);
   Tensor dgate = new_like(gate);
-  return {dgate, backward_into(dgate, dy, gate, up)};
+  return {dgate, backward_into(dgate, y_if(false, gate), dy, gate, up)};
 }
 
-Tensor swiglu_backward_in_place(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+std::tuple<Tensor, Tensor> swiglu_backward_in_place(const Tensor& dy, const Tensor& gate, const Tensor& up,
+                                                    bool need_y) {
   check_swiglu_backward_in_place(dy, gate, up);
-  return backward_into(dy, dy, gate, up);
+  Tensor y = y_if(need_y, gate);
+  Tensor dup = backward_into(dy, y, dy, gate, up);
+  return {dup, y};
 }
 
 }  // namespace

@@ -1,15 +1,13 @@
 // y = silu(gate) * up with silu(g) = g / (1 + e^-g), in fp32, rounded once at the end.
 
+static inline __attribute__((always_inline)) F32 swiglu_value(F32 g, F32 up) { return g / (1.0f + exp(-g)) * up; }
+
 template <class T>
 void swiglu(const T* gate, const T* up, T* y, int64_t count) {
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    F32 g = load(gate + i);
-    store(y + i, g / (1.0f + exp(-g)) * load(up + i));
-  }
-  if (i < count) {
-    F32 g = load(gate + i, count - i);
-    store(y + i, g / (1.0f + exp(-g)) * load(up + i, count - i), count - i);
+  for (; i + LANES <= count; i += LANES) store(y + i, swiglu_value(load(gate + i), load(up + i)));
+  if (int64_t left = count - i; left > 0) {
+    store(y + i, swiglu_value(load(gate + i, left), load(up + i, left)), left);
   }
 }
 
@@ -26,17 +24,22 @@ static inline __attribute__((always_inline)) SwigluGradient swiglu_gradient(F32 
   return {dy * up * (s * (1.0f + g * one_minus_s)), dy * (g * s)};
 }
 
+// y, what forward gave, is made again unless it is null.
 template <class T>
-void swiglu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t count) {
+void swiglu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, T* y, int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
-    SwigluGradient gradient = swiglu_gradient(load(dy + i), load(gate + i), load(up + i));
+    F32 g = load(gate + i), u = load(up + i);
+    SwigluGradient gradient = swiglu_gradient(load(dy + i), g, u);
     store(dgate + i, gradient.gate);
     store(dup + i, gradient.up);
+    if (y != nullptr) store(y + i, swiglu_value(g, u));
   }
   if (int64_t left = count - i; left > 0) {
-    SwigluGradient gradient = swiglu_gradient(load(dy + i, left), load(gate + i, left), load(up + i, left));
+    F32 g = load(gate + i, left), u = load(up + i, left);
+    SwigluGradient gradient = swiglu_gradient(load(dy + i, left), g, u);
     store(dgate + i, gradient.gate, left);
     store(dup + i, gradient.up, left);
+    if (y != nullptr) store(y + i, swiglu_value(g, u), left);
   }
 }

@@ -2,63 +2,20 @@
 //
 // Bound by memory: each wide matrix is written once, 2 T W bytes, as cuBLAS does; what is won are launches, and what
 // they copy (of a sum of three updates: two stacks and a product). Sums become bf16 and go to memory from where the
-// tensor cores left them, in whole sectors. A warp waits for nothing but its small operands, so nothing is loaded
+// tensor cores left them, in whole lines of the cache. A warp waits for nothing but its small operands, so nothing is loaded
 // ahead: a multiprocessor has many blocks instead, of which some always write. Each reads its factors, R / ROWS of the
 // bytes that it writes, from the L2 cache.
 
-#include "low_rank_work.h"
-#include "tensor_cores.h"
+#include "column_factors.h"
 
 namespace minift::cuda {
 namespace {
 
 using namespace low_rank;
 
-constexpr int ROWS = WARPS * 16;  // tokens of a block: 16 for each warp
-
-// Of from_rank: a warp writes 32 columns at a time, and lane 4 g + q of them 8 q .. 8 q + 7 of rows g and g + 8. These
-// come from four products: column 4 g + j of the 32 is column g of the factor in product j, so sums 2 q and 2 q + 1 are
-// those of columns 8 q + j and 8 q + 4 + j.
-struct ColumnFactors {
-  static constexpr int COLUMNS = 32, FOURS = COLUMNS * TILE / QUAD;
-  static constexpr int MOST_FOURS = GROUP * CHUNK * TILE / QUAD;  // of a block, in shared memory
-
-  // Of ranks 4 q .. 4 q + 3 of a column. A lane finds those of j = 0 and 1 in one access, and those of 2 and 3.
-  __device__ static int place(int q, int column) {
-    int g = column % COLUMNS / 4, j = column % 4;
-    return column / COLUMNS * FOURS + j / 2 * (FOURS / 2) + (4 * g + q) * 2 + j % 2;
-  }
-
-  // `columns` of each of the tiles from `first` on, after which the wide matrix has `left`.
-  template <bool VECTOR>
-  __device__ static __forceinline__ void load(const RankTile* tiles, int num_tiles, int64_t first, int columns,
-                                              int left, Four* shared) {
-    int jobs = columns * TILE / (4 * PACK);  // of a tile
-    for (int job = threadIdx.x; job < num_tiles * jobs; job += THREADS) {
-      const RankTile& tile = tiles[job / jobs];
-      int i = job % jobs;
-      Four* to = shared + job / jobs * columns * TILE / QUAD;
-      Eight lines[4];
-      if (tile.ranks_adjacent) {
-        int rank = i % 2 * PACK, column = i / 2 * QUAD;
-        const Bf16* from = tile.factor + (first + column) * tile.factor_stride + rank;
-        load_lines<VECTOR>(lines, from, tile.factor_stride, left - column, tile.ranks - rank);
-#pragma unroll
-        for (int k = 0; k < PACK; ++k) to[place(rank / QUAD + k % 2, column + k / 2)] = half_of(lines[k / 2], k % 2);
-      } else {
-        int rank = i % 4 * QUAD, column = i / 4 * PACK;
-        const Bf16* from = tile.factor + rank * tile.factor_stride + first + column;
-        load_lines<VECTOR>(lines, from, tile.factor_stride, tile.ranks - rank, left - column);
-#pragma unroll
-        for (int k = 0; k < PACK; ++k) to[place(rank / QUAD, column + k)] = across(lines, k);
-      }
-    }
-  }
-};
-
 template <bool VECTOR>
-__global__ void __launch_bounds__(THREADS, VECTOR ? 4 : 1) from_rank_kernel(const __grid_constant__ Work work) {
-  constexpr int COLUMNS = ColumnFactors::COLUMNS;
+__global__ void __launch_bounds__(THREADS, VECTOR ? 3 : 1) from_rank_kernel(const __grid_constant__ Work work) {
+  constexpr int COLUMNS = ColumnFactors::COLUMNS, TOKENS = ColumnFactors::TOKENS;
   alignas(16) __shared__ Four shared[ColumnFactors::MOST_FOURS];
   int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
   int blocks = work.row_blocks * work.column_blocks, items = blocks * work.num_groups;
@@ -67,54 +24,48 @@ __global__ void __launch_bounds__(THREADS, VECTOR ? 4 : 1) from_rank_kernel(cons
     const RankTile* tiles = work.tiles + group.first_tile;
     // Neighbours in the grid have neighbouring columns: rows of a wide matrix are written in order.
     int64_t first = int64_t{item % work.column_blocks} * work.columns_of_block, width = group.wide.width;
-    int64_t row = int64_t{item % blocks / work.column_blocks} * ROWS + threadIdx.x / WARP * 16 + g;
     if (first >= width) continue;
-    auto load_narrow = [&](const RankTile& tile, int r) {
-      const Bf16* from = tile.narrow + (row + 8 * r) * tile.narrow_stride + q * QUAD;
-      return load_up_to<VECTOR, QUAD>(from, row + 8 * r < work.tokens ? tile.ranks - q * QUAD : 0);
-    };
-    Four narrows[GROUP][2];
-#pragma unroll
-    for (int t = 0; t < GROUP; ++t) {
-      if (t >= group.num_tiles) continue;
-      for (int r = 0; r < 2; ++r) narrows[t][r] = load_narrow(tiles[t], r);
-    }
+    int columns = work.columns_of_block, columns_left = static_cast<int>(min(width - first, int64_t{columns}));
     __syncthreads();  // what was here has been multiplied
-    int columns = work.columns_of_block, columns_left = static_cast<int>(width - first);
     ColumnFactors::load<VECTOR>(tiles, group.num_tiles, first, columns, columns_left, shared);
     __syncthreads();
-#pragma unroll 1
-    for (int c = 0; c < min(columns, columns_left); c += COLUMNS) {
-      int64_t column = first + c + q * PACK;
-      int left = columns_left - c - q * PACK;
-      Pack bias{};
-      if (group.bias != nullptr && left > 0) bias = to_floats(load_elements<VECTOR>(group.bias + column, left));
-      float sums[4][4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        for (int i = 0; i < 4; ++i) sums[j][i] = bias.at[i % 2 * 4 + j];
-      }
-      __syncwarp();  // lanes that had nothing to store wait for the others
-      auto add_tile = [&](int t, const Four& row_0, const Four& row_8) {
-        const Four* from = shared + (t * columns + c) * (TILE / QUAD) + 2 * lane;
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          auto factors = *reinterpret_cast<const Eight*>(from + j / 2 * (ColumnFactors::FOURS / 2));
-          for (int i = 0; i < 2; ++i) multiply(sums[j + i], row_0, row_8, half_of(factors, i));
-        }
-      };
+    int row = item % blocks / work.column_blocks * ROWS;
+    int end = static_cast<int>(min(int64_t{row} + ROWS, work.tokens));
+    for (row += threadIdx.x / WARP * TOKENS; row < end; row += WARPS * TOKENS) {
+      auto narrow = [&](int t) { return load_narrow<VECTOR>(tiles[t], row + g, row + g < end); };
+      Four narrows[GROUP];
 #pragma unroll
       for (int t = 0; t < GROUP; ++t) {
-        if (t < group.num_tiles) add_tile(t, narrows[t][0], narrows[t][1]);
+        if (t < group.num_tiles) narrows[t] = narrow(t);
       }
-      for (int t = GROUP; t < group.num_tiles; ++t) add_tile(t, load_narrow(tiles[t], 0), load_narrow(tiles[t], 1));
+#pragma unroll 1
+      for (int c = 0; c < columns_left; c += COLUMNS) {
+        int column = c + g * PACK, left = columns_left - column;
+        Eight bias{};
+        if (group.bias != nullptr && left > 0) bias = load_elements<VECTOR>(group.bias + first + column, left);
+        float sums[4][4];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r >= work.tokens || left <= 0) continue;
-        Pack pack;
+        for (int r = 0; r < 2; ++r) {
+          for (int k = 0; k < PACK; ++k) ColumnFactors::sum(sums, r, k) = to_float(bias.at(k));
+        }
+        __syncwarp();  // lanes that had nothing to store wait for the others
+        auto factors = [&](int t) { return shared + (t * columns + c) * (TILE / QUAD); };
 #pragma unroll
-        for (int k = 0; k < PACK; ++k) pack.at[k] = sums[k % 4][2 * r + k / 4];
-        store_pack<VECTOR>(group.wide.data + (row + 8 * r) * group.wide.stride + column, pack, VECTOR ? PACK : left);
+        for (int t = 0; t < GROUP; ++t) {
+          if (t < group.num_tiles) ColumnFactors::add(sums, narrows[t], factors(t));
+        }
+#pragma unroll 1
+        for (int t = GROUP; t < group.num_tiles; ++t) ColumnFactors::add(sums, narrow(t), factors(t));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int token = row + 2 * q + r;
+          if (token >= end || left <= 0) continue;
+          Pack pack;
+#pragma unroll
+          for (int k = 0; k < PACK; ++k) pack.at[k] = ColumnFactors::sum(sums, r, k);
+          Bf16* to = group.wide.data + token * group.wide.stride + first + column;
+          store_pack<VECTOR>(to, pack, VECTOR ? PACK : left);
+        }
       }
     }
   }

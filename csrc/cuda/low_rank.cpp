@@ -4,48 +4,10 @@
 
 #include "low_rank_both_kernels.h"
 #include "low_rank_gradient_kernels.h"
-#include "low_rank_kernels.h"
-#include "tensors.h"
+#include "low_rank_terms.h"
 
 namespace minift::cuda {
 namespace {
-
-Bf16* elements(const Tensor& tensor) { return static_cast<Bf16*>(tensor.data_ptr()); }
-
-Wide wide_of(const Tensor& tensor) { return {elements(tensor), tensor.stride(0), tensor.size(1)}; }
-
-// What kernels read: the tensors, or copies of those whose layout they do not know, which live as long as this.
-class Operands {
- public:
-  Wide with_rows(const Tensor& wide) {
-    kept_.push_back(with_adjacent_columns(wide));
-    return wide_of(kept_.back());
-  }
-
-  const Bf16* bias(const Tensor& bias) {
-    kept_.push_back(torch::stable::contiguous(bias));
-    return bias.numel() > 0 ? elements(kept_.back()) : nullptr;
-  }
-
-  LowRankTerm term(Bf16* narrow, int64_t narrow_stride, const Tensor& factor, double scale) {
-    bool adjacent_rows = factor.stride(0) == 1 || factor.size(0) == 1;
-    kept_.push_back(adjacent_rows ? factor : with_adjacent_columns(factor));
-    const Tensor& kept = kept_.back();
-    bool ranks_adjacent = kept.stride(1) == 1;
-    return {narrow, narrow_stride, factor.size(1), elements(kept), kept.stride(ranks_adjacent ? 0 : 1),
-            ranks_adjacent, static_cast<float>(scale)};
-  }
-
-  LowRankTerm term(const Tensor& narrow, const Tensor& factor) {
-    kept_.push_back(with_adjacent_columns(narrow));
-    Bf16* data = elements(kept_.back());
-    int64_t stride = kept_.back().stride(0);
-    return term(data, stride, factor, 1.0);
-  }
-
- private:
-  Tensors kept_;
-};
 
 Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vector<double>& scales) {
   check_to_rank(wides, factors, scales);
@@ -53,7 +15,7 @@ Tensor to_rank_op(const Tensors& wides, const Tensors& factors, const std::vecto
   for (const Tensor& factor : factors) rank += factor.size(1);
   OnDevice on(wides[0], wides, factors);
   Tensor narrow = torch::stable::new_empty(wides[0], {tokens, rank});
-  Operands operands;
+  LowRankOperands operands;
   std::vector<LowRankGroup> groups;
   for (const Tensor& wide : wides) groups.push_back({operands.with_rows(wide), nullptr, {}});
   for (size_t i = 0; i < factors.size(); column += factors[i++].size(1)) {
@@ -71,7 +33,7 @@ Tensors from_rank_op(const Tensors& narrows, const Tensors& factors, const std::
   check_from_rank(narrows, factors, counts, biases);
   OnDevice on(narrows[0], narrows, factors, biases);
   int64_t tokens = narrows[0].size(0);
-  Operands operands;
+  LowRankOperands operands;
   std::vector<LowRankGroup> groups;
   Tensors wides;
   for (size_t i = 0, j = 0; i < counts.size(); ++i) {

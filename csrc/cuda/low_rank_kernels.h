@@ -47,7 +47,7 @@ void to_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, Bf16* narr
 
 // wide = bias + the sum of narrow F^T over its terms, which have at most FROM_RANK_TILES tiles of RANK_TILE ranks.
 // (minift leaves more than four to cuBLAS, see ops/low_rank.py.)
-constexpr int64_t RANK_TILE = 16, FROM_RANK_TILES = 32;
+constexpr int64_t RANK_TILE = 16, FROM_RANK_TILES = 16;
 void from_rank(const std::vector<LowRankGroup>& groups, int64_t tokens, cudaStream_t stream);
 
 }  // namespace minift::cuda

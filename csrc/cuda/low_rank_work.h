@@ -81,6 +81,17 @@ inline int64_t widest_of(const std::vector<LowRankGroup>& groups) {
   return widest;
 }
 
+// visit(tile) for the ranks of a term, TILE at a time.
+template <class Visit>
+void for_each_tile(const LowRankTerm& term, const Visit& visit) {
+  for (int64_t rank = 0; rank < term.rank; rank += TILE) {
+    const Bf16* factor = term.factor + rank * (term.ranks_adjacent ? 1 : term.factor_stride);
+    int ranks = static_cast<int>(std::min<int64_t>(TILE, term.rank - rank));
+    visit(RankTile{term.narrow + rank, factor, term.narrow_stride, term.factor_stride, term.scale, ranks,
+                   term.ranks_adjacent});
+  }
+}
+
 // run(work) with the groups, cut where they have more than `most_tiles` tiles, as often as it takes.
 template <class Run>
 void for_each_work(const std::vector<LowRankGroup>& groups, int64_t tokens, int64_t most_tiles, const Run& run) {
@@ -92,13 +103,7 @@ void for_each_work(const std::vector<LowRankGroup>& groups, int64_t tokens, int6
   };
   for (const LowRankGroup& group : groups) {
     std::vector<RankTile> tiles;
-    for (const LowRankTerm& term : group.terms) {
-      for (int64_t rank = 0; rank < term.rank; rank += TILE) {
-        tiles.push_back({term.narrow + rank, term.factor + rank * (term.ranks_adjacent ? 1 : term.factor_stride),
-                         term.narrow_stride, term.factor_stride, term.scale,
-                         static_cast<int>(std::min<int64_t>(TILE, term.rank - rank)), term.ranks_adjacent});
-      }
-    }
+    for (const LowRankTerm& term : group.terms) for_each_tile(term, [&](RankTile tile) { tiles.push_back(tile); });
     int64_t end = tiles.size();
     for (int64_t first = 0; first < end; first += most_tiles) {
       int64_t count = std::min(most_tiles, end - first);

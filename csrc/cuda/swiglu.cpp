@@ -21,14 +21,15 @@ Tensor swiglu_op(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
-// dgate may be dy: every element is read before it is written, by one thread.
-Tensor backward_into(const Tensor& dgate, const Tensor& dy, const Tensor& gate, const Tensor& up) {
+// dgate may be dy: every element is read before it is written, by one thread. y has no elements, or all.
+Tensor backward_into(const Tensor& dgate, const Tensor& y, const Tensor& dy, const Tensor& gate, const Tensor& up) {
   OnDevice on(gate, up, dy);
   Tensor dy_rows = with_rows(dy), gate_rows = with_rows(gate), up_rows = with_rows(up), dup = new_like(gate);
   dispatch_dtype(gate, "swiglu_backward", [&](auto element) {
     using T = decltype(element);
-    swiglu_backward(rows<const T>(dy_rows), rows<const T>(gate_rows), rows<const T>(up_rows), rows<T>(dgate),
-                    rows<T>(dup), on.stream);
+    Rows<T> dgate_rows = rows<T>(dgate), dup_rows = rows<T>(dup), y_rows = rows<T>(y);
+    swiglu_backward(rows<const T>(dy_rows), rows<const T>(gate_rows), rows<const T>(up_rows), dgate_rows, dup_rows,
+                    y.numel() > 0 ? &y_rows : nullptr, on.stream);
   });
   return dup;
 }
@@ -36,12 +37,15 @@ Tensor backward_into(const Tensor& dgate, const Tensor& dy, const Tensor& gate, 
 std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& gate, const Tensor& up) {
   check_swiglu_backward(dy, gate, up);
   Tensor dgate = new_like(gate);
-  return {dgate, backward_into(dgate, dy, gate, up)};
+  return {dgate, backward_into(dgate, y_if(false, gate), dy, gate, up)};
 }
 
-Tensor swiglu_backward_in_place_op(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+std::tuple<Tensor, Tensor> swiglu_backward_in_place_op(const Tensor& dy, const Tensor& gate, const Tensor& up,
+                                                       bool need_y) {
   check_swiglu_backward_in_place(dy, gate, up);
-  return backward_into(dy, dy, gate, up);
+  Tensor y = y_if(need_y, gate);
+  Tensor dup = backward_into(dy, y, dy, gate, up);
+  return {dup, y};
 }
 
 }  // namespace

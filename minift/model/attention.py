@@ -23,8 +23,9 @@ from torch import Tensor
 from minift.model.cache import Append
 from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
-from minift.model.linear import Linear, project
+from minift.model.linear import Linear
 from minift.model.norm import RMSNorm
+from minift.model.project import project
 from minift.ops.attention import causal_attention
 from minift.ops.cudnn_attention import Documents, cudnn_attention, is_best_for
 from minift.ops.rope import apply_rope

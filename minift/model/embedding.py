@@ -1,7 +1,8 @@
 """Token embedding whose backward needs the token ids and nothing else.
 
 PyTorch's CPU kernel adds up the gradients of a token's occurrences in the weight's dtype; in bf16 the sum of a frequent
-token stops growing after a few hundred. Here rows are summed in fp32 and rounded once, as PyTorch's CUDA kernel does.
+token stops growing after a few hundred. Here rows are summed in fp32 and rounded once, as PyTorch's CUDA kernel does,
+or, on a GPU, added one by one to an fp32 slot, so that there is no gradient as large as the table beside it.
 
 Differs from transformers: the padding token is a token like any other (a packed batch has no padding), so its row gets
 a gradient where it occurs.
@@ -31,10 +32,9 @@ class _Embedding(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         slot = slot_of(ctx.weight)
         if dy.is_cuda:  # no list of distinct tokens here: the host would wait for its length
-            dweight_VD = torch.ops.aten.embedding_dense_backward(dy, tokens, ctx.vocab_size, -1, False)
             if slot is None:
-                return None, dweight_VD
-            slot.add(dweight_VD)
+                return None, torch.ops.aten.embedding_dense_backward(dy, tokens, ctx.vocab_size, -1, False)
+            slot.add_repeated_rows(tokens.reshape(-1), dy.reshape(-1, dy.shape[-1]))
             return None, None
         seen_U, row_of_token_N = tokens.reshape(-1).unique(return_inverse=True)
         sums_UD = torch.zeros(len(seen_U), dy.shape[-1], dtype=torch.float32, device=dy.device)

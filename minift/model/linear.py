@@ -1,35 +1,20 @@
-"""y = x Wᵀ + b, for one projection or several that read the same x, with or without low-rank updates.
-
-`project` is the differentiable operation on projections, one step of autograd, however weights are stored and
-however many there are. Projections that share their input (q, k, v; gate, up) save it once; their updates go through
-the rank in one product (`low_rank`); and the gradients for x are added up by the matrix products themselves, where
-autograd would sum tensors as wide as x. Saved for backward are x, the very tensor that its producer and its other
-readers hold, if a gradient is made of it, and the narrow products of the updates; nothing of the output's width.
-`project_gated` is the same for x = silu(gate) · up, which it makes, and makes again where memory counts more than time.
-
-It is written so that weights may move between forward and backward. Under FSDP a Parameter's `.data` is a view of a
-gather buffer that other blocks overwrite before backward comes. Whatever autograd saves of it would then be another
-block's weight. So `project` keeps the *Parameter objects* and reads `.data` again in backward, when their unit has
-gathered it anew. A weight's gradient goes straight to where it will be reduced from, if there is such a place
-(`grad_slot`).
+"""Projections: y = x Wᵀ + b, however W is stored.
 
 `LinearBase` is what dense, quantized and adapter-wrapped projections share. A new way to store a weight is a subclass
-that says how to multiply with it, `product` and `product_dx`, and needs to know nothing of autograd or adapters.
+that says how to multiply with it, `product` and `product_dx`, and needs to know nothing of autograd or adapters: that
+is `project`'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from minift.grad_slot import deliver_product
-from minift.model.low_rank import LowRank, Updates
+from minift.model.low_rank import LowRank
+from minift.model.project import project
 from minift.ops.matmul import addmm_, linear, mm
-from minift.ops.swiglu import swiglu_backward_, swiglu_forward
 
 
 class LinearBase(nn.Module):
@@ -139,127 +124,3 @@ def rows_in_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     """How many rows of a weight (out, in) to convert at a time: what fits a cache, or keeps a GPU busy."""
     slice_bytes = 1 << 20 if device.type == "cpu" else 64 << 20
     return min(shape[0], max(1, slice_bytes // (shape[1] * dtype.itemsize)))
-
-
-def project(x: Tensor, *projections: LinearBase) -> list[Tensor]:
-    """[projection(x) for projection in projections], as one operation if all of them have `parts`.
-
-    x (..., in_features) -> each (..., out_features), in x's dtype, which is the stored weights'; the factors of updates
-    may have another. Gradients come in the dtype of their parameter. Backward reads parameters as they are *then*.
-    """
-    call = _Call.of(projections)
-    if call is None:
-        return [projection(x) for projection in projections]
-    x_NI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    sums = _Project.apply(x_NI, None, call, *call.parameters())
-    outs = [projection.after(sum_NO) for projection, sum_NO in zip(projections, sums, strict=True)]
-    return outs if x.ndim == 2 else [out_NO.view(*x.shape[:-1], out_NO.shape[-1]) for out_NO in outs]
-
-
-def project_gated(
-    gate_NI: Tensor, up_NI: Tensor, projection: LinearBase, keeps_product: bool, result_is_read: bool
-) -> Tensor:
-    """projection(silu(gate) · up), (N, out_features), as one operation, for a projection with `parts`.
-
-    Like that, the gradient of gate takes the place of that of the product: one tensor less of a model's greatest width,
-    at the moment when there are most of them. keeps_product: False: backward makes silu(gate) · up again.
-    result_is_read: False: the result's values are left out, unless the projection itself reads them.
-    """
-    call = _Call.of([projection], keeps_product, result_is_read)
-    assert call is not None, f"{type(projection).__name__} has no parts"
-    return projection.after(_Project.apply(gate_NI, up_NI, call, *call.parameters())[0])
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one call multiplies with, and how."""
-
-    bases: Sequence[LinearBase]
-    updates: Sequence[tuple[LowRank, ...]]
-    keeps_product: bool
-    result_is_read: bool
-
-    @staticmethod
-    def of(projections: Sequence[LinearBase], keeps_product: bool = True, result_is_read: bool = True) -> _Call | None:
-        """None if one of them has no `parts`."""
-        parts = [projection.parts() for projection in projections]
-        if None in parts:
-            return None
-        reads_sum = any(projection.has_after for projection in projections)
-        bases, updates = zip(*parts, strict=True)
-        return _Call(bases, updates, keeps_product, result_is_read or reads_sum)
-
-    def parameters(self) -> list[nn.Parameter | None]:
-        """W, b of each projection, A, B of each update."""
-        parameters = [parameter for base in self.bases for parameter in (base.dense_parameter(), base.bias)]
-        return parameters + [factor for of_one in self.updates for update in of_one for factor in (update.A, update.B)]
-
-
-class _Project(torch.autograd.Function):
-    """Its inputs are x and None, or gate and up, of which it makes x; then the call and its parameters or Nones."""
-
-    @staticmethod
-    def forward(
-        ctx, x_NI: Tensor, up_NI: Tensor | None, call: _Call, *parameters: nn.Parameter | None
-    ) -> tuple[Tensor, ...]:
-        ctx.call, ctx.updates, ctx.is_gated = call, Updates(call.updates), up_NI is not None
-        gate_NI = x_NI
-        if ctx.is_gated:
-            x_NI = swiglu_forward(gate_NI, up_NI)
-        hidden_NR = ctx.updates.hidden(x_NI)
-        if call.result_is_read:
-            sums = ctx.updates.out(hidden_NR, [base.bias for base in call.bases])  # see [Note: updates first]
-            outs = [base.product(x_NI, sums.get(index)) for index, base in enumerate(call.bases)]
-        else:
-            outs = [x_NI.new_zeros(()).expand(len(x_NI), base.out_features) for base in call.bases]
-        needs_W, _, needs_A, needs_B = ctx.needs = _Project.needs(ctx)
-        ctx.needs_dx = any(ctx.needs_input_grad[:2])
-        reads_inputs = ctx.reads_x = any(needs_W) or any(needs_A)
-        product_NI = ctx.product_NI = None
-        if ctx.is_gated:
-            reads_inputs = ctx.needs_dx or (ctx.reads_x and not call.keeps_product)
-            if ctx.reads_x and call.keeps_product:
-                # What gate and up can make again is given away by the first backward, while it still needs memory.
-                product_NI, ctx.product_NI = (None, x_NI) if reads_inputs else (x_NI, None)
-        ctx.save_for_backward(
-            *((gate_NI, up_NI) if reads_inputs else (None, None)), hidden_NR if any(needs_B) else None, product_NI
-        )
-        return tuple(outs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, up_NI, hidden_NR, product_NI = ctx.saved_tensors
-        gate_NI = x_NI
-        if ctx.is_gated:
-            x_NI, ctx.product_NI = product_NI if ctx.product_NI is None else ctx.product_NI, None
-            if x_NI is None and ctx.reads_x:
-                x_NI = swiglu_forward(gate_NI, up_NI)
-        bases, (needs_W, needs_b, needs_A, needs_B) = ctx.call.bases, ctx.needs
-        gradients: list[Tensor | None] = []
-        for base, dout_NO, needs_dW, needs_db in zip(bases, douts, needs_W, needs_b, strict=True):
-            gradients.append(deliver_product(base.dense_parameter(), dout_NO.t(), x_NI) if needs_dW else None)
-            gradients.append(dout_NO.sum(0) if needs_db else None)
-        needs_dhidden = ctx.needs_dx or any(needs_A)
-        dhidden_NR, of_B = ctx.updates.dhidden_and_gradients_of_B(douts, hidden_NR, needs_dhidden, needs_B)
-        of_A: Sequence[Tensor | None] = [None] * len(of_B)
-        dx_NI = dup_NI = None
-        if needs_dhidden:
-            of_A = ctx.updates.gradients_of_A(dhidden_NR, x_NI, needs_A)
-            if ctx.needs_dx:
-                dx_NI = ctx.updates.dx(dhidden_NR)
-                for base, dout_NO in zip(bases, douts, strict=True):
-                    dx_NI = base.product_dx(dout_NO, dx_NI)
-        for pair in zip(of_A, of_B, strict=True):
-            gradients += pair
-        del x_NI, product_NI  # the product goes before the gradient of up comes
-        if ctx.is_gated and ctx.needs_dx:
-            dx_NI, dup_NI = swiglu_backward_(dx_NI, gate_NI, up_NI)
-        return dx_NI, dup_NI, None, *gradients
-
-    @staticmethod
-    def needs(ctx) -> tuple[tuple[bool, ...], ...]:
-        """Which of the W, b, A and B need a gradient."""
-        _, _, _, *needs = ctx.needs_input_grad
-        border = 2 * len(ctx.call.bases)
-        return tuple(needs[:border:2]), tuple(needs[1:border:2]), tuple(needs[border::2]), tuple(needs[border + 1 :: 2])

@@ -98,6 +98,23 @@ class Updates:
         ]
         return narrows[0] if len(narrows) == 1 else torch.cat(narrows, dim=1)
 
+    def ranks(self, num_projections: int) -> list[list[int]]:
+        """Those of each projection's updates."""
+        ranks: list[list[int]] = [[] for _ in range(num_projections)]
+        for term in self._terms:
+            ranks[term.index].append(len(term.A))
+        return ranks
+
+    def terms_of_out(self, hidden_NR: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What `out` adds up, for one who adds it up himself: narrow matrices (N, r) and their B (out, r)."""
+        return self._narrows(hidden_NR), [term.B for term in self._terms]
+
+    def terms_of_dx(self, dhidden_NR: Tensor | None) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The same of `dx`: narrow matrices (N, r) and Aᵀ (in, r). None if dropout makes more than a sum of it."""
+        if not self._share_x:
+            return None
+        return ([], []) if dhidden_NR is None else (self._narrows(dhidden_NR), [term.A.t() for term in self._terms])
+
     def out(self, hidden_NR: Tensor | None, biases: Sequence[Tensor | None]) -> dict[int, Tensor]:
         """{index of a projection that has updates: their sum and its bias (N, out)}."""
         if not self._terms:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from minift.model.cheap import CheapOps
 from minift.model.config import ModelConfig
-from minift.model.linear import Linear, project, project_gated
+from minift.model.linear import Linear
+from minift.model.project import project, project_gated, project_to_gate
 from minift.ops.swiglu import swiglu
 
 
@@ -19,7 +20,8 @@ class MLP(CheapOps):
 
     def forward(self, hidden_TD: Tensor, result_is_read: bool = True) -> Tensor:
         """(T, D) -> (T, D); result_is_read: see `project_gated`."""
-        gate_TF, up_TF = project(hidden_TD, self.gate_proj, self.up_proj)
         if self.down_proj.parts() is None:
+            gate_TF, up_TF = project(hidden_TD, self.gate_proj, self.up_proj)
             return self.down_proj(self.cheap(swiglu, gate_TF, up_TF))
-        return project_gated(gate_TF, up_TF, self.down_proj, self.keeps_cheap, result_is_read)
+        gate_TF, up_TF, lacking = project_to_gate(hidden_TD, self.gate_proj, self.up_proj)
+        return project_gated(gate_TF, up_TF, self.down_proj, self.keeps_cheap, result_is_read, lacking)

@@ -1,4 +1,4 @@
-"""RMSNorm whose backward reads the weight again instead of saving it (see linear.py for why).
+"""RMSNorm whose backward reads the weight again instead of saving it (see project.py for why).
 
 Paper: Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4. The arithmetic, and the rounding to the input's dtype before the
 weight is applied, live in `minift.ops.norm`; this file only ties it to autograd and to a Parameter.

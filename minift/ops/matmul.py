@@ -9,7 +9,7 @@ element of the result is rounded once, as oneDNN does it. Widening costs a few p
 On a GPU a result may be fp32 where the factors are not (`adds_up_in`): gradients are added up so, by the product
 itself, and what comes out of the units that multiply is not rounded to 16 bits before.
 
-Not here: autograd (`model/linear.py` has it), batched products, and anything special for fp32, fp64 or a GPU, which
+Not here: autograd (`model/project.py` has it), batched products, and anything special for fp32, fp64 or a GPU, which
 go straight to torch.
 """
 

@@ -32,9 +32,11 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     return (swiglu_backward_reference if gate.dtype == torch.float64 else _swiglu_backward)(dy, gate, up)
 
 
-def swiglu_backward_(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, the gradient of gate in the place of dy, which nobody else may need."""
-    return dy, (swiglu_backward_in_place_reference if gate.dtype == torch.float64 else _swiglu_backward_)(dy, gate, up)
+def swiglu_backward_(dy: Tensor, gate: Tensor, up: Tensor, need_y: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, the gradient of gate in the place of dy, which nobody else may need; then y, to the bit what forward
+    gave, made again of what is read here anyway, or without elements if nobody needs it."""
+    run = swiglu_backward_in_place_reference if gate.dtype == torch.float64 else _swiglu_backward_
+    return dy, *run(dy, gate, up, need_y)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -63,11 +65,13 @@ def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     return dgate.to(gate.dtype), (dy_wide * (gate_wide * sigmoid)).to(up.dtype)
 
 
-def swiglu_backward_in_place_reference(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """dgate goes into dy; returns dup."""
+def swiglu_backward_in_place_reference(
+    dy: Tensor, gate: Tensor, up: Tensor, need_y: bool = False
+) -> tuple[Tensor, Tensor]:
+    """dgate goes into dy; returns dup, and y or nothing."""
     dgate, dup = swiglu_backward_reference(dy, gate, up)
     dy.copy_(dgate)
-    return dup
+    return dup, swiglu_reference(gate, up) if need_y else gate.new_empty(0)
 
 
 def _swiglu_fake(gate: Tensor, up: Tensor) -> Tensor:
@@ -78,8 +82,8 @@ def _swiglu_backward_fake(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _swiglu_backward_in_place_fake(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return up.new_empty(up.shape)
+def _swiglu_backward_in_place_fake(dy: Tensor, gate: Tensor, up: Tensor, need_y: bool) -> tuple[Tensor, Tensor]:
+    return up.new_empty(up.shape), gate.new_empty(gate.shape if need_y else 0)
 
 
 _swiglu = extension.op("swiglu", reference=swiglu_reference, fake=_swiglu_fake)

@@ -11,7 +11,7 @@ Adding a method is adding one file with two classes, and one line in `methods.py
 `inject` wraps and freezes, `manage` merges, `checkpoint.adapters` stores, `checkpoint.merge` merges on disk, `planner`
 counts memory: none of them knows a method. Two rules hold for every method: all parameters outside `base` are trainable
 and stored, unless they only keep a start that was found out (`residual`); and a parameter that backward needs is read
-again in backward from the Parameter (see `model.linear`), never saved.
+again in backward from the Parameter (see `model.project`), never saved.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ RANDOM_STATE_BYTES = 5056
 
 @dataclass(frozen=True)
 class Call:
-    """Projections that read one input in one operation (`model.linear.project`)."""
+    """Projections that read one input in one operation (`model.project.project`)."""
 
     projections: tuple[ProjectionShape, ...]
 

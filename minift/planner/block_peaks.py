@@ -176,17 +176,22 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
     dsum = _dsum_bytes(block, block.down, block.needs_dproduct)
     yield 0, 0, dsum, 0
     gone = of_after(block.down)
-    made, workspace = _product_needs(block, block.down, block.needs_dproduct)
-    yield gone, remade("product"), dsum + made, workspace
     if not block.needs_dproduct:
+        yield gone, remade("product"), dsum + _parameters_need(block, block.down), 0
         return
-    # In one operation with down, the gradient of gate has the place of that of the product.
-    gone += freed("product")
+    # In one operation with down, the gradient of gate has the place of that of the product, which goes before or, where
+    # it is made again, comes after.
+    if not is_selective or block.down.is_opaque:
+        yield gone, remade("product"), dsum + _parameters_need(block, block.down), 0
+        gone += 0 if block.down.is_opaque else freed("product")
+    made, workspace = _dx_needs(block, block.down)
+    yield gone, remade("product") if block.down.is_opaque else 0, dsum + made, workspace
     if block.down.is_opaque:
-        gone += kept(_narrow(block.down), _method(block.down))
+        gone += freed("product") + kept(_narrow(block.down), _method(block.down))
         yield gone, 0, 3 * block.inner, 0
     else:
-        yield gone, 0, dsum + 2 * block.inner, 0
+        again = remade("product")
+        yield gone, again, dsum + 2 * block.inner + (_parameters_need(block, block.down) if again else 0), 0
         gone += kept(_narrow(block.down))
 
     needs_dx = "x_mid" in block.kept
@@ -240,22 +245,34 @@ def _dsum_bytes(block: BlockActivations, call: Call, needs_dx: bool) -> int:
 
 
 def _product_needs(block: BlockActivations, call: Call, needs_dx: bool) -> tuple[int, int]:
-    """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts.
+    """(gradients and temporaries, workspace) of one call's backward at its fullest, beside its douts."""
+    of_parameters = (_parameters_need(block, call), 0)
+    return max(of_parameters, _dx_needs(block, call), key=sum) if needs_dx else of_parameters
 
-    dropout: x with its zeros; then the product with A, and that with its zeros, beside the sum of earlier ones.
-    """
-    x, ranks = block.features_bytes(call.in_features), block.features_bytes(call.rank)
-    ranks += sum(block.features_bytes(p.out_features) for p in call.projections if p.method.is_opaque)
-    seen = x if call.drops else 0
-    run, tokens = block.run, block.run.block_tokens
+
+def _parameters_need(block: BlockActivations, call: Call) -> int:
+    """Of its parameters' gradients. dropout: x with its zeros."""
+    seen = block.features_bytes(call.in_features) if call.drops else 0
     of_weights = max((_gradient_of_weight_bytes(block, p) for p in call.projections if p.trains_weight), default=0)
-    if not needs_dx:
-        return max(of_weights, seen) + ranks, 0
+    return max(of_weights, seen) + _narrow_gradients_bytes(block, call)
+
+
+def _dx_needs(block: BlockActivations, call: Call) -> tuple[int, int]:
+    """(that and temporaries, workspace). dropout: the product with A, and that with its zeros, beside the sum of
+    earlier ones."""
+    run, tokens = block.run, block.run.block_tokens
+    x, narrow = block.features_bytes(call.in_features), _narrow_gradients_bytes(block, call)
     scratch = max((_slice_of_columns_bytes(block, p) for p in call.projections if p.block_size), default=0)
     scratch += max(run.widened_bytes(tokens, p.out_features, p.in_features) for p in call.projections)
     num_updates = sum(len(p.updates) for p in call.projections)
-    others = max(of_weights, seen, 2 * seen + (seen if num_updates > 1 else 0))
-    return (x + ranks, scratch) if x + scratch > others else (others + ranks, 0)
+    of_dropped = x * (3 if num_updates > 1 else 2) if call.drops else 0
+    return (x + narrow, scratch) if x + scratch > of_dropped else (of_dropped + narrow, 0)
+
+
+def _narrow_gradients_bytes(block: BlockActivations, call: Call) -> int:
+    """Of what A makes; a method that knows only its forward has those of its results besides."""
+    opaque = sum(block.features_bytes(p.out_features) for p in call.projections if p.method.is_opaque)
+    return block.features_bytes(call.rank) + opaque
 
 
 def _slice_of_columns_bytes(block: BlockActivations, projection: ProjectionShape) -> int:

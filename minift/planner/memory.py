@@ -200,9 +200,9 @@ def _moments(run: RunShape) -> Iterator[Moment]:
             needs = {"activations": kept} | backward_needs(block) | gradients.in_backward_of(number)
             yield Moment(f"backward of {block.unit.name}", needs)
         kept -= block.kept_bytes()
-    if run.is_on_gpu and (embedding := _trained_embedding(run)):  # whole: model/embedding.py
-        whole = embedding.numel * run.wire_itemsize
-        needs = {"activations": kept + embedded, "backward": whole} | gradients.after_blocks()
+    if run.is_on_gpu and (embedding := _trained_embedding(run)):
+        added = _embedding_backward_bytes(run, embedding)
+        needs = {"activations": kept + embedded, "backward": added} | gradients.after_blocks()
         yield Moment("backward of embedding", needs)
     yield Moment("optimizer", {"activations": always} | gradients.in_update())
 
@@ -246,6 +246,15 @@ class _GradientsInStep:
 def _trained_embedding(run: RunShape) -> ParameterShape | None:
     weights = (p for p in run.root.parameters if p.trainable and p.name.endswith("embed_tokens.weight"))
     return next(weights, None)
+
+
+def _embedding_backward_bytes(run: RunShape, embedding: ParameterShape) -> int:
+    """What a GPU makes of the gradient of the embedded tokens: the same in fp32, if the slot to which it is added has
+    that and the wire has not; for a slot of 16 bits, a gradient of the whole table (`GradSlot.add_repeated_rows`).
+    Not counted: the tokens in order, some 40 bytes each."""
+    if run.root.slot_itemsize < 4:
+        return embedding.numel * run.wire_itemsize
+    return 0 if run.wire_itemsize == 4 else 4 * run.block_tokens * run.model.hidden_size
 
 
 def block_activations(run: RunShape) -> list[BlockActivations]:

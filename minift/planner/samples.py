@@ -175,7 +175,7 @@ class _Maker:
         yield sample("scale", 2, lambda: torch.mul(x, 0.5))
         yield lambda: Sample(op.elementwise("sum", dtype, T * D, 1), lambda: x.sum(0))
         table = Embedding(4096, D).to(device=self.device, dtype=self._torch_dtype)
-        lay_slot(table.weight, GradSlot(torch.zeros_like(table.weight)))
+        lay_slot(table.weight, GradSlot(torch.zeros_like(table.weight, dtype=torch.float32)))
         tokens = torch.randint(4096, (T,), device=self.device)
         yield sample("embedding", 2, lambda: table(tokens))
         rows = table(tokens)

@@ -193,6 +193,11 @@ class UnitShape:
     def trains(self) -> bool:
         return any(bucket.trainable for bucket in self.buckets)
 
+    @property
+    def slot_itemsize(self) -> int:
+        """Of gradients where backward puts them, if anything trains."""
+        return next(bucket.slot_itemsize for bucket in self.buckets if bucket.trainable)
+
 
 @dataclass(frozen=True)
 class RunShape:

@@ -3,7 +3,7 @@
     step = count(run)                 of a `shapes.RunShape`
     step.units[1].backward            operations (`op.Op`) of a block's backward, in one microbatch
 
-Counted from shapes alone, rule by rule as the modules have it: `model/linear.py` and `low_rank.py` (products),
+Counted from shapes alone, rule by rule as the modules have it: `model/project.py` and `low_rank.py` (products),
 `model/block.py` (the rest of a block), `objectives/cross_entropy.py` (the head, whose gradients come in its forward),
 `recompute.py`. With T tokens, P weights in projections, no biases:
 
@@ -22,11 +22,12 @@ LoRA of their rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minift.objectives.cross_entropy import default_chunk_tokens
 from minift.ops.low_rank import reads_wide_once
 from minift.ops.nf4_linear import GPU_SLICE_BYTES, SLICE_BYTES
+from minift.ops.updated_swiglu import makes_updates
 from minift.planner.exchange import DTYPE_OF_SIZE, Exchange, exchange_of
 from minift.planner.head import is_claimed_in_fp32
 from minift.planner.op import (
@@ -106,7 +107,7 @@ def count(run: RunShape) -> StepWork:
 
 
 class _Projections:
-    """Some that read the same x: `model.linear.project`. needs_dx: whether x needs a gradient. A method that trains
+    """Some that read the same x: `model.project.project`. needs_dx: whether x needs a gradient. A method that trains
     more than updates is counted as passes over its result, there and back."""
 
     def __init__(self, run: RunShape, unit: UnitShape, names: Sequence[str], tokens: int, needs_dx: bool) -> None:
@@ -121,9 +122,14 @@ class _Projections:
         ranks = [update for p in self.members for update in p.updates]
         self.rank = sum(update.rank for update in ranks)
         self.share_x = all(update.dropout == 0 for update in ranks)
+        self.reads_x = self.rank > 0 or any(p.trains_weight for p in self.members)
 
-    def forward(self, result_is_read: bool = True) -> list[Op]:
-        """result_is_read: see `model.linear.project_gated`."""
+    def ranks(self) -> list[list[int]]:
+        """Those of each projection's updates."""
+        return [[update.rank for update in p.updates] for p in self.members]
+
+    def forward(self, result_is_read: bool = True, defers: bool = False) -> list[Op]:
+        """result_is_read, defers: see `model.project`."""
         ops: list[Op] = []
         T, dtype = self.tokens, self.dtype
         result_is_read = result_is_read or any(p.method.is_opaque or p.method.has_after for p in self.members)
@@ -140,11 +146,11 @@ class _Projections:
                 if not self.share_x:
                     ops += self._dropped(p, update.dropout)
                     ops.append(product("x A", dtype, T, p.in_features, update.rank))
-                if result_is_read:
+                if result_is_read and not defers:
                     ops.append(product("h B", dtype, T, update.rank, p.out_features))
         return ops + [elementwise("add", dtype, T * p.out_features, 3) for p in self.members if p.method.trains]
 
-    def backward(self) -> list[Op]:
+    def backward(self, defers_dx: bool = False) -> list[Op]:
         if not self.out_needs:
             return []
         T, dtype = self.tokens, self.dtype
@@ -173,7 +179,7 @@ class _Projections:
         if self.needs_dx:
             for p in self.members:
                 ops += self._stored(p, "input gradient", T, p.out_features, p.in_features)
-            ops += self._update_dx()
+            ops += [] if defers_dx else self._update_dx()
         return ops
 
     def _update_dx(self) -> list[Op]:
@@ -207,10 +213,9 @@ class _Projections:
 
     def _into_slot(self, numel: int) -> list[Op]:
         """A product that its slot cannot add up itself goes there by way of a temporary: `grad_slot.py`."""
-        slot_itemsize = next(bucket.slot_itemsize for bucket in self.unit.buckets if bucket.trainable)
-        if self.run.adds_products_up_in(slot_itemsize):
+        if self.run.adds_products_up_in(self.unit.slot_itemsize):
             return []
-        return [cast(self.dtype, DTYPE_OF_SIZE[slot_itemsize], numel)]
+        return [cast(self.dtype, DTYPE_OF_SIZE[self.unit.slot_itemsize], numel)]
 
 
 # Blocks #
@@ -256,17 +261,32 @@ class _Block:
         head_norms_backward = (
             [elementwise("rms norm backward", dtype, T * heads * E, 3) for heads in (H, K)] if config.qk_norm else []
         )
+        is_opaque = any(p.method.is_opaque for p in down.members)
+        remakes = unit.recompute == "selective" and gate_up.out_needs and not is_opaque and down.reads_x
         gated = elementwise("swiglu", dtype, T * F, 3)
-        gated_backward = elementwise("swiglu backward", dtype, T * F, 5)
+        gated_backward = elementwise("swiglu backward", dtype, T * F, 6 if remakes else 5)
+
+        def makes(call: _Projections) -> bool:
+            """Whether silu · up makes the updates in this call: `ops.updated_swiglu`."""
+            return makes_updates(F, call.ranks(), run.precision.wire_dtype, run.is_on_gpu)
+
+        knows = not is_opaque and not any(p.method.is_opaque or p.method.has_after for p in gate_up.members)
+        defers = knows and gate_up.rank > 0 and makes(gate_up)
+        defers_dx = defers and down.share_x and makes(down)
+        if defers:
+            gated = replace(gated, flops=2 * T * F * gate_up.rank)
+            gated_backward = replace(gated_backward, flops=2 * T * F * (gate_up.rank + down.rank * defers_dx))
         add = elementwise("add", dtype, T * D, 3)
-        self.cheap = [norm, norm, gated, *((*head_norms, *turn) if config.qk_norm else ())]
+        gated_again = [gated] if is_opaque or (down.reads_x and not remakes) else []
+        self.cheap = [norm, norm, *gated_again, *((*head_norms, *turn) if config.qk_norm else ())]
         before_down = [
-            norm, *qkv.forward(), *head_norms, *turn, attend, *o.forward(), add, norm, *gate_up.forward(), gated,
+            norm, *qkv.forward(), *head_norms, *turn, attend, *o.forward(), add, norm,
+            *gate_up.forward(defers=defers), gated,
         ]  # fmt: skip
         self.forward = [*before_down, *down.forward(), add]
         self.rerun = [*before_down, *down.forward(result_is_read=False), add]
         self.backward = [
-            *down.backward(),
+            *down.backward(defers_dx),
             *([gated_backward] if gate_up.out_needs else []),
             *gate_up.backward(),
             *([norm_backward(middle_needs)] if second_norm_needs else []),
@@ -331,22 +351,30 @@ class _Root:
             ]
         if trains_head:
             backward += _scaled("float32" if is_claimed_in_fp32(run) else dtype, V * D)
-        embedding_backward = []
-        if run.trains_before_blocks and not run.num_prompt:
-            embedding_backward.append(elementwise("embedding backward", dtype, T * D, 2))
-            if not config.tie_word_embeddings:  # else the head has written the whole gradient before
-                embedding_backward.append(elementwise("copy", dtype, V * D, 1))
         return UnitWork(
             "",
             (elementwise("embedding", dtype, T * D, 2),),
             (),
-            tuple(embedding_backward),
+            tuple(self._embedding_backward()) if run.trains_before_blocks and not run.num_prompt else (),
             exchange_of(run, root),
             has_backward=True,
             ends_with_input=False,
             forward_head=tuple(forward),
             backward_head=tuple(backward),
         )
+
+    def _embedding_backward(self) -> list[Op]:
+        """Rows are added to the slot, which is zero before unless the head has written all of it. On a GPU one of 16
+        bits gets the whole gradient instead, by way of a temporary: `GradSlot.add_repeated_rows`."""
+        run, dtype = self.run, self.run.precision.wire
+        D, numel = run.model.hidden_size, run.model.vocab_size * run.model.hidden_size
+        slot_dtype = DTYPE_OF_SIZE[run.root.slot_itemsize]
+        is_tied = run.model.tie_word_embeddings
+        rows = elementwise("embedding backward", dtype, run.block_tokens * D, 2)
+        if run.is_on_gpu and slot_dtype != "float32":
+            into_slot = elementwise("add", slot_dtype, numel, 3) if is_tied else cast(dtype, slot_dtype, numel)
+            return [elementwise("copy", dtype, numel, 1), rows, into_slot]
+        return [rows] if is_tied else [elementwise("copy", slot_dtype, numel, 1), rows]
 
 
 def _scaled(dtype: str, elements: int) -> list[Op]:

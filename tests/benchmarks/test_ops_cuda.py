@@ -23,7 +23,8 @@ def test_every_case_runs_and_is_right(monkeypatch, capsys):
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["name"].split(",")[0] for row in said["rows"]} >= {
         "NF4 dequantize", "NF4 quantize", "nf4_gemv", "nf4_linear", "nf4_linear_dx", "rms_norm", "rms_norm backward",
-        "swiglu", "swiglu backward", "rope", "dropout", "cross_entropy_", "LM head", "AdamW", "LoRA", "sgmv_",
+        "swiglu", "swiglu backward", "swiglu with updates", "swiglu with updates backward", "rope", "dropout",
+        "cross_entropy_", "LM head", "AdamW", "LoRA", "sgmv_",
     }  # fmt: skip
     for row in said["rows"]:
         assert row["share"] > 0 and row["seconds"] > 0 and ("tflops" in row) != ("gb_per_s" in row)

@@ -3,13 +3,13 @@
 [Note: addends] With 16 bits on the wire, every backward rounds: what one use of a parameter adds to its gradient, a
 product or a sum p, is computed in fp32 and rounded to g in the wire dtype, by the same kernels with the engine and
 without. Where a backward uses each parameter once that is all, because microbatches and ranks are added up in fp32;
-except that a GPU, where it adds up in fp32, does not round p to g (`matmul.adds_up_in`). Where it uses one n > 1 times
-(a tied embedding; a block that runs twice), the engine adds its uses up in fp32 if it keeps gradients whole, and else
-in the wire dtype, in backward's order, sometimes without rounding p to g first (`addmm_`). So the oracle gives every
-use a parameter of its own, and knows each addend g_i. With u the unit roundoff of the wire dtype and
-c_k = k u / (1 - k u), not rounding p_i changes g_i by at most c_1 |g_i|, and n - 1 additions are off by at most c_(n-1)
-times the sum of absolute addends (Higham 2002, Accuracy and Stability, section 4.2). Together, because
-c_k + c_j + c_k c_j <= c_(k+j) (lemma 3.3):
+except that a GPU, where it adds up in fp32, does not round p to g (`matmul.adds_up_in`, `GradSlot.add_repeated_rows`).
+Where it uses one n > 1 times (a tied embedding; a block that runs twice), the engine adds its uses up in fp32 if it
+keeps gradients whole, and else in the wire dtype, in backward's order, sometimes without rounding p to g first
+(`addmm_`). So the oracle gives every use a parameter of its own, and knows each addend g_i. With u the unit roundoff
+of the wire dtype and c_k = k u / (1 - k u), not rounding p_i changes g_i by at most c_1 |g_i|, and n - 1 additions are
+off by at most c_(n-1) times the sum of absolute addends (Higham 2002, Accuracy and Stability, section 4.2). Together,
+because c_k + c_j + c_k c_j <= c_(k+j) (lemma 3.3):
 
     |gradient - sum g_i|  <=  c_n · sum |g_i|
 

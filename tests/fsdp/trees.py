@@ -54,6 +54,7 @@ class Case:
     recompute: RecomputeConfig = RecomputeConfig()
     dropout: float = 0.0
     grads_anew: bool = False  # as on a GPU; not in shared memory
+    distinct: bool = False  # no token occurs twice in a microbatch
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
@@ -100,7 +101,10 @@ class Tree(nn.Module):
 def microbatch(case: Case, rank: int, index: int) -> Tensor:
     """Token ids of unequal length where ranks compute, a function of (rank, index) only."""
     generator = torch.Generator().manual_seed(1000 * rank + index)
-    return torch.randint(case.vocab, (1 + (3 * rank + 5 * index) % 7,), generator=generator).to(DEVICE)
+    length = 1 + (3 * rank + 5 * index) % 7
+    if case.distinct:
+        return torch.randperm(case.vocab, generator=generator)[:length].to(DEVICE)
+    return torch.randint(case.vocab, (length,), generator=generator).to(DEVICE)
 
 
 def set_path(model: Tree, case: Case, index: int) -> None:

@@ -89,7 +89,7 @@ def test_everything_it_would_run_exists(tmp_path, monkeypatch):
     assert len(with_kernels) > 10
     assert tested == with_kernels | {
         "tests/fsdp/test_engine.py", "tests/test_step.py", "tests/fsdp/test_nccl.py", "tests/test_pinned.py",
-        "tests/optim/test_memory.py",
+        "tests/optim/test_memory.py", "tests/test_grad_slot.py",
     }  # fmt: skip
     assert [arguments for arguments, _ in calls].count(["-m", "tests.ops.small_cases"]) == 2  # memcheck, racecheck
     assert [name for name, _ in benchmarks] == ["ops_cuda"] + ["step_cuda"] * 9

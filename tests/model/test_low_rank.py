@@ -1,5 +1,5 @@
 """LoRA's update against numerical gradients, its dropout, what it saves, and its rounding. Values and gradients without
-dropout are in test_linear.py."""
+dropout are in test_project.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import minift.model.low_rank
 from minift.model.config import ModelConfig
 from minift.model.decoder import CausalLM
-from minift.model.linear import Linear, LinearBase, project
+from minift.model.linear import Linear, LinearBase
+from minift.model.project import project
 from minift.ops.dropout import draw_seed, dropout, dropout_steps
 from minift.ops.low_rank import factor_gradients_, to_rank, to_rank_and_gradients_
 from minift.peft.inject import inject

@@ -34,10 +34,10 @@ def instruction_set(request):
 
 
 def pytest_generate_tests(metafunc):
-    """`compiled` is each way of running the compiled ops of a test file: every instruction set and, if the file says
-    HAS_CUDA_KERNELS, the CUDA kernels on the processor, and on the GPU if there is one; `implementation` is the
-    references, too."""
-    compiled = _offered_instruction_sets()
+    """`compiled` is each way of running the compiled ops of a test file: every instruction set, unless the file says
+    that HAS_CPU_KERNELS is false, and, if it says HAS_CUDA_KERNELS, the CUDA kernels on the processor, and on the GPU
+    if there is one; `implementation` is the references, too."""
+    compiled = _offered_instruction_sets() if getattr(metafunc.module, "HAS_CPU_KERNELS", True) else []
     if getattr(metafunc.module, "HAS_CUDA_KERNELS", False) and extension.MISSING_REASON is None:
         compiled += ["cuda_on_cpu"] if cuda_on_cpu.compiler() is not None else []
         compiled += ["cuda"] if torch.cuda.is_available() else []

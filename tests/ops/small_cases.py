@@ -33,6 +33,7 @@ from minift.ops.norm import rms_norm, rms_norm_backward
 from minift.ops.rope import apply_rope
 from minift.ops.sgmv import sgmv_
 from minift.ops.swiglu import swiglu, swiglu_backward_
+from minift.ops.updated_swiglu import updated_swiglu, updated_swiglu_backward_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = AdamWStep(beta1=0.9, beta2=0.999, eps=1e-8, step_size=1e-3, keep=0.99, key=7)
@@ -54,7 +55,8 @@ def rows_cases(device: torch.device) -> None:
             rms_norm_backward(dy, x, weight, rstd, dresidual, trains)
         gate, up = (tensor.detach().requires_grad_() for tensor in (x, dy))
         swiglu(gate, up).backward(dy)
-        swiglu_backward_(dy.contiguous(), gate.detach(), up.detach())
+        for need_y in (False, True):
+            swiglu_backward_(dy.contiguous(), gate.detach(), up.detach(), need_y)
         dropout(x, seed=-3, num_dropped=20000)
         logits = torch.randn(rows, width, device=device).to(dtype)
         for need_gradient in (True, False):
@@ -100,6 +102,13 @@ def low_rank_cases(device: torch.device) -> None:
         factor_gradients_([torch.empty_like(f) for f in of_one], wides[:1], narrows[:2])
         gradients = [torch.empty(f.shape, device=device) for f in of_one]
         to_rank_and_gradients_(wides[:1], of_one, [1.0, 2.0], narrows[:2], gradients)
+    for tokens, packed, width in itertools.product((1, 130), (True, False), (8, 264)):
+        gate, up, dy = (draw(device, dtype, tokens, width, packed=True) for _ in range(3))
+        narrows = [draw(device, dtype, tokens, rank, packed) for rank in (8, 48, 16)]
+        factors = [draw(device, dtype, width, rank, packed) for rank in (8, 48, 16)]
+        updated_swiglu(gate, up, narrows[:2], factors[:2], [1, 1])
+        for need_y in (False, True):
+            updated_swiglu_backward_(dy, gate, up, narrows, factors, [1, 1, 1], need_y)
     for dtype, (inner, outer) in itertools.product(DTYPES, ((37, 70), (256, 64))):
         A, B = draw(device, dtype, 20, inner, packed=True), draw(device, dtype, 20, outer, packed=True)
         ranks = torch.tensor([[0, 3], [3, 19], [19, 19], [19, 20]], dtype=torch.int32)

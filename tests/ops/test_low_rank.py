@@ -160,20 +160,19 @@ def test_from_rank(
         assert ((wide.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("count", [1, 20, 32])
-def test_many_terms_and_many_wide_matrices(implementation, run, rounding, count):
-    """More than a kernel takes as its arguments: 48 tiles of ranks, 32 of one wide matrix."""
-    generator = torch.Generator().manual_seed(count)
-    narrows = [torch.randn(5, 3, generator=generator).bfloat16() for _ in range(2 * count)]
-    factors = [torch.randn(24, 3, generator=generator).bfloat16() for _ in range(2 * count)]
+@pytest.mark.parametrize("counts", [[1, 1], [2], [16, 16], [10, 12], [2] * 20, [2] * 32, [7] * 9], ids=str)
+def test_many_terms_and_many_wide_matrices(implementation, run, rounding, counts):
+    """More than a kernel takes as its arguments, 48 tiles of ranks, and as many as it does of one wide matrix, 16."""
+    generator = torch.Generator().manual_seed(len(counts))
+    narrows = [torch.randn(5, 3, generator=generator).bfloat16() for _ in range(sum(counts))]
+    factors = [torch.randn(24, 3, generator=generator).bfloat16() for _ in range(sum(counts))]
     none = torch.empty(0, dtype=torch.bfloat16)
-    for counts in ([count, count], [2] * count):
-        for i, wide in enumerate(run["from_rank"](narrows, factors, counts, [none] * len(counts))):
-            of_wide = slice(i * counts[0], (i + 1) * counts[0])
-            pairs = [(n.double(), f.double()) for n, f in zip(narrows[of_wide], factors[of_wide], strict=True)]
-            exact, size = (sum(n @ f.t() for n, f in pairs), sum(n.abs() @ f.abs().t() for n, f in pairs))
-            bound = (3 * count + 2) * U * size + 1.01 * rounding(exact, torch.bfloat16)
-            assert ((wide.double() - exact).abs() <= bound).all()
+    for i, wide in enumerate(run["from_rank"](narrows, factors, counts, [none] * len(counts))):
+        of_wide = slice(sum(counts[:i]), sum(counts[: i + 1]))
+        pairs = [(n.double(), f.double()) for n, f in zip(narrows[of_wide], factors[of_wide], strict=True)]
+        exact, size = (sum(n @ f.t() for n, f in pairs), sum(n.abs() @ f.abs().t() for n, f in pairs))
+        bound = (3 * counts[i] + 2) * U * size + 1.01 * rounding(exact, torch.bfloat16)
+        assert ((wide.double() - exact).abs() <= bound).all()
 
 
 @property_test

@@ -18,6 +18,7 @@ except ImportError:  # some machines with a GPU
     bnb = None
 
 HAS_CUDA_KERNELS = True
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # as bitsandbytes asks
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The fixtures hold no state between examples.
 property_test = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -341,13 +342,27 @@ def test_every_element_is_a_product_rounded_once(kernels, kind, n, block_size, d
 @needs_bitsandbytes
 @property_test
 @given(n=weights["n"], block_size=st.sampled_from([32, 64, 1024]), dtype=weights["dtype"], seed=weights["seed"])
+@example(n=1483, block_size=64, dtype=torch.float16, seed=322)
 def test_elements_are_those_of_bitsandbytes(kernels, n, block_size, dtype, seed):
-    """Where it has a kernel: for odd lengths and larger blocks it compiles PyTorch, a second for every shape."""
+    """Of its kernel for the same device, where it has one: for odd lengths and larger blocks it compiles PyTorch, a
+    second for every shape. Quantised on the CPU, because its CUDA kernels make other bytes of nested scales than these.
+
+    With nested scales its kernel for AVX-512 may be off by a unit in the last place: so it gave five elements of a
+    block of the example above, of which its kernels for CUDA and for other processors, and ours, make the exact product
+    rounded once (`test_every_element_is_a_product_rounded_once`)."""
     weight = draw_weight("normal", 2 * n, dtype, block_size, seed)
+    is_on_gpu = kernels == "cuda"
     for double in (False, True):
         ours = nf4.dequantize_nf4(quantize(weight, block_size, double), dtype)
         codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=double)
-        assert torch.equal(ours, bnb.dequantize_4bit(codes, state).view(-1))
+        if is_on_gpu:
+            codes = codes.cuda()
+            state.to(codes.device)
+        theirs = bnb.dequantize_4bit(codes, state).view(-1).cpu()
+        if double and HAS_AVX512 and not is_on_gpu:
+            assert ((ours == theirs) | ((bits(ours).long() - bits(theirs).long()).abs() <= 1)).all()
+        else:
+            assert torch.equal(ours, theirs)
 
 
 @property_test

@@ -91,19 +91,22 @@ def test_gradients_far_from_zero(implementation):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @property_test
-@given(shape=SHAPES, layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 999))
-def test_in_place_the_gradients_are_the_same_bits(implementation, draw_tensor, dtype, shape, layout, seed):
+@given(shape=SHAPES, layout=st.sampled_from(LAYOUTS), need_y=st.booleans(), seed=st.integers(0, 999))
+def test_in_place_the_gradients_are_the_same_bits(implementation, draw_tensor, dtype, shape, layout, need_y, seed):
+    """And y is, if it is made again."""
     generator = torch.Generator().manual_seed(seed)
     gate, up = (draw_tensor(generator, shape, dtype, layout) for _ in range(2))
     dy = torch.randn(shape, generator=generator).to(dtype)
     if implementation == "reference":
         expected = module.swiglu_backward_reference(dy, gate, up)
-        dgate, dup = dy, module.swiglu_backward_in_place_reference(dy, gate, up)
+        dgate, (dup, y) = dy, module.swiglu_backward_in_place_reference(dy, gate, up, need_y)
     else:
         expected = module.swiglu_backward(dy, gate, up)
-        dgate, dup = module.swiglu_backward_(dy, gate, up)
+        dgate, dup, y = module.swiglu_backward_(dy, gate, up, need_y)
     assert dgate is dy
     assert torch.equal(dgate, expected[0]) and torch.equal(dup, expected[1])
+    forward = module.swiglu_reference if implementation == "reference" else module.swiglu_forward
+    assert torch.equal(y, forward(gate, up) if need_y else y.new_empty(0))
 
 
 def test_saves_only_gate_and_up():
@@ -140,4 +143,6 @@ def test_opcheck(instruction_set, draw_tensor, dtype):
     gate, up = (draw_tensor(generator, (3, 20), dtype, "slice of wider rows") for _ in range(2))
     torch.library.opcheck(torch.ops.minift.swiglu.default, (gate, up))
     torch.library.opcheck(torch.ops.minift.swiglu_backward.default, (gate, gate, up))
-    torch.library.opcheck(torch.ops.minift.swiglu_backward_.default, (torch.randn(3, 20).to(dtype), gate, up))
+    for need_y in (False, True):
+        arguments = (torch.randn(3, 20).to(dtype), gate, up, need_y)
+        torch.library.opcheck(torch.ops.minift.swiglu_backward_.default, arguments)

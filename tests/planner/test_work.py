@@ -246,3 +246,29 @@ def test_a_gpu_adds_weight_gradients_to_fp32_without_a_cast(link: str, times: in
     config, work = ModelConfig.from_hf(LLAMA_8B), Workload(tokens=64, document_tokens=64)
     root, *blocks = count(describe(config, Setup(), world_size=1, link=link, workload=work)).units
     assert [sum(op.kind == "cast" for op in block.backward) for block in blocks] == [times] * len(blocks)
+
+
+NARROW_GRADIENTS = Setup(precision=Precision(reduce="bfloat16"), fsdp=ShardPolicy(step_in_backward=True))
+
+
+@pytest.mark.parametrize(
+    ("setup", "link", "tied", "tables"),
+    [
+        (Setup(), "nccl", True, []),  # the head has filled the slot
+        (Setup(), "nccl", False, [4]),
+        (Setup(), "shared memory", False, [4]),
+        (Setup(precision=FP32), "nccl", False, [4]),
+        (NARROW_GRADIENTS, "nccl", True, [2, 3 * 2]),
+        (NARROW_GRADIENTS, "nccl", False, [2, 2 * 2]),
+        (NARROW_GRADIENTS, "shared memory", False, [2]),
+    ],
+)
+def test_the_gradient_of_an_embedding_is_made_in_its_slot(setup: Setup, link: str, tied: bool, tables) -> None:
+    """Rows are read and written; an empty slot is filled with zeros; a GPU's slot in bf16 gets a whole table, which is
+    filled with zeros itself, by an addition or a copy. `tables`: bytes for each element of the table."""
+    config = ModelConfig.from_hf(LLAMA_8B | {"num_hidden_layers": 1, "tie_word_embeddings": tied})
+    work = Workload(tokens=64, document_tokens=64)
+    root = count(describe(config, setup, world_size=1, link=link, workload=work)).units[0]
+    rows = 2 * 64 * 4096 * (4 if setup.precision == FP32 else 2)
+    table = config.vocab_size * config.hidden_size
+    assert sorted(op.bytes for op in root.backward) == sorted([rows, *(b * table for b in tables)])

@@ -1,7 +1,7 @@
 """The NF4 projection as a module: what it holds, its products, storing another weight.
 
 Oracles: the quantising functions (held to bitsandbytes by tests/ops/test_nf4.py) for bytes, and for products the same
-weights, dequantised, in fp64. Gradients: tests/model/test_linear.py has NF4 among its projections.
+weights, dequantised, in fp64. Gradients: tests/model/test_project.py has NF4 among its projections.
 """
 
 from __future__ import annotations
