@@ -255,7 +255,11 @@ def draw(figure: Figure, theme: Theme, runs: list[dict[str, Any]]) -> None:
     rows = [(run["parameters"], row) for run in runs for row in run["rows"]]
     figure.set_size_inches(11, 1.0 + 0.45 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
-    names = [f"{row['side']}, {a['model']}, {a['method']}, recompute {row['recompute']}" for a, row in rows]
+    names = [
+        f"{row['side']}, {a['model']}, {a['method']}, recompute {row['recompute']}"
+        + (", part on the host" if a["offload_frozen"] and row["side"] == "minift" else "")
+        for a, row in rows
+    ]
     colours = [theme.ours if row["side"] == "minift" else theme.theirs for _, row in rows]
     for axes, title, key in ((left, "tokens a second", "tokens_per_second"), (right, "peak, GB", "peak_gb")):
         axes.set_title(title)

@@ -152,18 +152,18 @@ step() { # step SECONDS NAME OPTIONS...
     shift 2
     one "$limit" "$name" "$PYTHON" benchmarks/step_cuda.py "$@" --write --busy
 }
-# What has not run on a GPU, or has not met its bar there, comes first: time may end.
+# What bars are about comes first: time may end.
 HALF=(--recompute full --offload-frozen '[13579]$') # the frozen weights of every other block
 step 120 'steps: 8B LoRA, and PEFT' --model llama-3.1-8b --method lora --peer peft
 step 60 'steps: 1B full, cheap ones recomputed, and fully_shard' --model llama-3.2-1b --method full \
     --peer fully_shard --recompute selective
 step 100 'steps: 8B LoRA, half of the weights on the host, PEFT' --model llama-3.1-8b --method lora --peer peft \
     "${HALF[@]}"
-step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
-step 40 'steps: 8B QLoRA' --model llama-3.1-8b --method qlora --peer none
 step 40 'steps: 8B QLoRA, cheap ones recomputed' --model llama-3.1-8b --method qlora --peer none --recompute selective
 step 100 'steps: 8B QLoRA, all recomputed, and PEFT' --model llama-3.1-8b --method qlora --peer peft --recompute full
 step 40 'steps: 3B full' --model llama-3.2-3b --method full --peer none
+step 40 'steps: 8B QLoRA' --model llama-3.1-8b --method qlora --peer none
+step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
 step 90 'steps: 8B LoRA, half of the weights on the host, or none' --model llama-3.1-8b --method lora --peer resident \
     "${HALF[@]}"
 
