@@ -28,7 +28,7 @@ import torch
 from minift.model.config import ModelConfig
 from minift.planner.device import Device, Rate
 from minift.planner.network import Network
-from minift.planner.op import LOW_RANK, PRODUCTS
+from minift.planner.op import LOW_RANK, PRODUCTS, UPDATED
 
 
 def _model(
@@ -123,7 +123,7 @@ def gpu(name: str) -> Device:
             # Operands are read while others are multiplied. In fp32 (TF32 is off) there are no matrix units to use.
             rates[kind] = Rate(flops_per_s=share * peak)
             rates[f"{kind} float32"] = Rate(flops_per_s=share * peak / 15)
-    for kind in LOW_RANK:  # these are narrow: limited by what they read
+    for kind in (*LOW_RANK, *UPDATED):  # these are narrow: limited by what they read
         rates[kind] = Rate(flops_per_s=0.7 * peak, bytes_per_s=bytes_per_s)
     return Device(
         name, card.memory_bytes, peak, card.memory_bytes_per_s, rates,

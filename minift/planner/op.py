@@ -14,6 +14,7 @@
                                                         dy B h    dy B and dyᵀ h, dy read once
     attention, attention backward                       over the visible pairs of tokens, see `attention`
     rms norm, swiglu, each with its backward; rope      per element of their input
+    updated swiglu, its backward                        with the low-rank updates of gate and up, or dy, made on the way
     dequantize, dequantize columns                      NF4 weights, in the order of memory, or by columns
     embedding, embedding backward                       rows of a table, taken and added up
     softmax                                             logits to their gradient, with the loss
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 LOW_RANK = ("x A", "h B", "dy B", "g A", "dy h", "g x", "dy B h")
+UPDATED = ("updated swiglu", "updated swiglu backward")
 PRODUCTS = ("linear", "input gradient", "weight gradient", *LOW_RANK)
 
 
@@ -61,6 +63,13 @@ def both_of_dy(dtype: str, tokens: int, out_features: int, rank: int) -> Op:
     """dy B and dyᵀ h: dy, B and h are read, g and the gradient of B are written."""
     elements = tokens * out_features + 2 * rank * (tokens + out_features)
     return Op("dy B h", dtype, elements * ITEMSIZE[dtype], 4 * tokens * out_features * rank)
+
+
+def updated_swiglu(kind: str, dtype: str, tokens: int, width: int, ranks: int, tensors: float) -> Op:
+    """Reads and writes `tensors` tensors (tokens, width), and reads narrow matrices and factors of `ranks` in all."""
+    assert kind in UPDATED, kind
+    elements = tensors * tokens * width + ranks * (tokens + width)
+    return Op(kind, dtype, elements * ITEMSIZE[dtype], 2 * tokens * width * ranks)
 
 
 def elementwise(kind: str, dtype: str, elements: float, tensors: float, count: int = 1) -> Op:

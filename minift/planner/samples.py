@@ -30,6 +30,7 @@ from minift.ops.nf4 import dequantize_nf4, dequantize_nf4_columns
 from minift.ops.norm import rms_norm, rms_norm_backward
 from minift.ops.rope import apply_rope
 from minift.ops.swiglu import swiglu
+from minift.ops.updated_swiglu import makes_updates, updated_swiglu, updated_swiglu_backward_
 from minift.optim.config import OptimConfig
 from minift.optim.moments import BlockwiseMoments
 from minift.optim.segments import segments
@@ -150,6 +151,14 @@ class _Maker:
         if reads_wide_once([(O, r)], self._torch_dtype, self.device.type == "cuda"):
             both = op.both_of_dy(dtype, T, O, r)
             yield lambda: Sample(both, lambda: to_rank_and_gradients_([y], [B], [0.5], [h], [dB]))
+        if makes_updates(O, [[r]], self._torch_dtype, self.device.type == "cuda"):
+            gate, up, dy = (self.random(T, O) for _ in range(3))
+            forward = op.updated_swiglu("updated swiglu", dtype, T, O, 2 * r, 3)
+            backward = op.updated_swiglu("updated swiglu backward", dtype, T, O, 3 * r, 5)
+            yield lambda: Sample(forward, lambda: updated_swiglu(gate, up, [h] * 2, [B] * 2, [1, 1]))
+            yield lambda: Sample(
+                backward, lambda: updated_swiglu_backward_(dy, gate, up, [h] * 3, [B] * 3, [1, 1, 1])
+            )
 
     def elementwise(self, D: int) -> Iterator[Callable[[], Sample]]:
         T, dtype = self.tokens, self.dtype

@@ -22,7 +22,7 @@ LoRA of their rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minift.objectives.cross_entropy import default_chunk_tokens
 from minift.ops.low_rank import reads_wide_once
@@ -39,6 +39,7 @@ from minift.planner.op import (
     elementwise,
     product,
     total_flops,
+    updated_swiglu,
     visible_pairs,
 )
 from minift.planner.shapes import ProjectionShape, RunShape, UnitShape
@@ -274,8 +275,9 @@ class _Block:
         defers = knows and gate_up.rank > 0 and makes(gate_up)
         defers_dx = defers and down.share_x and makes(down)
         if defers:
-            gated = replace(gated, flops=2 * T * F * gate_up.rank)
-            gated_backward = replace(gated_backward, flops=2 * T * F * (gate_up.rank + down.rank * defers_dx))
+            ranks = gate_up.rank + down.rank * defers_dx
+            gated = updated_swiglu("updated swiglu", dtype, T, F, gate_up.rank, 3)
+            gated_backward = updated_swiglu("updated swiglu backward", dtype, T, F, ranks, 6 if remakes else 5)
         add = elementwise("add", dtype, T * D, 3)
         gated_again = [gated] if is_opaque or (down.reads_x and not remakes) else []
         self.cheap = [norm, norm, *gated_again, *((*head_norms, *turn) if config.qk_norm else ())]
