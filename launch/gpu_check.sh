@@ -166,6 +166,7 @@ step 40 'steps: 8B QLoRA' --model llama-3.1-8b --method qlora --peer none
 step 60 'steps: 1B full, and fully_shard' --model llama-3.2-1b --method full --peer fully_shard
 step 90 'steps: 8B LoRA, half of the weights on the host, or none' --model llama-3.1-8b --method lora --peer resident \
     "${HALF[@]}"
+step 60 'steps: 8B LoRA, all recomputed, and PEFT' --model llama-3.1-8b --method lora --peer peft --recompute full
 
 for file in "benchmarks/results/${name}"_*; do
     if [ -e "$file" ]; then cp "$file" "$OUT/"; fi

@@ -73,7 +73,8 @@ class GradSlot:
         which adds a row's values in the order in which they come, and whose host waits for nothing.
 
         Values go straight to a slot of fp32. One of 16 bits gets a whole gradient, which torch's CUDA kernel sums up in
-        fp32: `index_put_` rounds after each value, and the sum of a frequent row would stop growing."""
+        fp32, of up to 3072 rows 32 at a time: `index_put_` rounds after each value, and the sum of a frequent row
+        would stop growing."""
         if self.state is GradSlot.State.CLAIMED or self.tensor.dtype.itemsize < 4:
             self.add(torch.ops.aten.embedding_dense_backward(values_ND, rows_N, len(self.tensor), -1, False))
             return

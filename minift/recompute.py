@@ -26,7 +26,8 @@ run, as they would have.
 `selective` runs no matrix product and no attention twice. The model says which results are cheap to make again
 (minift/model/cheap.py); where autograd wants to keep such a result, it keeps a recipe instead. The first to unpack it
 in backward makes the result, those who share it (q, k, v, their adapters) get the same tensor, the last takes it away.
-silu(gate) · up has one reader, which makes it again itself.
+silu(gate) · up has one reader, which makes it again itself, while it reads both for their gradients: so at that moment
+one tensor of F features is there that `none` has given away before.
 
 Papers: Chen et al. 2016, arXiv 1604.06174, section 4 (full); Korthikanti et al. 2022, arXiv 2205.05198, section 5
 (selective; they run attention again and keep what is made again here). Not here: which policy fits (planner).

@@ -2,9 +2,9 @@
 //
 // Bound by memory: each wide matrix is written once, 2 T W bytes, as cuBLAS does; what is won are launches, and what
 // they copy (of a sum of three updates: two stacks and a product). Sums become bf16 and go to memory from where the
-// tensor cores left them, in whole lines of the cache. A warp waits for nothing but its small operands, so nothing is loaded
-// ahead: a multiprocessor has many blocks instead, of which some always write. Each reads its factors, R / ROWS of the
-// bytes that it writes, from the L2 cache.
+// tensor cores left them, in whole lines of the cache. A warp waits for nothing but its small operands, so nothing is
+// loaded ahead: a multiprocessor has many blocks instead, of which some always write. Each reads its factors, R / ROWS
+// of the bytes that it writes, from the L2 cache.
 
 #include "column_factors.h"
 

@@ -18,13 +18,13 @@ bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tenso
 void check_matrix(const Tensor& matrix) {
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.scalar_type() == ScalarType::BFloat16 && matrix.is_contiguous() &&
                       matrix.size(1) % 8 == 0 && is_aligned(matrix),
-                  "updated_swiglu: gate, up and dy must be contiguous bfloat16 (tokens, width), aligned to 16 bytes, of "
-                  "a width that is a multiple of 8");
+                  "updated_swiglu: gate, up and dy must be contiguous bfloat16 (tokens, width), aligned to 16 bytes, "
+                  "of a width that is a multiple of 8");
 }
 
 // As kernels read it: itself, if its rows or its columns are adjacent and packs of the others aligned, or a copy.
 // Parameters are parts of a larger buffer and may begin anywhere there.
-Tensor in_packs(const Tensor& matrix) {
+Tensor itself_or_in_packs(const Tensor& matrix) {
   int64_t apart = matrix.stride(matrix.stride(1) == 1 ? 0 : 1);
   bool adjacent = matrix.stride(0) == 1 || matrix.stride(1) == 1;
   if (adjacent && apart % 8 == 0 && is_aligned(matrix)) return matrix;
@@ -39,11 +39,12 @@ std::array<Updated, N> updated(const std::array<const Tensor*, N>& matrices, con
                                const Tensors& factors, const Counts& counts, LowRankOperands& operands) {
   STD_TORCH_CHECK(counts.size() == N && narrows.size() == factors.size(),
                   "updated_swiglu: there must be a count for each matrix, and a factor for each narrow one");
+  for (const Tensor* matrix : matrices) check_matrix(*matrix);
   int64_t tokens = matrices[0]->size(0), width = matrices[0]->size(1);
   std::array<Updated, N> all;
   size_t j = 0;
   for (size_t i = 0; i < N; ++i) {
-    check_matrix(*matrices[i]);
+    STD_TORCH_CHECK(counts[i] >= 0, "updated_swiglu: a count is negative");
     all[i].data = elements(*matrices[i]);
     int64_t tiles = 0;
     for (int64_t count = counts[i]; count > 0; --count, ++j) {
@@ -52,7 +53,7 @@ std::array<Updated, N> updated(const std::array<const Tensor*, N>& matrices, con
       int64_t rank = factors[j].size(1);
       check_narrow(narrows[j], tokens, rank);
       STD_TORCH_CHECK(rank % 8 == 0, "updated_swiglu: ranks must be multiples of 8");
-      all[i].terms.push_back(operands.term(in_packs(narrows[j]), in_packs(factors[j])));
+      all[i].terms.push_back(operands.term(itself_or_in_packs(narrows[j]), itself_or_in_packs(factors[j])));
       tiles += (rank + RANK_TILE - 1) / RANK_TILE;
     }
     STD_TORCH_CHECK(tiles <= MOST_UPDATE_TILES, "updated_swiglu: too many ranks of one matrix");

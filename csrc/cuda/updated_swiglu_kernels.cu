@@ -1,7 +1,9 @@
-// SwiGLU of a gate and an up that lack their low-rank updates, which are made here, on the tensor cores, and go nowhere.
+// SwiGLU of a gate and an up that lack their low-rank updates, which are made here, on the tensor cores, and go
+// nowhere.
 //
-// Bound by memory, and moves what SwiGLU alone moves: each wide matrix is read or written once, in whole lines, from and
-// to the registers where the tensor cores have the sums (column_factors.h). All are fp32 until the result is rounded.
+// Bound by memory, and moves what SwiGLU alone moves: each wide matrix is read or written once, in whole lines, from
+// and to the registers where the tensor cores have the sums (column_factors.h). All are fp32 until the result is
+// rounded.
 
 #include "updated_swiglu_kernels.h"
 

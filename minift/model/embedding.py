@@ -1,8 +1,9 @@
 """Token embedding whose backward needs the token ids and nothing else.
 
 PyTorch's CPU kernel adds up the gradients of a token's occurrences in the weight's dtype; in bf16 the sum of a frequent
-token stops growing after a few hundred. Here rows are summed in fp32 and rounded once, as PyTorch's CUDA kernel does,
-or, on a GPU, added one by one to an fp32 slot, so that there is no gradient as large as the table beside it.
+token stops growing after a few hundred. Here rows are summed in fp32 and rounded once. On a GPU they are added one by
+one to an fp32 slot, so that there is no gradient as large as the table beside it; where there is none, PyTorch's CUDA
+kernel sums them up, in fp32 if they are more than 3072, else in parts of 32.
 
 Differs from transformers: the padding token is a token like any other (a packed batch has no padding), so its row gets
 a gradient where it occurs.

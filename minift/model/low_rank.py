@@ -18,7 +18,7 @@ With dropout each update sees an x with zeros of its own, so the products with x
 kept of a mask but the seed from which `ops.dropout` makes it again. Seeds come from torch's default CPU generator on
 every device: the host never waits for them, and whoever replays that generator (recomputation) gets the same masks.
 
-No autograd here, and nothing of stored weights: see `linear`. A and B are Parameters and are read anew in backward.
+No autograd here, and nothing of stored weights: see `project`. A and B are Parameters and are read anew in backward.
 """
 
 from __future__ import annotations

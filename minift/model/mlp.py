@@ -23,5 +23,5 @@ class MLP(CheapOps):
         if self.down_proj.parts() is None:
             gate_TF, up_TF = project(hidden_TD, self.gate_proj, self.up_proj)
             return self.down_proj(self.cheap(swiglu, gate_TF, up_TF))
-        gate_TF, up_TF, lacking = project_to_gate(hidden_TD, self.gate_proj, self.up_proj)
-        return project_gated(gate_TF, up_TF, self.down_proj, self.keeps_cheap, result_is_read, lacking)
+        gate_TF, up_TF, pending = project_to_gate(hidden_TD, self.gate_proj, self.up_proj)
+        return project_gated(gate_TF, up_TF, self.down_proj, self.keeps_cheap, result_is_read, pending)

@@ -52,15 +52,16 @@ def _run(call: _Call, x_NI: Tensor, projections: Sequence[LinearBase]) -> list[T
     return [projection.after(sum_NO) for projection, sum_NO in zip(projections, sums, strict=True)]
 
 
-class Lacking(NamedTuple):
+class PendingUpdates(NamedTuple):
     """Updates that are yet to be made, of A's products (N, sum of ranks)."""
 
     updates: Updates
     hidden_NR: Tensor
 
 
-def project_to_gate(x_NI: Tensor, gate: LinearBase, up: LinearBase) -> tuple[Tensor, Tensor, Lacking | None]:
-    """gate(x) and up(x), each (N, out_features), for `project_gated`; and what they lack, if it makes that faster.
+def project_to_gate(x_NI: Tensor, gate: LinearBase, up: LinearBase) -> tuple[Tensor, Tensor, PendingUpdates | None]:
+    """gate(x) and up(x), each (N, out_features), for `project_gated`; and the updates that it is to make, if that is
+    faster.
 
     The gradients that come back are those of the whole, and so are all that are made of them.
     """
@@ -71,7 +72,7 @@ def project_to_gate(x_NI: Tensor, gate: LinearBase, up: LinearBase) -> tuple[Ten
         return *_run(call, x_NI, [gate, up]), None
     call = replace(call, defers=True)
     gate_NO, up_NO, hidden_NR = _Project.apply(x_NI, None, None, call, *call.parameters())
-    return gate_NO, up_NO, Lacking(call.updates, hidden_NR)
+    return gate_NO, up_NO, PendingUpdates(call.updates, hidden_NR)
 
 
 def project_gated(
@@ -80,19 +81,19 @@ def project_gated(
     projection: LinearBase,
     keeps_product: bool,
     result_is_read: bool,
-    lacking: Lacking | None = None,
+    pending: PendingUpdates | None = None,
 ) -> Tensor:
     """projection(silu(gate) · up), (N, out_features), as one operation, for a projection with `parts`.
 
     Like that, the gradient of gate takes the place of that of the product: one tensor less of a model's greatest width,
     at the moment when there are most of them. keeps_product: False: backward makes silu(gate) · up again, while it
     reads both. result_is_read: False: the result's values are left out, unless the projection itself reads them.
-    lacking: of gate and up.
+    pending: updates that gate and up lack.
     """
     call = _Call.of([projection], keeps_product, result_is_read)
     assert call is not None, f"{type(projection).__name__} has no parts"
-    updates, hidden_NR = (None, None) if lacking is None else lacking
-    call = replace(call, lacking=updates)
+    updates, hidden_NR = (None, None) if pending is None else pending
+    call = replace(call, pending=updates)
     return projection.after(_Project.apply(gate_NI, up_NI, hidden_NR, call, *call.parameters())[0])
 
 
@@ -107,7 +108,7 @@ class _Call:
     result_is_read: bool
     defers: bool = False
     """The updates are left to whoever reads the results."""
-    lacking: Updates | None = None
+    pending: Updates | None = None
     """Those that have been left to this call, of gate and up."""
 
     @staticmethod
@@ -132,25 +133,25 @@ class _Call:
 
     def gated(self, gate_NI: Tensor, up_NI: Tensor, hidden_NR: Tensor | None) -> Tensor:
         """silu(gate) · up; hidden: of what they lack."""
-        if self.lacking is None:
+        if self.pending is None:
             return swiglu_forward(gate_NI, up_NI)
-        return updated_swiglu(gate_NI, up_NI, *self.lacking.terms_of_out(hidden_NR), self._counts())
+        return updated_swiglu(gate_NI, up_NI, *self.pending.terms_of_out(hidden_NR), self._counts())
 
     def _counts(self) -> list[int]:
         """How many updates gate lacks, and how many up."""
-        return [len(of_one) for of_one in self.lacking.ranks(2)]
+        return [len(of_one) for of_one in self.pending.ranks(2)]
 
     def dx(
         self,
         douts: Sequence[Tensor],
         dhidden_NR: Tensor | None,
         gate_up: tuple[Tensor, Tensor] | None,
-        lacking_NR: Tensor | None,
+        pending_NR: Tensor | None,
         need_product: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The gradient of x; of a product of gate and up instead those of both, and the product, if that is needed."""
         deferred = None
-        if self.lacking is not None and makes_updates(
+        if self.pending is not None and makes_updates(
             self.bases[0].in_features, self.updates.ranks(1), douts[0].dtype, douts[0].is_cuda
         ):
             deferred = self.updates.terms_of_dx(dhidden_NR)
@@ -159,9 +160,9 @@ class _Call:
             dx_NI = base.product_dx(dout_NO, dx_NI)
         if gate_up is None:
             return dx_NI, None, None
-        if self.lacking is None:
+        if self.pending is None:
             return swiglu_backward_(dx_NI, *gate_up, need_product)
-        terms, of_dx = self.lacking.terms_of_out(lacking_NR), deferred or ([], [])
+        terms, of_dx = self.pending.terms_of_out(pending_NR), deferred or ([], [])
         narrows, factors = (ours + theirs for ours, theirs in zip(terms, of_dx, strict=True))
         return updated_swiglu_backward_(
             dx_NI, *gate_up, narrows, factors, [*self._counts(), len(of_dx[0])], need_product
@@ -177,16 +178,17 @@ class _Project(torch.autograd.Function):
         ctx,
         x_NI: Tensor,
         up_NI: Tensor | None,
-        lacking_NR: Tensor | None,
+        pending_NR: Tensor | None,
         call: _Call,
         *parameters: nn.Parameter | None,
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.is_gated = call, up_NI is not None
         gate_NI = x_NI
         if ctx.is_gated:
-            x_NI = call.gated(gate_NI, up_NI, lacking_NR)
+            x_NI = call.gated(gate_NI, up_NI, pending_NR)
         hidden_NR = call.updates.hidden(x_NI)
         if call.result_is_read:
+            # See [Note: updates first].
             sums = {} if call.defers else call.updates.out(hidden_NR, [base.bias for base in call.bases])
             outs = [base.product(x_NI, sums.get(index)) for index, base in enumerate(call.bases)]
         else:
@@ -201,7 +203,7 @@ class _Project(torch.autograd.Function):
                 # What gate and up can make again is given away by the first backward, while it still needs memory.
                 product_NI, ctx.product_NI = (None, x_NI) if reads_inputs else (x_NI, None)
         ctx.save_for_backward(
-            *((gate_NI, up_NI, lacking_NR) if reads_inputs else (None,) * 3),
+            *((gate_NI, up_NI, pending_NR) if reads_inputs else (None,) * 3),
             hidden_NR if any(needs_B) else None,
             product_NI,
         )
@@ -214,7 +216,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, up_NI, lacking_NR, hidden_NR, product_NI = ctx.saved_tensors
+        x_NI, up_NI, pending_NR, hidden_NR, product_NI = ctx.saved_tensors
         call, douts = ctx.call, douts[: len(ctx.call.bases)]
         gate_up, makes_product = None, False
         if ctx.is_gated:
@@ -227,13 +229,13 @@ class _Project(torch.autograd.Function):
 
         dx_NI = dup_NI = None
         if makes_product and ctx.needs_dx:  # who reads gate and up for their gradients makes it on the way
-            dx_NI, dup_NI, x_NI = call.dx(douts, dhidden_NR, gate_up, lacking_NR, True)
+            dx_NI, dup_NI, x_NI = call.dx(douts, dhidden_NR, gate_up, pending_NR, True)
         elif makes_product:
-            x_NI = call.gated(*gate_up, lacking_NR)
+            x_NI = call.gated(*gate_up, pending_NR)
         gradients = _Project.gradients_of_parameters(ctx, x_NI, douts, dhidden_NR, of_B)
         del x_NI, product_NI  # the product goes before the gradient of up comes
         if ctx.needs_dx and dx_NI is None:
-            dx_NI, dup_NI, _ = call.dx(douts, dhidden_NR, gate_up, lacking_NR, False)
+            dx_NI, dup_NI, _ = call.dx(douts, dhidden_NR, gate_up, pending_NR, False)
         return dx_NI, dup_NI, None, None, *gradients
 
     @staticmethod

@@ -191,7 +191,8 @@ def _backward_moments(block: BlockActivations) -> Iterator[tuple[int, int, int, 
         yield gone, 0, 3 * block.inner, 0
     else:
         again = remade("product")
-        yield gone, again, dsum + 2 * block.inner + (_parameters_need(block, block.down) if again else 0), 0
+        beside = _parameters_need(block, block.down) if again else _narrow_gradients_bytes(block, block.down)
+        yield gone, again, dsum + 2 * block.inner + beside, 0
         gone += kept(_narrow(block.down))
 
     needs_dx = "x_mid" in block.kept

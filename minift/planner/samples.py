@@ -152,7 +152,7 @@ class _Maker:
             both = op.both_of_dy(dtype, T, O, r)
             yield lambda: Sample(both, lambda: to_rank_and_gradients_([y], [B], [0.5], [h], [dB]))
         if makes_updates(O, [[r]], self._torch_dtype, self.device.type == "cuda"):
-            gate, up, dy = (self.random(T, O) for _ in range(3))
+            gate, up, dy = (self.random(T, O) for _ in range(3))  # dy's values change from call to call
             forward = op.updated_swiglu("updated swiglu", dtype, T, O, 2 * r, 3)
             backward = op.updated_swiglu("updated swiglu backward", dtype, T, O, 3 * r, 5)
             yield lambda: Sample(forward, lambda: updated_swiglu(gate, up, [h] * 2, [B] * 2, [1, 1]))

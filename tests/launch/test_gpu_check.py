@@ -92,7 +92,7 @@ def test_everything_it_would_run_exists(tmp_path, monkeypatch):
         "tests/optim/test_memory.py", "tests/test_grad_slot.py",
     }  # fmt: skip
     assert [arguments for arguments, _ in calls].count(["-m", "tests.ops.small_cases"]) == 2  # memcheck, racecheck
-    assert [name for name, _ in benchmarks] == ["ops_cuda"] + ["step_cuda"] * 9
+    assert [name for name, _ in benchmarks] == ["ops_cuda"] + ["step_cuda"] * 10
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     parse = importlib.import_module("results").parse

@@ -18,9 +18,13 @@ from minift.model import project as project_module
 from minift.model.linear import Linear, LinearBase
 from minift.model.low_rank import LowRank
 from minift.model.project import project, project_gated, project_to_gate
+from minift.ops import extension
 from minift.ops.swiglu import swiglu
 from minift.planner.meter import TensorMeter
 from minift.quant.linear import NF4Linear
+from tests.cuda_on_cpu import library as cuda_on_cpu
+from tests.cuda_on_cpu.library import guarded
+from tests.ops.elsewhere import kernels_replaced, on_copies
 
 # Sums of at most 32 + 12 products of factors of size 1 and a scale of 8, in another order: 44 · 1.1e-16 · 8 · 12 · 32.
 FP64 = {"rtol": 1e-12, "atol": 1e-11}
@@ -270,9 +274,9 @@ def test_updates_that_silu_gate_times_up_makes(
         torch.manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(project_module, "makes_updates", lambda *_: makes_updates)
-            gate_NI, up_NI, lacking = project_to_gate(x, gate, up)
-            assert (lacking is not None) == (makes_updates and bool(three_specs[0].ranks or three_specs[1].ranks))
-            out = project_gated(gate_NI, up_NI, shown, keeps_product, result_is_read, lacking)
+            gate_NI, up_NI, pending = project_to_gate(x, gate, up)
+            assert (pending is not None) == (makes_updates and bool(three_specs[0].ranks or three_specs[1].ranks))
+            out = project_gated(gate_NI, up_NI, shown, keeps_product, result_is_read, pending)
             found: list[Tensor] = []
             for retain_graph in (True, False) if out.requires_grad else ():
                 found += torch.autograd.grad(out, leaves, dout, retain_graph=retain_graph, allow_unused=True)
@@ -287,13 +291,58 @@ def test_updates_that_silu_gate_times_up_makes(
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-8 * (1 + float(theirs.abs().max())))
 
 
+HAS_KERNELS = cuda_on_cpu.compiler() is not None and extension.MISSING_REASON is None
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="needs the extension and a compiler")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("num_tokens", [1, 129])
+@pytest.mark.parametrize("is_nf4", [False, True])
+def test_the_kernel_in_its_place_is_as_exact_as_updates_made_before(is_nf4, num_tokens, dropout):
+    """In bf16, with fp32 factors, against fp64: narrow matrices are columns of one, factors as they lie."""
+    torch.manual_seed(num_tokens)
+    spec = Spec(192, "nf4" if is_nf4 else "dense", False, (False, False, True, True), (16,), 2.0)
+    gate, up, down = make(spec, 64), make(spec, 64), make(replace(spec, out_features=64), 192)
+    for projection in (gate, up, down):
+        projection.dropout = dropout
+        for parameter in projection.parameters():
+            if parameter.is_floating_point():
+                parameter.data.mul_(0.1).copy_(parameter.data.bfloat16())
+    leaves = [factor for projection in (gate, up, down) for factor in (projection.A, projection.B)]
+    x = torch.randn(num_tokens, 64).bfloat16().double().requires_grad_()
+    dout = torch.randn(num_tokens, 64).bfloat16().double()
+
+    def run(dtype: torch.dtype, makes_updates: bool) -> list[Tensor]:
+        for projection in (gate, up, down):
+            projection.base.to(dtype)
+            for factor in (projection.A, projection.B):
+                factor.data = factor.data.to(torch.promote_types(dtype, torch.float32))
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            real = project_module.makes_updates
+            patch.setattr(project_module, "makes_updates", lambda *a: makes_updates and real(*a[:3], is_on_gpu=True))
+            gate_NI, up_NI, pending = project_to_gate(x.to(dtype), gate, up)
+            assert (pending is not None) == makes_updates
+            out = project_gated(gate_NI, up_NI, down, False, True, pending)
+            return [out, *torch.autograd.grad(out, [x, *leaves], dout.to(dtype))]
+
+    exact = run(torch.float64, False)
+    before = run(torch.bfloat16, False)
+    names = cuda_on_cpu.op_names()
+    with kernels_replaced(names, lambda name: on_copies(cuda_on_cpu.op(name), guarded, guarded)):
+        found = run(torch.bfloat16, True)
+    for ours, theirs, wanted in zip(found, before, exact, strict=True):
+        error, allowed = ((tensor.double() - wanted).abs().max() for tensor in (ours, theirs))
+        assert error <= 2 * allowed + 2**-8 * wanted.abs().max()
+
+
 def test_updates_are_not_left_out_of_what_a_function_follows(monkeypatch):
     monkeypatch.setattr(project_module, "makes_updates", lambda *_: True)
     gate, up = (make(Spec(8, "dense", False, (True,) * 4, (2,), 1.0), 4) for _ in range(2))
     x = torch.randn(3, 4, dtype=torch.float64)
     for pair in ((Squared(gate), up), (gate, Squared(up)), (Opaque(gate), up)):
-        gate_NO, up_NO, lacking = project_to_gate(x, *pair)
-        assert lacking is None
+        gate_NO, up_NO, pending = project_to_gate(x, *pair)
+        assert pending is None
         assert torch.equal(gate_NO, pair[0](x)) and torch.equal(up_NO, pair[1](x))
 
 

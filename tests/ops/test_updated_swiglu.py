@@ -121,11 +121,15 @@ def test_the_compiled_kernel_refuses_it(compiled):
         ({"rank": 72}, "too many ranks of one matrix"),
         ({"counts": (1, 1)}, "fewer terms than counted"),
         ({"counts": (0, 0)}, "more terms than counted"),
+        ({"counts": (2, -1)}, "fewer terms than counted"),
+        ({"counts": (-1, 1)}, "a count is negative"),
         ({"counts": (1,)}, "a count for each matrix"),
         ({"factor_width": 8}, r"factors must be bfloat16 \(width, rank\)"),
     ):
         with pytest.raises(RuntimeError, match=message):
             run(**arguments)
+    with pytest.raises(RuntimeError, match=r"must be contiguous bfloat16 \(tokens, width\)"):
+        module.updated_swiglu(torch.zeros(16).bfloat16(), torch.zeros(16).bfloat16(), [], [], [0, 0])
 
 
 def test_opcheck():

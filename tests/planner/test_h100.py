@@ -2,7 +2,8 @@
 
 The oracle is what `benchmarks/step_cuda.py` recorded. LoRA to within 5 %, by which rates of products differ between one
 H100 and the next (benchmarks/results/NOTES.md); full fine-tuning, which takes 5 to 8 % longer than planned, to within
-10 %.
+10 %. Runs whose commit has no + wrote LoRA's updates of gate and up to memory, a hundredth of a step, which plans no
+longer do.
 """
 
 from __future__ import annotations
