@@ -150,6 +150,9 @@ FP32, AGAIN = Precision(wire="float32"), RecomputeConfig("full")
         (Setup(PrefixConfig(), QuantConfig(), precision=FP32, recompute=RecomputeConfig("selective")), 256, "forward"),
         # a gradient in bf16, and a piece of it in fp32 on the way to what earlier microbatches have left
         (Setup(train=("mlp",), recompute=AGAIN), 64, "backward"),
+        # silu · up, made again beside the gradients of gate and up
+        (Setup(LoraConfig(targets=["down_proj"]), train=("gate_proj", "up_proj"), precision=FP32,
+               recompute=RecomputeConfig("selective")), 512, "backward"),
         # slices of weights in fp32
         (Setup(DoraConfig(), recompute=RecomputeConfig("selective")), 64, "forward"),
         # gate and up, their gradients, and one that the method makes of these
