@@ -236,8 +236,8 @@ def offload() -> str:
             "of an RTX 4090")  # fmt: skip
     text = """
         And it says what it costs to keep something in host memory, beyond a bus of 53 and of 25 GB/s
-        (`python benchmarks/offload.py`; simulated: no bus was measured). With all frozen weights there, LoRA over 16
-        bits takes less of a GPU than QLoRA.
+        (`python benchmarks/offload.py`; simulated; measured was half of the weights with LoRA on an H100, see below).
+        With all frozen weights there, LoRA over 16 bits takes less of a GPU than QLoRA.
         """
     return f"{paragraph(text)}\n\n{table(head, lines)}\n\n{picture('offload', 'seconds of steps, and of waiting')}"
 
