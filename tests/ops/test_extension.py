@@ -14,13 +14,14 @@ import minift.ops
 from minift.ops import extension, norm
 
 HAS_CUDA_KERNELS = True
+ON_GPUS_ONLY = {"minift::updated_swiglu", "minift::updated_swiglu_backward_"}  # who calls them asks before
 WITHOUT_EXTENSION = """
 import sys, warnings
 sys.modules["minift._C"] = None  # importing it now raises ImportError, as if it had not been built
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from minift.ops import adamw, adamw_8bit, attention, blockwise, cross_entropy, dropout, extension, low_rank, nf4
-    from minift.ops import nf4_linear, norm, rope, swiglu
+    from minift.ops import nf4_linear, norm, rope, swiglu, updated_swiglu
 assert extension.MISSING_REASON is not None
 assert [warning for warning in caught if "plain PyTorch" in str(warning.message)]
 assert extension.instruction_set() == "none"
@@ -40,6 +41,12 @@ narrow = low_rank.to_rank([wide], [factor], [0.5])
 assert torch.equal(low_rank.to_rank_and_gradients_([wide], [factor], [0.5], [narrow], [factor.clone()]), narrow)
 low_rank.factor_gradients_([factor], [wide], [narrow])
 assert (factor == 8.0).all() and (low_rank.from_rank([narrow], [factor], [1], [None])[0] == 32.0).all()
+
+updates = [narrow, narrow], [factor, factor], [1, 1]
+y = updated_swiglu.updated_swiglu(wide, wide, *updates)
+assert (y == swiglu.swiglu(wide + 32.0, wide + 32.0)).all()
+again = updated_swiglu.updated_swiglu_backward_(wide, wide.clone(), wide.clone(), *updates[:2], [1, 1, 0], True)[2]
+assert torch.equal(again, y)
 
 codes, absmax = nf4.quantize_nf4(torch.ones(8, 64))
 assert torch.equal(nf4.absmax_of(torch.ones(8, 64)), absmax)
@@ -98,7 +105,8 @@ def op_names() -> list[str]:
 def test_every_op_has_a_kernel_a_reference_for_other_devices_and_a_fake(op_names, key):
     assert len(op_names) >= 18
     for name in op_names:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
+        is_compiled = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        assert is_compiled != (key == "CPU" and name in ON_GPUS_ONLY), name
 
 
 def test_devices_without_a_compiled_kernel_are_served():
